@@ -1,0 +1,782 @@
+"""Kosmos-2 in one file: a picture goes in, a sentence comes out whose phrases are linked to boxes.
+
+Kosmos-2 (Peng et al. 2023, "Grounding Multimodal Large Language Models to the World", arXiv 2306.14824)
+is a decoder-only language model with two additions. It *sees*: a ViT turns the picture into a grid of
+features, a resampler condenses them into a few dozen vectors, and these take the place of token
+embeddings in the prompt. It *points*: the vocabulary has one token for each of 32 x 32 cells of the
+picture, and a box is spelled as two of them, so that grounding is ordinary next-token prediction:
+
+    <phrase> a snowman</phrase><object><patch_index_0044><patch_index_0863></object>
+
+Data flow, with the sizes of the published model:
+
+    picture ─ preprocess_image ─> pixels        (B, 3, 224, 224)
+            ─ VisionTransformer ─> features     (B, N=257, E=1024)  unit length, [CLS] + 16 x 16 patches
+            ─ Resampler ────────> image_embeds  (B, Q=64, D=2048)
+    tokens  ─ embed ────────────> x             (B, T, D)           image_embeds stand in the image slots
+            ─ Decoder ──────────> x             (B, T, D)           24 causal blocks
+            ─ unembed ──────────> logits        (B, T, V=65037)     the embedding matrix once more
+            ─ generate ─────────> new token ids, one list per row
+
+One legend everywhere:
+    B batch    T tokens            S tokens seen, the cache included    V vocabulary
+    D width    H heads             hd = D / H head width
+    E vision width    N image positions    Q latent queries    I images of a batch
+
+Four things differ from the textbook transformer; each is explained where it happens:
+sub-LN (`Block`), features of unit length (`VisionTransformer`), latents that are among their own keys
+(`Resampler`), the sqrt(D) scale and the positions that begin at 2 (`Decoder`).
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+BOS, PAD, EOS, UNK = 0, 1, 2, 3  # the first ids of every vocabulary in the published layout
+
+# ----------------------------------------------------------------------------------------------------
+# Configuration
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The ViT; the defaults are CLIP's ViT-L/14."""
+
+    image_size: int = 224  # pixels a side
+    patch_size: int = 14  # pixels a side
+    width: int = 1024  # E
+    layers: int = 24
+    heads: int = 16
+    mlp_width: int = 4096
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def positions(self) -> int:
+        """N: the patches and [CLS]."""
+        return self.grid**2 + 1
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The decoder."""
+
+    vocab_size: int = 65037  # V
+    width: int = 2048  # D
+    layers: int = 24
+    heads: int = 32
+    mlp_width: int = 8192
+    max_positions: int = 2048  # the longest sequence seen in training
+    layer_norm_eps: float = 1e-5
+    no_repeat_ngram_size: int = 3  # what the checkpoint asks of whoever generates with it
+
+
+@dataclass(frozen=True)
+class Kosmos2Config:
+    """All sizes of a Kosmos-2; the defaults are the published model (1.66 B parameters)."""
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    latent_query_num: int = 64  # Q
+
+    def __post_init__(self):
+        """Refuse sizes no model can have, with a ValueError that names the field."""
+        for part, config in (("vision", self.vision), ("text", self.text), ("config", self)):
+            for f in fields(config):
+                value, zero_ok = getattr(config, f.name), f.name == "no_repeat_ngram_size"
+                if f.type is int and (type(value) is not int or value < (0 if zero_ok else 1)):
+                    raise ValueError(f"{part} {f.name} is {value!r}; it must be a whole number above zero")
+                if f.type is float and not (isinstance(value, (int, float)) and 0 < value < 1):
+                    raise ValueError(f"{part} {f.name} is {value!r}; it must lie between 0 and 1")
+            if part != "config" and config.width % config.heads:
+                raise ValueError(f"{part} width {config.width} is not a multiple of its {config.heads} heads")
+        if self.vision.image_size < self.vision.patch_size:
+            raise ValueError(
+                f"vision image_size {self.vision.image_size} is smaller than one patch ({self.vision.patch_size})"
+            )
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Kosmos2Config":
+        """Read a published config.json. Unknown keys are ignored, missing ones mean the published value.
+
+        Raises FileNotFoundError where there is no such file, ValueError for a file that is not JSON,
+        belongs to another architecture, or holds values this code would compute wrongly.
+        """
+        try:
+            published = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # not UTF-8 or not JSON
+            raise ValueError(f"{path} is not valid JSON ({error})") from None
+        if not isinstance(published, dict):
+            raise ValueError(f"{path} must hold a JSON object, not a {type(published).__name__}")
+        parts = {name: published.get(name) or {} for name in ("vision_config", "text_config")}
+        for name, part in parts.items():
+            if not isinstance(part, dict):
+                raise ValueError(f"{path}: {name} must be a JSON object, not {part!r}")
+        for where, key, supported in FIXED:
+            value = parts.get(where, published).get(key, supported)
+            if value != supported:
+                raise ValueError(f"{path}: {key} is {value!r}; a Kosmos-2 has {supported!r}, and only that is built")
+
+        def read(part, names):
+            return {ours: part[key] for ours, key in names.items() if key in part}
+
+        try:
+            return cls(
+                vision=VisionConfig(**read(parts["vision_config"], VISION_KEYS)),
+                text=TextConfig(**read(parts["text_config"], TEXT_KEYS)),
+                **read(published, {"latent_query_num": "latent_query_num"}),
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_published(self) -> dict:
+        """The same configuration under the names of a published config.json."""
+        published = {"model_type": "kosmos-2", "architectures": ["Kosmos2ForConditionalGeneration"]}
+        published["latent_query_num"] = self.latent_query_num
+        published["vision_config"] = {key: getattr(self.vision, ours) for ours, key in VISION_KEYS.items()}
+        published["text_config"] = {key: getattr(self.text, ours) for ours, key in TEXT_KEYS.items()}
+        for where, key, value in FIXED:
+            (published[where] if where else published)[key] = value
+        return published
+
+
+# Our field -> its key in a published config.json.
+VISION_KEYS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "layer_norm_eps": "layer_norm_eps",
+}
+TEXT_KEYS = {
+    "vocab_size": "vocab_size",
+    "width": "embed_dim",
+    "layers": "layers",
+    "heads": "attention_heads",
+    "mlp_width": "ffn_dim",
+    "max_positions": "max_position_embeddings",
+    "layer_norm_eps": "layer_norm_eps",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
+}
+# What every Kosmos-2 has in common and this file therefore writes down as code: (part, key, value).
+FIXED = [
+    ("", "model_type", "kosmos-2"),
+    ("vision_config", "hidden_act", "quick_gelu"),
+    ("vision_config", "num_channels", 3),
+    ("text_config", "activation_function", "gelu"),
+    ("text_config", "scale_embedding", True),
+    ("text_config", "add_cross_attention", False),
+    ("text_config", "bos_token_id", BOS),
+    ("text_config", "pad_token_id", PAD),
+    ("text_config", "eos_token_id", EOS),
+]
+
+# ----------------------------------------------------------------------------------------------------
+# Parts that the vision transformer, the resampler and the decoder share
+# ----------------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """The keys and values one attention layer has computed so far, in memory taken once.
+
+    A new token attends to all earlier ones, and their keys and values never change: keeping them turns
+    the cost of a token from a pass over the whole sequence into a pass over one position.
+    """
+
+    def __init__(self, rows: int, heads: int, capacity: int, head_width: int, like: Tensor):
+        self.keys = like.new_empty(rows, heads, capacity, head_width)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the (B, H, T, hd) of new positions; returns those of all positions, (B, H, S, hd)."""
+        start, self.length = self.length, self.length + k.shape[2]
+        self.keys[:, :, start : self.length] = k
+        self.values[:, :, start : self.length] = v
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order: rows that finished go, beams that won are copied."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with biases on all four projections.
+
+    Differs from the textbook in `sub_ln`: MAGNETO (arXiv 2210.06423) normalises the concatenated heads
+    once more before the output projection, which keeps deep decoders stable.
+    """
+
+    def __init__(self, width: int, heads: int, sub_ln: bool = False, eps: float = 1e-5):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+        self.inner_attn_ln = nn.LayerNorm(width, eps) if sub_ln else nn.Identity()
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Queries from x (B, T, D); keys and values from context (B, S, D), by default x itself.
+
+        mask: bool, broadcast to (B, H, T, S), True where a query may look.
+        """
+        B, T, D = x.shape
+        context = x if context is None else context
+
+        def split_heads(y):
+            return y.view(B, -1, self.heads, D // self.heads).transpose(1, 2)  # (B, H, T or S, hd)
+
+        q = split_heads(self.q_proj(x))
+        k = split_heads(self.k_proj(context))
+        v = split_heads(self.v_proj(context))
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, hd)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # softmax(q·kᵀ / √hd)·v, (B, H, T, hd)
+        x = x.transpose(1, 2).reshape(B, T, D)  # (B, T, D)
+        return self.out_proj(self.inner_attn_ln(x))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's cheap approximation of GELU; the decoder uses the exact one."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class MLP(nn.Module):
+    """Two linear layers around an activation; `sub_ln` normalises between the activation and the second."""
+
+    def __init__(self, width: int, mlp_width: int, activation, sub_ln: bool, eps: float):
+        super().__init__()
+        self.activation = activation
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc2 = nn.Linear(mlp_width, width)
+        self.ffn_layernorm = nn.LayerNorm(mlp_width, eps) if sub_ln else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.ffn_layernorm(self.activation(self.fc1(x))))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: the ViT's as it is, the decoder's with sub-LN.
+
+    Pre-norm alone lets the size of what each layer adds drift with depth. Sub-LN (MAGNETO, arXiv
+    2210.06423, section 2) adds a LayerNorm before the last projection of attention and of MLP, so that
+    both always project inputs of one scale.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_width: int, activation, sub_ln: bool, eps: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.attn = Attention(width, heads, sub_ln, eps)
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.mlp = MLP(width, mlp_width, activation, sub_ln, eps)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask=mask, cache=cache)
+        x = x + self.mlp(self.norm2(x))
+        return x
+
+
+# ----------------------------------------------------------------------------------------------------
+# From a picture to image embeddings
+# ----------------------------------------------------------------------------------------------------
+
+# CLIP's statistics of its training pictures, RGB.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def preprocess_image(image: Image.Image, image_size: int) -> Tensor:
+    """A picture of any size and mode -> pixels (3, image_size, image_size), float32.
+
+    The whole picture is squashed to a square (its aspect is not kept), so that a box in 0..1 of the
+    square is the same box in 0..1 of the picture.
+    """
+    image = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image, dtype=np.float32) / 255  # (S, S, 3)
+    pixels = (pixels - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, S, S)
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's ViT (arXiv 2103.00020), all N positions of its last layer, each scaled to length one.
+
+    Differs from CLIP's use of it: [CLS] is not singled out but handed on with the patches, there is no
+    projection into CLIP's joint space, and the features are normalised position by position.
+    """
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        E, eps = config.width, config.layer_norm_eps
+        self.class_embedding = nn.Parameter(torch.empty(E).normal_(std=E**-0.5))
+        self.patch_embedding = nn.Conv2d(3, E, config.patch_size, stride=config.patch_size, bias=False)
+        self.position_embedding = nn.Parameter(torch.empty(config.positions, E).normal_(std=E**-0.5))
+        self.pre_layernorm = nn.LayerNorm(E, eps)
+        self.layers = nn.ModuleList(
+            Block(E, config.heads, config.mlp_width, quick_gelu, sub_ln=False, eps=eps) for _ in range(config.layers)
+        )
+        self.post_layernorm = nn.LayerNorm(E, eps)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, S, S) -> features (B, N, E)."""
+        patches = self.patch_embedding(pixels)  # (B, E, grid, grid)
+        patches = patches.flatten(2).transpose(1, 2)  # (B, N-1, E), row by row from the upper left
+        cls = self.class_embedding.expand(len(pixels), 1, -1)  # (B, 1, E)
+        x = torch.cat([cls, patches], dim=1)  # (B, N, E)
+        x = self.pre_layernorm(x + self.position_embedding)
+        for layer in self.layers:
+            x = layer(x)
+        return F.normalize(self.post_layernorm(x), dim=-1)
+
+
+class Resampler(nn.Module):
+    """N features of the ViT -> Q embeddings of the decoder, by one cross-attention.
+
+    Q learned queries look at the picture, so its cost in the decoder does not grow with its patches.
+    Differs from a textbook attention layer: the queries are themselves appended to the keys and values
+    (as in Flamingo's resampler, arXiv 2204.14198, section 3.1.1), and there is no LayerNorm, no residual,
+    no MLP. The queries carry the order; the keys know their place only from the ViT's positions.
+    """
+
+    def __init__(self, config: Kosmos2Config):
+        super().__init__()
+        D = config.text.width
+        self.dense = nn.Linear(config.vision.width, D)
+        self.latent_query = nn.Parameter(torch.randn(config.latent_query_num, D))
+        self.x_attn = Attention(D, config.text.heads)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (B, N, E) -> image_embeds (B, Q, D)."""
+        features = self.dense(features)  # (B, N, D)
+        latents = self.latent_query.expand(len(features), -1, -1)  # (B, Q, D)
+        return self.x_attn(latents, context=torch.cat([features, latents], dim=1))  # (B, Q, D)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The decoder
+# ----------------------------------------------------------------------------------------------------
+
+
+def sinusoidal_positions(positions: Tensor, width: int) -> Tensor:
+    """positions (B, T), whole numbers -> their encodings (B, T, width), float32.
+
+    Differs from "Attention Is All You Need" (3.5): all sines come first, then all cosines, instead of the
+    two in turn, and the longest wavelength is reached at the last frequency exactly.
+    """
+    half = width // 2
+    step = math.log(10000) / max(half - 1, 1)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=positions.device) * -step)
+    angles = positions[..., None].float() * frequencies  # (B, T, half)
+    table = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (B, T, 2 half)
+    return F.pad(table, (0, width % 2))  # (B, T, width): an odd width ends in a zero
+
+
+FIRST_POSITION = 2  # fairseq's habit: position 1 belongs to padding, 0 to nothing
+
+
+def token_positions(tokens: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+    """The position of every token (B, T): 2, 3, 4, ... counted over the tokens that are not padding."""
+    real = torch.ones_like(tokens) if pad_mask is None else (~pad_mask).long()
+    return real.cumsum(dim=1) + FIRST_POSITION - 1
+
+
+def causal_mask(T: int, S: int, pad_mask: Tensor | None = None, device=None) -> Tensor | None:
+    """Which of S positions the last T of them may look at: bool, (T, S), or (B, 1, T, S) with padding.
+
+    None where all may look at all. pad_mask (B, S) is True on padding. A padding position looks at
+    itself: a softmax over nothing would be NaN, and nobody reads its output.
+    """
+    if T == 1 and pad_mask is None:
+        return None
+    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    if pad_mask is None:
+        return mask
+    itself = torch.eye(S, dtype=torch.bool, device=device)[S - T :]
+    return (mask & ~pad_mask[:, None, :] | itself)[:, None]  # (B, 1, T, S)
+
+
+class Decoder(nn.Module):
+    """A causal transformer; its embedding matrix is also its output projection (tied)."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        D, eps = config.width, config.layer_norm_eps
+        self.embed_tokens = nn.Embedding(config.vocab_size, D)
+        self.layers = nn.ModuleList(
+            Block(D, config.heads, config.mlp_width, F.gelu, sub_ln=True, eps=eps) for _ in range(config.layers)
+        )
+        self.layer_norm = nn.LayerNorm(D, eps)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None = None, caches: list[KVCache] | None = None
+    ) -> Tensor:
+        """x (B, T, D) as it comes from the embedding, positions (B, T) -> x (B, T, D) after the last norm.
+
+        The sqrt(D) makes embeddings of length about one as large as the position table; image
+        embeddings are scaled and given positions like any word, because they were put in before.
+        """
+        x = x * math.sqrt(x.shape[-1]) + sinusoidal_positions(positions, x.shape[-1]).to(x.dtype)
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+            x = layer(x, mask, cache)
+        return self.layer_norm(x)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """x (..., D) -> logits (..., V)."""
+        return F.linear(x, self.embed_tokens.weight)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The whole model
+# ----------------------------------------------------------------------------------------------------
+
+
+class Kosmos2(nn.Module):
+    """The grounded vision-language model: see the top of this file for the data flow.
+
+    A batch may mix rows with no picture, one or several: `pixels` or `image_embeds` hold the pictures of
+    all rows in reading order, and `image_mask` marks the Q slots of each.
+    """
+
+    def __init__(self, config: Kosmos2Config):
+        super().__init__()
+        self.config = config
+        self.vision = VisionTransformer(config.vision)
+        self.resampler = Resampler(config)
+        self.decoder = Decoder(config.text)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, S, S) -> image_embeds (B, Q, D). ValueError if S is not the trained size."""
+        size = self.config.vision.image_size
+        if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (3, size, size):
+            raise ValueError(f"pixels have shape {tuple(pixels.shape)}; this model wants (B, 3, {size}, {size})")
+        return self.resampler(self.vision(pixels.to(self.vision.class_embedding.dtype)))
+
+    def embed(
+        self,
+        tokens: Tensor,
+        pixels: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        image_mask: Tensor | None = None,
+    ) -> Tensor:
+        """tokens (B, T) -> x (B, T, D), with the image embeddings in place of those of the image slots.
+
+        ValueError where pictures and slots do not match.
+        """
+        self._check_tokens(tokens)
+        x = self.decoder.embed_tokens(tokens)  # (B, T, D)
+        if pixels is not None and image_embeds is not None:
+            raise ValueError("give pixels or image_embeds, not both")
+        if pixels is not None:
+            image_embeds = self.encode_image(pixels)
+        slots = 0 if image_mask is None else int(image_mask.sum())
+        filled = 0 if image_embeds is None else image_embeds.shape[0] * image_embeds.shape[1]
+        if slots != filled:
+            Q = self.config.latent_query_num
+            raise ValueError(f"image_mask marks {slots} slots, but the pictures fill {filled} ({Q} each)")
+        if filled:
+            x = x.masked_scatter(image_mask[..., None], image_embeds.to(x.dtype))
+        return x
+
+    def forward(
+        self,
+        tokens: Tensor,
+        pixels: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        pad_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits of the next token after every position, and with labels also the loss.
+
+        tokens      (B, T) ids
+        pixels      (I, 3, S, S) or image_embeds (I, Q, D): all pictures of the batch, in reading order
+        image_mask  (B, T) bool, True on the I x Q image slots
+        pad_mask    (B, T) bool, True on padding, on either side
+        labels      (B, T) ids, shifted by one in here; -100 is ignored
+        Returns logits (B, T, V), or (logits, mean cross-entropy).
+        Raises ValueError for shapes that do not fit and rows longer than the trained positions.
+        """
+        T = tokens.shape[-1]
+        x = self.embed(tokens, pixels, image_embeds, image_mask)
+        positions = token_positions(tokens, pad_mask)
+        self._check_length(positions)
+        x = self.decoder(x, positions, causal_mask(T, T, pad_mask, tokens.device))
+        logits = self.decoder.unembed(x)
+        if labels is None:
+            return logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+        return logits, loss
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        V = self.config.text.vocab_size
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; wanted are rows of at least one id, (B, T)")
+        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < V):
+            raise ValueError(f"token ids must lie in 0..{V - 1}; is this the tokenizer of another checkpoint?")
+
+    def _check_length(self, positions: Tensor, new_tokens: int = 0) -> None:
+        if not positions.numel():
+            return
+        length, limit = int(positions.max()) - FIRST_POSITION + 1, self.config.text.max_positions
+        if length + new_tokens > limit:
+            plus = f" and {new_tokens} new ones were asked for" if new_tokens else ""
+            raise ValueError(
+                f"the prompt has {length} tokens{plus}, but the model was trained on {limit} positions; "
+                + (f"ask for at most {limit - length}" if new_tokens and length < limit else "shorten the prompt")
+            )
+
+    # ------------------------------------------------------------------------------------------------
+    # Generation
+    # ------------------------------------------------------------------------------------------------
+
+    def generate(self, tokens: Tensor, *, num_beams: int = 1, **options) -> list[list[int]]:
+        """Continue every row; returns the new ids of each, ending with </s> or at max_new_tokens.
+
+        Takes what `stream` takes, and `num_beams`: above 1, `beam_search` looks for a likelier text than
+        the greedy one. Rows of different length go in padded on the left, marked in pad_mask. A row's
+        result depends neither on the other rows nor on its padding.
+
+        The published model was used with no_repeat_ngram_size=3 (`config.text.no_repeat_ngram_size`).
+        transformers 5.23 loses that setting while loading; here it is the caller's, and sample.py's, to give.
+        """
+        if num_beams != 1:
+            return self.beam_search(tokens, num_beams=num_beams, **options)
+        rows: list[list[int]] = [[] for _ in range(len(tokens))]
+        for step in self.stream(tokens, **options):
+            for row, token in zip(rows, step, strict=True):
+                if token is not None:
+                    row.append(token)
+        return rows
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        tokens: Tensor,
+        pixels: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        pad_mask: Tensor | None = None,
+        max_new_tokens: int = 128,
+        min_new_tokens: int = 0,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        no_repeat_ngram_size: int = 0,
+        seed: int | None = None,
+    ) -> Iterator[list[int | None]]:
+        """`generate`, one step at a time: yields for each row its next id, None once it has ended.
+
+        max_new_tokens        at most so many; prompt and new tokens must fit the trained positions
+        min_new_tokens        </s> is forbidden before
+        temperature           0 takes the likeliest token; 1 samples from the model's distribution
+        top_k, top_p          sample among the k likeliest, or the fewest whose probabilities reach p
+        no_repeat_ngram_size  n: no n tokens in a row, prompt included, come twice
+        seed                  makes sampling repeatable; every row draws the same numbers, so that its
+                              text is the one it would get alone
+        Raises ValueError for options outside these ranges and for prompts that leave no room.
+        """
+        check_options(max_new_tokens, min_new_tokens, temperature, top_k, top_p, no_repeat_ngram_size)
+        state = _Generation(self, tokens, pixels, image_embeds, image_mask, pad_mask, max_new_tokens)
+        draws = None if seed is None else torch.Generator().manual_seed(seed)
+        for _ in range(max_new_tokens):
+            if not state.rows:
+                return
+            logits = state.constrained_logits(min_new_tokens, no_repeat_ngram_size)
+            u = torch.rand(len(state.rows) if draws is None else 1, generator=draws).to(logits.device)
+            chosen = sample(logits, temperature, top_k, top_p, u).tolist()
+            step: list[int | None] = [None] * len(tokens)
+            for row, token in zip(state.rows, chosen, strict=True):
+                step[row] = token
+            yield step
+            state.advance([i for i, token in enumerate(chosen) if token != EOS], chosen)
+
+    @torch.inference_mode()
+    def beam_search(
+        self,
+        tokens: Tensor,
+        pixels: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        pad_mask: Tensor | None = None,
+        num_beams: int = 3,
+        max_new_tokens: int = 128,
+        min_new_tokens: int = 0,
+        no_repeat_ngram_size: int = 0,
+        **sampling,
+    ) -> list[list[int]]:
+        """Keep the `num_beams` likeliest texts at every step; returns the best finished one of each row.
+
+        A text's score is the mean log-probability of its new tokens. A row stops when it has `num_beams`
+        finished texts and the best running one scores below the worst of them. Other arguments as in
+        `stream`; sampling options are refused with ValueError.
+        """
+        if any(sampling.pop(name, None) for name in ("temperature", "top_k", "top_p")):
+            raise ValueError("beam search does not sample: leave out temperature, top_k and top_p, or use num_beams=1")
+        sampling.pop("seed", None)
+        if sampling:
+            raise TypeError(f"beam_search() does not take {', '.join(sampling)}")
+        if type(num_beams) is not int or num_beams < 1:
+            raise ValueError(f"num_beams is {num_beams!r}; it must be a whole number above zero")
+        check_options(max_new_tokens, min_new_tokens, 0.0, None, None, no_repeat_ngram_size)
+        state = _Generation(self, tokens, pixels, image_embeds, image_mask, pad_mask, max_new_tokens)
+        scores = torch.zeros(len(tokens))  # summed log-probability of every running text
+        finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(len(tokens))]
+        for length in range(1, max_new_tokens + 1):
+            if not state.rows:
+                break
+            log_probs = state.constrained_logits(min_new_tokens, no_repeat_ngram_size, F.log_softmax)
+            totals = log_probs.cpu() + scores[:, None]  # (beams of all rows, V)
+            parents, chosen, kept_scores = [], [], []
+            for row in dict.fromkeys(state.rows):  # the rows still running, in order
+                beams = [i for i, r in enumerate(state.rows) if r == row]
+                # A beam ends in at most one way, so 2 x num_beams candidates always hold enough that go on.
+                count = min(2 * num_beams, len(beams) * totals.shape[1])
+                best, flat = totals[beams].flatten().topk(count)
+                running = []
+                for rank, (score, at) in enumerate(zip(best.tolist(), flat.tolist(), strict=True)):
+                    parent, token = beams[at // totals.shape[1]], at % totals.shape[1]
+                    if token != EOS and length < max_new_tokens:
+                        running.append((score, parent, token))
+                    elif rank < num_beams and score > -math.inf:
+                        finished[row].append((score / length, state.new_tokens[parent] + [token]))
+                finished[row] = sorted(finished[row], key=lambda text: -text[0])[:num_beams]
+                running = running[:num_beams]
+                full = len(finished[row]) == num_beams
+                if not running or full and running[0][0] / length <= finished[row][-1][0]:
+                    continue
+                for score, parent, token in running:
+                    kept_scores.append(score), parents.append(parent), chosen.append(token)
+            scores = torch.tensor(kept_scores)
+            state.advance(parents, chosen, per_parent=True)
+        return [texts[0][1] if texts else [] for texts in finished]
+
+
+class _Generation:
+    """A batch in the middle of being generated: running texts, their caches and their next logits."""
+
+    def __init__(self, model: Kosmos2, tokens, pixels, image_embeds, image_mask, pad_mask, max_new_tokens: int):
+        B, T = tokens.shape
+        if pad_mask is not None and pad_mask[:, -1].any():
+            raise ValueError("to generate, rows must be padded on the left: pad_mask is True at the end of a row")
+        self.model, self.pad_mask = model, pad_mask
+        self.rows = list(range(B))  # the row of `tokens` each running text belongs to
+        self.new_tokens: list[list[int]] = [[] for _ in self.rows]
+        self.prompts = [
+            row if pad is None else [t for t, p in zip(row, pad, strict=True) if not p]
+            for row, pad in zip(tokens.tolist(), pad_mask.tolist() if pad_mask is not None else [None] * B, strict=True)
+        ]
+        text = model.config.text
+        positions = token_positions(tokens, pad_mask)
+        model._check_length(positions, max_new_tokens)
+        self.next_position = positions[:, -1:] + 1  # (B, 1)
+        x = model.embed(tokens, pixels, image_embeds, image_mask)
+        self.capacity = T + max(max_new_tokens - 1, 0)
+        self.caches = [
+            KVCache(B, text.heads, self.capacity, text.width // text.heads, like=x) for _ in range(text.layers)
+        ]
+        x = model.decoder(x, positions, causal_mask(T, T, pad_mask, tokens.device), self.caches)
+        self.logits = model.decoder.unembed(x[:, -1])  # (B, V): only the last position is asked what comes next
+
+    def constrained_logits(self, min_new_tokens: int, no_repeat_ngram_size: int, normalize=None) -> Tensor:
+        """The next logits (B, V) in float32 (or what `normalize` makes of them), forbidden tokens at -inf."""
+        logits = self.logits.float()
+        if not torch.isfinite(logits).all():
+            raise ValueError("the model's logits are not finite: its weights are damaged, or too large for this precision")
+        logits = logits.clone() if normalize is None else normalize(logits, dim=-1)
+        for i, (row, new) in enumerate(zip(self.rows, self.new_tokens, strict=True)):
+            if no_repeat_ngram_size:
+                logits[i, repeated_ngrams(self.prompts[row] + new, no_repeat_ngram_size)] = -math.inf
+            if len(new) < min_new_tokens:
+                logits[i, EOS] = -math.inf
+        return logits
+
+    def advance(self, parents: list[int], chosen: list[int], per_parent: bool = False) -> None:
+        """Append a token to some of the running texts, drop the others, and compute the next logits.
+
+        parents: which texts go on (one may go on twice). chosen: the token of every text, or with
+        per_parent one for each of the parents.
+        """
+        tokens = chosen if per_parent else [chosen[i] for i in parents]
+        if parents != list(range(len(self.rows))):
+            index = torch.tensor(parents, dtype=torch.long, device=self.next_position.device)
+            for cache in self.caches:
+                cache.select(index)
+            self.next_position = self.next_position[index]
+            self.pad_mask = None if self.pad_mask is None else self.pad_mask[index]
+        self.rows = [self.rows[i] for i in parents]
+        self.new_tokens = [self.new_tokens[i] + [t] for i, t in zip(parents, tokens, strict=True)]
+        S = self.caches[0].length + 1
+        if not self.rows or S > self.capacity:  # nobody will ask what follows the last token
+            return
+        if self.pad_mask is not None:
+            self.pad_mask = F.pad(self.pad_mask, (0, 1), value=False)  # (B, S)
+        x = self.model.decoder.embed_tokens(torch.tensor(tokens, device=self.next_position.device)[:, None])
+        mask = causal_mask(1, S, self.pad_mask, x.device)
+        x = self.model.decoder(x, self.next_position, mask, self.caches)
+        self.logits = self.model.decoder.unembed(x[:, -1])  # (B, V)
+        self.next_position = self.next_position + 1
+
+
+def repeated_ngrams(tokens: list[int], n: int) -> list[int]:
+    """The ids that would complete a run of n tokens which `tokens` already contains."""
+    tail = tokens[len(tokens) - n + 1 :]
+    return [tokens[i + n - 1] for i in range(len(tokens) - n + 1) if tokens[i : i + n - 1] == tail]
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, u: Tensor) -> Tensor:
+    """logits (B, V), uniform numbers u (B,) or (1,) -> token ids (B,).
+
+    Drawn by inverting the cumulative distribution over tokens sorted by probability, which needs one
+    uniform number a token and no more.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature must not overflow
+    probs, ids = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # (B, V)
+    if top_k is not None:
+        probs[:, top_k:] = 0
+        probs /= probs.sum(dim=-1, keepdim=True)
+    if top_p is not None:
+        ahead = probs.cumsum(dim=-1) - probs  # the mass of all likelier tokens
+        ahead[:, 0] = 0
+        probs[ahead >= top_p] = 0  # the token that crosses p stays
+    cdf = probs.cumsum(dim=-1)
+    drawn = (cdf < u[:, None] * cdf[:, -1:]).sum(dim=-1, keepdim=True)  # (B, 1)
+    return ids.gather(1, drawn)[:, 0]
+
+
+def check_options(max_new_tokens, min_new_tokens, temperature, top_k, top_p, no_repeat_ngram_size) -> None:
+    """ValueError for a generation option out of its range, saying which and what it may be."""
+
+    def whole(name, value, least):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number, at least {least}")
+
+    whole("max_new_tokens", max_new_tokens, 0)
+    whole("min_new_tokens", min_new_tokens, 0)
+    whole("no_repeat_ngram_size", no_repeat_ngram_size, 0)
+    if min_new_tokens > max_new_tokens:
+        raise ValueError(f"min_new_tokens ({min_new_tokens}) is above max_new_tokens ({max_new_tokens})")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature!r}; it must be 0 (greedy) or a positive number")
+    if top_k is not None:
+        whole("top_k", top_k, 1)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p!r}; it must be above 0 and at most 1")

@@ -1,0 +1,429 @@
+"""Ask Kosmos-2 about pictures: the sentence on stdout, the picture with its boxes in a file.
+
+    python sample.py                                          the bundled picture, the bundled small model
+    python sample.py photo.jpg --checkpoint microsoft/kosmos-2-patch14-224
+    python sample.py photo.jpg --task ground --text "a snowman"
+    python sample.py photo.jpg --task vqa --text "What is special about this image?"
+    python sample.py photo.jpg --task refer --box 120,40,380,300
+    python sample.py folder --json > captions.jsonl
+
+Progress, timings and errors go to stderr. Exit status: 0 done, 1 something could not be read or run (the
+other pictures are still done), 2 usage, 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+
+# The published prompts: for each task the prompt, and whether it is the beginning of the sentence to print.
+TASKS = {
+    "caption": ("<grounding>An image of", True),
+    "detail": ("<grounding>Describe this image in detail:", False),
+    "ground": ("<grounding><phrase> {text}</phrase>", True),
+    "refer": ("<grounding><phrase> It</phrase> is", True),
+    "vqa": ("<grounding> Question: {text} Answer:", False),
+}
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="files or folders; none: the bundled picture")
+    p.add_argument("--checkpoint", default=str(HERE / "tiny"), help="folder, file or hub id (default: the bundled model)")
+    p.add_argument("--tokenizer", help="the sentencepiece model, if it is not beside the weights")
+    what = p.add_argument_group("what to ask")
+    what.add_argument("--task", choices=TASKS, default="caption", help="a published prompt (default: caption)")
+    what.add_argument("--text", help="the phrase to ground, the expression to refer by, or the question")
+    what.add_argument("--prompt", help="a prompt of your own instead of a task; <image> marks where pictures go")
+    what.add_argument(
+        "--box", action="append", type=box_argument, metavar="X1,Y1,X2,Y2",
+        help="box of the next <phrase>…</phrase>: 0..1, or pixels, or two location indices; repeatable",
+    )  # fmt: skip
+    how = p.add_argument_group("how to decode")
+    how.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    how.add_argument("--min-new-tokens", type=int, default=0, metavar="N")
+    how.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token")
+    how.add_argument("--top-k", type=int, metavar="K")
+    how.add_argument("--top-p", type=float, metavar="P")
+    how.add_argument("--num-beams", type=int, default=1, metavar="N")
+    how.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="default: what the checkpoint asks for")
+    how.add_argument("--seed", type=int, help="makes sampling repeatable")
+    where = p.add_argument_group("where to run")
+    where.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps")
+    where.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    where.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default: 8)")
+    out = p.add_argument_group("what to write")
+    out.add_argument("--output", type=Path, metavar="FILE_OR_DIR", help="the picture with its boxes, or a folder for them")
+    out.add_argument("--json", action="store_true", help="one JSON object a line instead of the sentence")
+    args = p.parse_args(argv)
+    if args.prompt is not None and (args.text is not None or args.task != "caption"):
+        p.error("--prompt takes the place of --task and --text; give one or the other")
+    if args.prompt is None:
+        if args.task in ("ground", "vqa") and not (args.text or "").strip():
+            p.error(f"--task {args.task} needs --text, the {'question' if args.task == 'vqa' else 'phrase to find'}")
+        if args.task == "refer" and not args.text and not args.box:
+            p.error("--task refer needs --box (to be put into words) or --text (an expression, to be found)")
+        if args.task in ("caption", "detail") and args.text is not None:
+            p.error(f"--task {args.task} takes no --text")
+    if args.batch_size < 1:
+        p.error("--batch-size must be at least 1")
+    return args
+
+
+def box_argument(text: str) -> tuple:
+    try:
+        values = tuple(int(v) if v.strip().isdigit() else float(v) for v in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) == 2 and all(isinstance(v, int) for v in values):
+        return values
+    if len(values) != 4 or any(v != v for v in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not x1,y1,x2,y2 (0..1 or pixels) or two location indices")
+    return tuple(float(v) for v in values)
+
+
+def main(argv=None) -> int:
+    args = parse_arguments(argv)
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print("sample: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # stdout was closed early, as by `| head`: nobody reads on, so nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"sample: {error}", file=sys.stderr)
+        return 1
+
+
+# ----------------------------------------------------------------------------------------------------
+# Asking
+# ----------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, ask about every picture, write; returns the exit status."""
+    started = time.perf_counter()
+    paths = find_pictures(args.images) if args.images else [HERE / "tiny" / "scene.png"]
+    asker = Asker(args)
+    print(f"loaded {args.checkpoint} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    prompt = asker.prompt
+    groups = [paths] if prompt.count("<image>") > 1 else [[path] for path in paths]
+    names, failed = output_names(args, paths), []
+    for at in range(0, len(groups), args.batch_size):
+        if len(groups) > args.batch_size:
+            print(f"picture {at + 1} of {len(groups)}", file=sys.stderr)
+        batch = []
+        for group in groups[at : at + args.batch_size]:
+            try:
+                pictures = [open_picture(path) for path in group]
+                batch.append((group, pictures, asker.encode(pictures)))
+            except (OSError, ValueError) as error:
+                print(f"sample: {error}", file=sys.stderr)
+                failed += group
+        for (group, pictures, _), answer in zip(batch, asker.ask(batch), strict=True):
+            try:
+                write_answer(args, group[-1], pictures[-1], answer, names[group[-1]])
+            except OSError as error:
+                if isinstance(error, BrokenPipeError):
+                    raise
+                print(f"sample: cannot write {names[group[-1]]}: {error.strerror or error}", file=sys.stderr)
+                failed += group
+    if failed and len(paths) > 1:
+        print(f"sample: {len(failed)} of {len(paths)} failed: {', '.join(map(str, failed))}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+class Asker:
+    """A model, its tokenizer and the question of this run."""
+
+    def __init__(self, args: argparse.Namespace):
+        import torch
+
+        from load_weights import load_checkpoint
+
+        device = args.device
+        if device == "auto":
+            mps = torch.backends.mps.is_available()
+            device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        self.args, self.device = args, torch.device(device)
+        self.model, self.tokenizer = load_checkpoint(args.checkpoint, args.precision, self.device, args.tokenizer)
+        template, self.keep_prompt = (args.prompt, True) if args.prompt is not None else TASKS[args.task]
+        if args.task == "refer" and args.text:
+            template = TASKS["ground"][0]
+        self.prompt = template.replace("{text}", (args.text or "").strip()) if args.prompt is None else template
+        self.options = dict(
+            max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens, temperature=args.temperature,
+            top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+            no_repeat_ngram_size=self.model.config.text.no_repeat_ngram_size
+            if args.no_repeat_ngram_size is None else args.no_repeat_ngram_size,
+        )  # fmt: skip
+
+    def encode(self, pictures) -> tuple[list[int], list[bool]]:
+        """The prompt for one question; boxes in pixels are those of its last picture."""
+        boxes = self.args.box
+        if boxes is not None:
+            boxes = [in_unit(box, pictures[-1].size) for box in boxes]
+        return self.tokenizer.encode_prompt(self.prompt, len(pictures), boxes)
+
+    def ask(self, batch) -> list[dict]:
+        """[(paths, pictures, (ids, image_mask))] -> for each the raw text, the sentence and its entities."""
+        import torch
+
+        from kosmos2 import preprocess_image
+        from tokenizer import parse
+
+        if not batch:
+            return []
+        size = self.model.config.vision.image_size
+        pixels = torch.stack([preprocess_image(p, size) for _, pictures, _ in batch for p in pictures])
+        longest = max(len(ids) for _, _, (ids, _) in batch)
+        tokens = torch.full((len(batch), longest), 1)
+        image_mask, pad_mask = (torch.zeros(len(batch), longest, dtype=torch.bool) for _ in range(2))
+        for row, (_, _, (ids, mask)) in enumerate(batch):
+            first = longest - len(ids)
+            tokens[row, first:], image_mask[row, first:] = torch.tensor(ids), torch.tensor(mask)
+            pad_mask[row, :first] = True
+        inputs = [t.to(self.device) for t in (tokens, pixels, image_mask, pad_mask)]
+        new = self.generate(*inputs)
+        answers = []
+        for (_, _, (ids, _)), ids_new in zip(batch, new, strict=True):
+            raw = self.tokenizer.decode(ids + ids_new)
+            text, entities = parse(raw if self.keep_prompt else self.tokenizer.decode(ids_new))
+            answers.append({"text": text, "raw": raw.strip(), "entities": entities})
+        return answers
+
+    def generate(self, tokens, pixels, image_mask, pad_mask) -> list[list[int]]:
+        """New ids for every row; timings on stderr; a single picture's text as it comes, on a terminal."""
+        import torch
+
+        clock = [time.perf_counter()]
+        with torch.inference_mode():
+            image_embeds = self.model.encode_image(pixels)
+        clock.append(time.perf_counter())
+        inputs = dict(image_embeds=image_embeds, image_mask=image_mask, pad_mask=pad_mask if pad_mask.any() else None)
+        if self.args.num_beams != 1:
+            new = self.model.generate(tokens, num_beams=self.args.num_beams, **inputs, **self.options)
+            seconds = time.perf_counter() - clock[1]
+            timing = f"{sum(map(len, new))} tokens by beam search in {seconds:.2f} s"
+        else:
+            live = len(tokens) == 1 and sys.stdout.isatty() and not self.args.json
+            new, printed = [[] for _ in tokens], ""
+            for step in self.model.stream(tokens, **inputs, **self.options):
+                clock.append(time.perf_counter())
+                for row, token in zip(new, step, strict=True):
+                    row += [token] if token is not None else []
+                if live:
+                    printed = self.show(tokens[0].tolist(), new[0], printed)
+            if live:
+                sys.stdout.write("\r")  # the whole sentence is printed over it
+            first = clock[2] - clock[1] if len(clock) > 2 else 0.0
+            rate = (len(clock) - 3) / max(clock[-1] - clock[2], 1e-9) if len(clock) > 3 else 0.0
+            timing = f"first token {first * 1000:.0f} ms, then {rate:.0f} tokens/s"
+        print(f"vision {(clock[1] - clock[0]) * 1000:.0f} ms, {timing}", file=sys.stderr)
+        return new
+
+    def show(self, prompt: list[int], new: list[int], printed: str) -> str:
+        """Print what the newest token added to the sentence."""
+        from tokenizer import IMAGE_CLOSE, plain
+
+        text = self.tokenizer.decode(prompt + new if self.keep_prompt else new)
+        text = plain(text.rsplit(IMAGE_CLOSE, 1)[-1]).lstrip()
+        sys.stdout.write(text[len(printed) :])
+        sys.stdout.flush()
+        return text
+
+
+def in_unit(box: tuple, size: tuple[int, int]) -> tuple:
+    """A box in 0..1, in pixels of a picture of this (width, height), or location indices -> in 0..1 or indices."""
+    if len(box) == 2 or max(box) <= 1:
+        return box
+    (width, height), (x1, y1, x2, y2) = size, box
+    if x2 > width or y2 > height:
+        raise ValueError(f"box {box} reaches beyond the picture, which is {width} x {height} pixels")
+    return x1 / width, y1 / height, x2 / width, y2 / height
+
+
+# ----------------------------------------------------------------------------------------------------
+# Reading and writing pictures
+# ----------------------------------------------------------------------------------------------------
+
+
+def find_pictures(given: list[Path]) -> list[Path]:
+    """Files as they are, folders as the pictures in them by name; ValueError for a folder without any."""
+    found = []
+    for path in given:
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
+            if not inside:
+                raise ValueError(f"folder {path} holds no pictures ({', '.join(sorted(PICTURES))})")
+            found += inside
+        else:
+            found.append(path)
+    return found
+
+
+def open_picture(path: Path):
+    """A picture file -> an RGB picture, upright, transparency on white; ValueError naming the file."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    if "://" in str(path) or str(path).startswith(("http:/", "https:/")):
+        raise ValueError(f"{path} is an address; download the picture and give its file")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no picture at {path}")
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16"):  # 16 bits: Pillow would cut the values off at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "it is not a picture Pillow can read" if "cannot identify" in str(error) else str(error)
+        raise ValueError(f"cannot read {path}: {reason}") from None
+
+
+def output_names(args: argparse.Namespace, paths: list[Path]) -> dict[Path, Path | None]:
+    """Where the picture with boxes of every input goes; None for nowhere."""
+    if args.output is None:
+        if len(paths) > 1 or args.json:
+            return dict.fromkeys(paths)
+        return {paths[0]: Path(f"{paths[0].stem}.boxes.png")}
+    if len(paths) == 1 and args.output.suffix.lower() in PICTURES and not args.output.is_dir():
+        return {paths[0]: args.output}
+    if args.output.suffix.lower() in PICTURES and not args.output.is_dir():
+        raise ValueError(f"--output {args.output} is one file for {len(paths)} pictures; give a folder")
+    args.output.mkdir(parents=True, exist_ok=True)
+    names: dict[Path, Path | None] = {}
+    for path in paths:  # two pictures of one stem, a.png and a.jpg, get two files
+        taken = set(names.values())
+        choices = [path.stem, path.name, *(f"{path.stem}-{n}" for n in range(2, len(paths) + 2))]
+        names[path] = next(n for c in choices if (n := args.output / f"{c}.boxes.png") not in taken)
+    return names
+
+
+def write_answer(args: argparse.Namespace, path: Path, picture, answer: dict, name: Path | None) -> None:
+    """The sentence or the JSON line to stdout, the picture with boxes to its file."""
+    if args.json:
+        width, height = picture.size
+        entities = [
+            {
+                "phrase": e.phrase,
+                "span": e.span,
+                "boxes": e.boxes,
+                "pixel_boxes": [[x1 * width, y1 * height, x2 * width, y2 * height] for x1, y1, x2, y2 in e.boxes],
+            }
+            for e in answer["entities"]
+        ]
+        row = {"image": str(path), "text": answer["text"], "raw": answer["raw"], "entities": entities}
+        print(json.dumps(row, ensure_ascii=False), flush=True)
+    else:
+        print(f"{path}: {answer['text']}" if len(args.images) > 1 or path.parent in args.images else answer["text"], flush=True)
+    if name is not None:
+        part = name.with_name(f".{name.name}.part")
+        drawn = draw_answer(picture, answer["text"], answer["entities"])
+        from PIL import Image
+
+        kind = Image.registered_extensions().get(name.suffix.lower(), "PNG")
+        try:
+            drawn.save(part, format=kind)
+            os.replace(part, name)
+        finally:
+            part.unlink(missing_ok=True)
+        print(f"wrote {name}", file=sys.stderr)
+
+
+# Dark enough for white letters on them, and for themselves on white.
+PALETTE = ["#c62828", "#1565c0", "#2e7d32", "#8e24aa", "#b85a00", "#00798a", "#ad1457", "#4e5d00", "#5d4037", "#37474f"]
+
+
+def draw_answer(picture, text: str, entities):
+    """The picture with a box around every entity, its phrase on the box, and the sentence underneath.
+
+    A phrase, its boxes and its label share one colour. Lines have a white rim, so that they show on any
+    background; labels move inside the picture where they would leave it.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    scale = max(1.0, 480 / max(picture.size))  # a thumbnail has no room for letters
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    width, height = max(size[0], 240), size[1]
+    font_size = max(13, round(min(width, 1600) / 40))
+    font = ImageFont.load_default(font_size)
+    colors = [PALETTE[i % len(PALETTE)] for i in range(len(entities))]
+    lines = wrap(text, entities, colors, font, width - 2 * font_size)
+    line_height = round(font_size * 1.45)
+    canvas = Image.new("RGB", (width, height + line_height * len(lines) + font_size), "white")
+    canvas.paste(picture.resize(size, Image.Resampling.LANCZOS) if scale > 1 else picture, (0, 0))
+    pen, thick = ImageDraw.Draw(canvas), max(2, font_size // 6)
+    for entity, color in zip(entities, colors, strict=True):
+        for x1, y1, x2, y2 in entity.boxes:
+            corners = (x1 * size[0], y1 * size[1], x2 * size[0] - 1, y2 * size[1] - 1)
+            corners = (*corners[:2], max(corners[0], corners[2]), max(corners[1], corners[3]))
+            pen.rectangle([corners[0] - 2, corners[1] - 2, corners[2] + 2, corners[3] + 2], outline="white", width=thick + 4)
+            pen.rectangle(corners, outline=color, width=thick)
+    placed: list[tuple] = []
+    for entity, color in zip(entities, colors, strict=True):
+        if entity.span[0] != entity.span[1]:
+            for box in entity.boxes:
+                draw_label(pen, entity.phrase, box, size, color, font_size, placed)
+    for row, line in enumerate(lines):
+        x = font_size
+        for word, color in line:
+            y = height + font_size // 2 + row * line_height
+            pen.text((x, y), word, fill=color or "#222222", font=font, stroke_width=0.4 if color else 0, stroke_fill=color)
+            x += pen.textlength(word, font=font)
+    return canvas
+
+
+def draw_label(pen, phrase: str, box, size, color: str, font_size: int, placed: list[tuple]) -> None:
+    """A phrase on its box: above it, or where that is outside the picture or taken, inside or below."""
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(font_size)
+    while pen.textlength(phrase, font=font) + 8 > size[0] and font_size > 8:
+        font_size -= 1
+        font = ImageFont.load_default(font_size)
+    while pen.textlength(phrase, font=font) + 8 > size[0] and len(phrase) > 2:
+        phrase = phrase.removesuffix("…")[:-1] + "…"
+    w, h = pen.textlength(phrase, font=font) + 8, round(font_size * 1.35)
+    x = min(max(box[0] * size[0], 0), max(size[0] - w, 0))
+    top, bottom = box[1] * size[1], box[3] * size[1]
+    ys = [min(max(y, 0), max(size[1] - h, 0)) for y in (top - h, top, bottom - h, bottom)]
+    free = [y for y in ys if not any(x < b[2] and b[0] < x + w and y < b[3] and b[1] < y + h for b in placed)]
+    y = (free or ys)[0]
+    placed.append((x, y, x + w, y + h))
+    pen.rectangle([x, y, x + w, y + h], fill=color)
+    pen.text((x + 4, y + h / 2), phrase, fill="white", font=font, anchor="lm")
+
+
+def wrap(text: str, entities, colors: list[str], font, width: float) -> list[list[tuple[str, str | None]]]:
+    """The sentence as lines of (word with its space, colour of its phrase)."""
+    lines: list[list[tuple[str, str | None]]] = [[]]
+    used, at = 0.0, 0
+    for word in text.split(" "):
+        color = next((c for e, c in zip(entities, colors, strict=True) if e.span[0] <= at < e.span[1]), None)
+        length = font.getlength(word + " ")
+        if used + length > width and lines[-1]:
+            lines.append([])
+            used = 0.0
+        lines[-1].append((word + " ", color))
+        used += length
+        at += len(word) + 1
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
