@@ -700,6 +700,7 @@ class _Generation:
         if not torch.isfinite(logits).all():
             raise ValueError("the model's logits are not finite: its weights are damaged, or too large for this precision")
         logits = logits.clone() if normalize is None else normalize(logits, dim=-1)
+        logits[:, PAD] = -math.inf  # no text contains it: the original forbids it, transformers does not
         for i, (row, new) in enumerate(zip(self.rows, self.new_tokens, strict=True)):
             if no_repeat_ngram_size:
                 logits[i, repeated_ngrams(self.prompts[row] + new, no_repeat_ngram_size)] = -math.inf

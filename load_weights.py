@@ -225,7 +225,7 @@ def _read_legacy_torch(path: Path) -> dict[str, Stored]:
             "if it is a good one from an old PyTorch, load it there and torch.save its state dict again"
         ) from None
     return {
-        name: Stored(tuple(t.shape), str(t.dtype).removeprefix("torch."), lambda t=t: t)
+        name: Stored(tuple(t.shape), str(t.dtype).removeprefix("torch."), lambda t=t.detach(): t)
         for name, t in _state_dict(content, path).items()
         if isinstance(t, Tensor)
     }
@@ -391,7 +391,7 @@ def find_tokenizer(checkpoint: Checkpoint, path: str | Path | None = None) -> To
     return tokenizer
 
 
-def listing(names: list[str], most: int = 20) -> str:
+def listing(names: list[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -408,6 +408,7 @@ def save_checkpoint(model: Kosmos2, sentencepiece_file: str | Path, folder: str 
     def write(name, how):
         part = folder / f"{name}.part"
         how(part)
+        part.chmod(0o644)  # safetensors writes files that only their owner can read
         os.replace(part, folder / name)
 
     if not (folder / SENTENCEPIECE).exists() or not os.path.samefile(sentencepiece_file, folder / SENTENCEPIECE):

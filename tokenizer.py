@@ -14,7 +14,7 @@ record of GRIT, the data set the model was trained on.
 
 import math
 import re
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -191,7 +191,8 @@ class Tokenizer:
         for part in parts:
             if part in self.special:
                 # A tag stands after the pieces that the text before it shares with the whole text.
-                ahead = len(commonprefix([words, self._encode_words(before)]))
+                shared = takewhile(lambda pair: pair[0] == pair[1], zip(words, self._encode_words(before), strict=False))
+                ahead = max(done, len(list(shared)))
                 ids += [*words[done:ahead], self.special[part]]
                 done = ahead
             else:

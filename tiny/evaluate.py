@@ -11,7 +11,6 @@
 | questions                 | the right answer, letter by letter                                            |
 """
 
-import argparse
 import random
 import re
 import sys
@@ -23,8 +22,9 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from kosmos2 import Kosmos2, preprocess_image  # noqa: E402
 from scenes import COLORS, NUMBERS, SHAPES, Example, Scene, plural, resolve, tasks  # noqa: E402
+
+from kosmos2 import Kosmos2, preprocess_image  # noqa: E402
 from tokenizer import Tokenizer, parse  # noqa: E402
 
 

@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -86,7 +87,7 @@ class Shape:
     center: tuple[float, float]
     size: float
 
-    @property
+    @cached_property
     def outline(self) -> list[tuple[float, float]]:
         """Its corners, in 0..1 of the picture."""
         xs, ys = zip(*OUTLINES[self.shape], strict=True)
@@ -95,7 +96,7 @@ class Shape:
         cx, cy = self.center
         return [(cx + (x - mx) * scale, cy + (y - my) * scale) for x, y in zip(xs, ys, strict=True)]
 
-    @property
+    @cached_property
     def box(self) -> tuple[float, float, float, float]:
         xs, ys = zip(*self.outline, strict=True)
         return min(xs), min(ys), max(xs), max(ys)
@@ -237,6 +238,13 @@ def nearest_place(shape: Shape) -> str:
 # ----------------------------------------------------------------------------------------------------
 
 
+MEANINGS = {
+    **{word: ("shape", one) for one in [*SHAPES, "shape"] for word in (one, plural(one))},
+    **{word: ("color", word) for word in COLORS},
+    **{word: ("size", word) for word in ("large", "small")},
+}
+
+
 def resolve(expression: str, scene: Scene) -> list[Shape] | None:
     """The rule-based reader: the shapes an expression fits, None if it is not one or cannot be decided.
 
@@ -250,11 +258,10 @@ def resolve(expression: str, scene: Scene) -> list[Shape] | None:
             if not anchors or len(anchors) != 1:
                 return None
             side, anchor = name, anchors[0]
-    known = {"shape": [*SHAPES, "shape"], "color": list(COLORS), "size": ["large", "small"]}
-    meaning, number = {}, None
+    meaning: dict[str, str] = {}
+    number = None
     for word in words.split():
-        single = {plural(s): s for s in known["shape"]}.get(word, word)
-        slot = next((k for k, v in known.items() if single in v), None)
+        slot, single = MEANINGS.get(word, (None, word))
         if word in NUMBERS:
             number = NUMBERS.index(word)
         elif slot and slot not in meaning:

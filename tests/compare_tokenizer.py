@@ -1,0 +1,88 @@
+"""Compare ids and decoded text with the official tokenizer on many generated prompts.
+
+    KOSMOS2_REFERENCE=FOLDER python tests/compare_tokenizer.py [--count 10000]
+
+FOLDER holds the official sentencepiece model and reference.py, which sets up transformers' processor.
+"""
+
+import argparse
+import importlib.util
+import os
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tokenizer import Tokenizer
+
+WORDS = """a an the two image of snowman fire dog's cat, puppies sit field grass. Question: Answer: What is special
+about this picture? Describe in detail: "quoted" (brackets) it's 3.14 1,024 42 2026-11-23 100% $5 50/50 e-mail x@y.org
+C++ #tag semi; colon: naïve café Ångström über señor façade 東京 猫 こんにちは привет мир Ελλάδα عربى हिन्दी 한국어
+🐶 ☃ ❤ — – “curly” ‘single’ € £ ° ± × a/b and_or snake_case CamelCase ALLCAPS supercalifragilistic ... !? < > <3
+&amp; \\n [x] {y} ~ ^ | * == != -> don't they're we'll ¿qué? ¡hola!""".split()
+SPACES = [" ", " ", " ", " ", "  ", "\n", "\t", ""]
+
+
+def prompts(count: int, seed: int = 0) -> list[tuple[str, list | None]]:
+    """Random (prompt, boxes): words of many scripts, numbers, punctuation, tags with all kinds of spacing."""
+    rng = random.Random(seed)
+
+    def words(most):
+        return "".join(rng.choice(WORDS) + rng.choice(SPACES) for _ in range(rng.randint(1, most)))
+
+    def box():
+        if rng.random() < 0.5:
+            return rng.randrange(512), rng.randrange(512, 1024)
+        x, y = rng.random() * 0.8, rng.random() * 0.8
+        return x, y, x + 0.01 + rng.random() * 0.19, y + 0.01 + rng.random() * 0.19
+
+    made = []
+    for _ in range(count):
+        text = rng.choice(["<grounding>", "<grounding> ", "  <grounding>\n", "", ""]) + words(6)
+        phrases = rng.randint(0, 3)
+        for _ in range(phrases):
+            inside = rng.choice(["", " ", "  "]) + words(3).replace("<", "").replace("\n", " ")
+            text += f"{rng.choice(SPACES)}<phrase>{inside.strip() or 'x'}{rng.choice(['', ' '])}</phrase>"
+            text += rng.choice(["", "", ".", ",", "?", " .", " and ", "'s "]) + (words(4) if rng.random() < 0.6 else "")
+        if rng.random() < 0.1:
+            text += "<object><patch_index_0044><patch_index_0863></object>" + rng.choice(["", ".", " is"])
+        boxes = None
+        if phrases and rng.random() < 0.6:
+            boxes = [rng.choice([None, box(), [box()], [box(), box()]]) for _ in range(phrases)]
+        made.append((text, boxes))
+    return made
+
+
+def compare(tokenizer: Tokenizer, processor, cases) -> list[tuple]:
+    """The cases in which ids, image mask or decoded text differ, with and without a picture."""
+    from PIL import Image
+
+    picture, different = Image.new("RGB", (8, 8)), []
+    for text, boxes in cases:
+        theirs = processor(text=text, images=picture, bboxes=boxes)
+        ids, mask = tokenizer.encode_prompt(text, 1, boxes)
+        decoded = processor.post_process_generation(
+            processor.batch_decode([theirs.input_ids], skip_special_tokens=True)[0], cleanup_and_extract=False
+        )
+        ours, wanted = (ids, [int(m) for m in mask]), (theirs.input_ids, theirs.image_embeds_position_mask)
+        if ours != wanted or tokenizer.decode(ids) != decoded:
+            different.append((text, boxes, ids, theirs.input_ids, tokenizer.decode(ids), decoded))
+            continue
+        plain_ids = processor(text=text, bboxes=boxes, add_eos_token=True).input_ids
+        if tokenizer.encode(text.strip(), boxes, add_eos=True) != plain_ids:
+            different.append((text, boxes, tokenizer.encode(text.strip(), boxes, add_eos=True), plain_ids))
+    return different
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--count", type=int, default=10_000)
+    count = parser.parse_args().count
+    spec = importlib.util.spec_from_file_location("reference", Path(os.environ["KOSMOS2_REFERENCE"]) / "reference.py")
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    found = compare(Tokenizer(reference.SPM), reference.processor(), prompts(count))
+    for case in found[:10]:
+        print(*case, sep="\n    ")
+    print(f"{count} prompts, {len(found)} differ")
+    sys.exit(bool(found))

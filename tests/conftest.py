@@ -1,0 +1,118 @@
+"""What the tests share: paths, small random models, and the reference where it is installed."""
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tiny"
+sys.path[:0] = [str(ROOT), str(TINY)]
+
+from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig  # noqa: E402
+from load_weights import SENTENCEPIECE, load_checkpoint, save_checkpoint  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+
+HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+needs_transformers = pytest.mark.skipif(not HAS_TRANSFORMERS, reason="transformers is not installed")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "official: needs the official weights, KOSMOS2_CHECKPOINT")
+
+
+def rough(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Random weights under which every part matters: norms and biases far from 1 and 0, attention not flat."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("lm_head.weight"):
+                continue  # the embedding again
+            noise = torch.randn(p.shape, generator=generator)
+            if p.dim() > 1 and "position" not in name and "latent" not in name:
+                noise *= (1.7 if "q_proj" in name or "k_proj" in name else 1.0) / math.sqrt(p[0].numel())
+            elif name.endswith("bias"):
+                noise *= 0.2
+            elif p.dim() == 1 and name.endswith("weight"):
+                noise = 1 + 0.3 * noise
+            p.copy_(noise)
+    return model
+
+
+VOCAB = Tokenizer(TINY / SENTENCEPIECE).vocab_size
+SMALL = Kosmos2Config(
+    vision=VisionConfig(image_size=42, patch_size=14, width=40, layers=2, heads=5, mlp_width=72),
+    text=TextConfig(vocab_size=VOCAB, width=48, layers=3, heads=3, mlp_width=88, no_repeat_ngram_size=0),
+    latent_query_num=5,
+)
+
+
+@pytest.fixture(scope="session")
+def small() -> Kosmos2:
+    """A small random model on the vocabulary of the bundled one."""
+    return rough(Kosmos2(SMALL), seed=1).eval()
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer() -> Tokenizer:
+    return Tokenizer(TINY / SENTENCEPIECE, SMALL.latent_query_num)
+
+
+@pytest.fixture(scope="session")
+def small_folder(small, tmp_path_factory) -> Path:
+    """The small model as a checkpoint in the published layout. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("small")
+    save_checkpoint(small, TINY / SENTENCEPIECE, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The bundled model and its tokenizer."""
+    return load_checkpoint(TINY)
+
+
+@pytest.fixture
+def reference():
+    """The module that sets up the official tokenizer for comparisons; its folder is in KOSMOS2_REFERENCE."""
+    folder = os.environ.get("KOSMOS2_REFERENCE")
+    if not folder or not HAS_TRANSFORMERS:
+        pytest.skip("KOSMOS2_REFERENCE names no folder with the official sentencepiece model, or no transformers")
+    spec = importlib.util.spec_from_file_location("reference", Path(folder) / "reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def official_words() -> Path:
+    """The official sentencepiece model."""
+    folder = os.environ.get("KOSMOS2_REFERENCE")
+    if not folder:
+        pytest.skip("KOSMOS2_REFERENCE names no folder with the official sentencepiece model")
+    return Path(folder) / SENTENCEPIECE
+
+
+def copy(folder: Path, to: Path, **config_changes) -> Path:
+    """A checkpoint folder copied, with entries of config.json replaced (None removes one)."""
+    shutil.copytree(folder, to)
+    if config_changes:
+        config = json.loads((to / "config.json").read_text()) | config_changes
+        (to / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return to
+
+
+def prompt_batch(tokenizer: Tokenizer, prompts: list[str], images: list[int] | None = None):
+    """Prompts of any length -> tokens, image_mask, pad_mask, padded on the left."""
+    rows = [tokenizer.encode_prompt(p, n) for p, n in zip(prompts, images or [1] * len(prompts), strict=True)]
+    T = max(len(ids) for ids, _ in rows)
+    tokens = torch.tensor([[1] * (T - len(ids)) + ids for ids, _ in rows])
+    image_mask = torch.tensor([[False] * (T - len(ids)) + mask for ids, mask in rows])
+    pad_mask = torch.tensor([[True] * (T - len(ids)) + [False] * len(ids) for ids, _ in rows])
+    return tokens, image_mask, pad_mask

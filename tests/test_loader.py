@@ -1,0 +1,309 @@
+"""Every form of checkpoint gives the same model; every damaged one is refused, naming what is wrong."""
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections import OrderedDict
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, TINY, copy
+from safetensors.torch import load_file, save_file
+
+from kosmos2 import Kosmos2
+from load_weights import EMBEDDING, SENTENCEPIECE, Checkpoint, load_checkpoint, rename, save_checkpoint
+
+LM_HEAD = "text_model.lm_head.weight"
+
+
+def published(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def fairseq_state(model: Kosmos2) -> dict:
+    """What fairseq's trainer would have saved: configuration objects, weights, leftovers."""
+    weights = {rename(name, 2): tensor for name, tensor in model.state_dict().items()}
+    weights["gpt_model.decoder.output_projection.weight"] = model.state_dict()[EMBEDDING]
+    weights["gpt_model.decoder.embed_positions._float_tensor"] = torch.zeros(1)
+    weights["gpt_model.decoder.self_attn_sope.scale"] = torch.ones(32)
+    return {"args": None, "cfg": {"model": argparse.Namespace(layers=3, path=ROOT)}, "model": weights,
+            "optimizer_history": [{"num_updates": 1}], "extra_state": OrderedDict(epoch=1)}  # fmt: skip
+
+
+def assert_same(model: Kosmos2, small: Kosmos2, dtype=torch.float32):
+    wanted = small.state_dict()
+    assert model.state_dict().keys() == wanted.keys() and not model.training
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == dtype and torch.equal(tensor, wanted[name].to(dtype)), name
+
+
+# ------------------------------------------------------------------------------------------ accepted forms
+
+
+def test_folder_and_bare_file(small, small_folder):
+    for path in (small_folder, small_folder / "model.safetensors", str(small_folder)):
+        model, tokenizer = load_checkpoint(path)
+        assert_same(model, small)
+        assert model.config == SMALL and tokenizer.num_image_tokens == SMALL.latent_query_num
+
+
+def test_shards(small, small_folder, tmp_path):
+    folder = copy(small_folder, tmp_path / "shards")
+    tensors = published(folder)
+    (folder / "model.safetensors").unlink()
+    names, index = sorted(tensors), {}
+    for i in range(3):
+        file = f"model-{i + 1:05}-of-00003.safetensors"
+        save_file({name: tensors[name] for name in names[i::3]}, folder / file)
+        index |= dict.fromkeys(names[i::3], file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    for path in (folder, folder / "model.safetensors.index.json"):
+        assert_same(load_checkpoint(path)[0], small)
+    save_file({names[0]: tensors[names[0]]}, folder / "model-00002-of-00003.safetensors")
+    with pytest.raises(ValueError, match="another shard"):
+        load_checkpoint(folder)
+    (folder / "model-00003-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-00003-of-00003"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_pytorch_bin(small, small_folder, tmp_path, zip_format):
+    folder = copy(small_folder, tmp_path / "bin")
+    state = OrderedDict(published(folder))
+    state[LM_HEAD] = state[rename(EMBEDDING, 1)]  # one storage, two names
+    state["vision_model.model.post_layernorm.weight"] = torch.nn.Parameter(state["vision_model.model.post_layernorm.weight"])
+    q_proj = "text_model.model.layers.0.self_attn.q_proj.weight"
+    state[q_proj] = state[q_proj].t().contiguous().t()  # stored column by column
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zip_format)
+    assert_same(load_checkpoint(folder)[0], small)
+    assert_same(load_checkpoint(folder / "pytorch_model.bin")[0], small)
+
+
+def test_fairseq(small, small_folder, tmp_path):
+    folder = copy(small_folder, tmp_path / "fairseq")
+    (folder / "model.safetensors").unlink()
+    torch.save(fairseq_state(small), folder / "kosmos-2.pt")
+    assert_same(load_checkpoint(folder)[0], small)
+    assert_same(load_checkpoint(folder / "kosmos-2.pt")[0], small)
+    assert Checkpoint(folder).problems() == []
+
+
+@pytest.mark.parametrize("keep", [{"embed"}, {"head"}, {"embed", "head"}])
+def test_either_or_both_of_the_tied_weights(small, small_folder, tmp_path, keep):
+    folder = copy(small_folder, tmp_path / "tied")
+    tensors = published(folder)
+    embed = tensors.pop(rename(EMBEDDING, 1))
+    if "embed" in keep:
+        tensors[rename(EMBEDDING, 1)] = embed
+    if "head" in keep:
+        tensors[LM_HEAD] = embed.clone()
+    tensors["text_model.model.embed_positions.weights"] = torch.zeros(4, 48)  # a known leftover
+    save_file(tensors, folder / "model.safetensors")
+    assert_same(load_checkpoint(folder)[0], small)
+
+
+def test_tied_weights_that_differ_are_refused(small_folder, tmp_path):
+    folder = copy(small_folder, tmp_path / "untied")
+    tensors = published(folder)
+    save_file(tensors | {LM_HEAD: tensors[rename(EMBEDDING, 1)] * 2}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=LM_HEAD):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stored_and_wanted_type_are_independent(small, small_folder, tmp_path, stored, precision):
+    folder = copy(small_folder, tmp_path / "types")
+    save_file({name: t.to(stored) for name, t in published(folder).items()}, folder / "model.safetensors")
+    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model, _ = load_checkpoint(folder, precision=precision)
+    state = small.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == wanted and torch.equal(tensor, state[name].to(stored).to(wanted))
+
+
+def test_without_config_the_published_sizes_are_meant(small_folder, tmp_path):
+    folder = copy(small_folder, tmp_path / "bare")
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"772 missing.*wanted \(257, 1024\)"):
+        load_checkpoint(folder)
+
+
+def test_saving_gives_the_published_layout_back(small, small_folder, tmp_path):
+    torch.save(fairseq_state(small), tmp_path / "kosmos-2.pt")
+    for name in ("config.json", SENTENCEPIECE):
+        shutil.copy(small_folder / name, tmp_path / name)
+    run = [sys.executable, ROOT / "load_weights.py", tmp_path, "--save", tmp_path / "saved"]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "original (fairseq)" in done.stdout and "complete" in done.stdout
+    assert "vision            39" in done.stdout and not list((tmp_path / "saved").glob("*.part"))
+    assert_same(load_checkpoint(tmp_path / "saved")[0], small)
+    a, b = published(tmp_path / "saved"), published(small_folder)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_name_of_the_published_model_has_its_place():
+    """885 tensors; spelled as both layouts spell them."""
+    with torch.device("meta"):
+        from kosmos2 import Kosmos2Config
+
+        names = list(Kosmos2(Kosmos2Config()).state_dict())
+    for column in (1, 2):
+        theirs = [rename(name, column) for name in names]
+        assert len(set(theirs)) == len(names) == 885 and None not in theirs
+    assert rename("vision.pre_layernorm.bias", 1) == "vision_model.model.pre_layrnorm.bias"
+    assert rename("vision.layers.11.mlp.fc2.bias", 2) == "img_model.visual.transformer.resblocks.11.mlp.c_proj.bias"
+    assert rename("decoder.layers.3.attn.inner_attn_ln.bias", 1) == "text_model.model.layers.3.self_attn.inner_attn_ln.bias"
+    assert rename("decoder.layers.3.norm2.bias", 2) == "gpt_model.decoder.layers.3.final_layer_norm.bias"
+
+
+# ------------------------------------------------------------------------------------------------- refused
+
+
+def test_tensors_missing_unexpected_and_misshaped_are_named(small_folder, tmp_path):
+    folder = copy(small_folder, tmp_path / "wrong")
+    tensors = published(folder)
+    del tensors["image_to_text_projection.latent_query"]
+    tensors["text_model.model.layers.9.ffn.fc1.bias"] = torch.zeros(3)
+    tensors["vision_model.model.post_layernorm.bias"] = torch.zeros(7)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError) as refused:
+        load_checkpoint(folder)
+    message = str(refused.value)
+    assert "1 missing: image_to_text_projection.latent_query" in message
+    assert "1 unexpected: text_model.model.layers.9.ffn.fc1.bias" in message
+    assert "vision_model.model.post_layernorm.bias (7,), wanted (40,)" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(small_folder, tmp_path, value):
+    folder = copy(small_folder, tmp_path / "nan")
+    tensors = published(folder)
+    tensors["image_to_text_projection.dense.bias"][3] = value
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"image_to_text_projection\.dense\.bias"):
+        load_checkpoint(folder)
+
+
+def test_values_too_large_for_half_precision_are_named(small_folder, tmp_path):
+    folder = copy(small_folder, tmp_path / "large")
+    tensors = published(folder)
+    tensors["image_to_text_projection.dense.bias"][3] = 1e6
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="fp32 or bf16"):
+        load_checkpoint(folder, precision="fp16")
+
+
+class Bomb:
+    """Pickled, it asks whoever loads it to create a file."""
+
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return open, (self.target, "w")
+
+
+def test_nothing_in_a_pickle_is_executed(small, small_folder, tmp_path):
+    fuse = tmp_path / "exploded"
+    state = fairseq_state(small)
+    state["cfg"] = Bomb(fuse)
+    torch.save(state, tmp_path / "kosmos-2.pt")
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "control"))).close()
+    assert (tmp_path / "control").exists()  # the bomb works …
+    for name in ("config.json", SENTENCEPIECE):
+        shutil.copy(small_folder / name, tmp_path / name)
+    assert_same(load_checkpoint(tmp_path / "kosmos-2.pt")[0], small)
+    assert not fuse.exists()  # … but not here
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="safely"):
+        load_checkpoint(tmp_path / "old.pt")
+    assert not fuse.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "kosmos-2.pt"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "flipped"])
+def test_damaged_files(small, small_folder, tmp_path, name, damage):
+    folder = copy(small_folder, tmp_path / "damaged")
+    if name != "model.safetensors":
+        torch.save(fairseq_state(small) if name.endswith("pt") else published(folder), folder / name)
+        (folder / "model.safetensors").unlink()
+    content = (folder / name).read_bytes()
+    middle = len(content) // 2
+    (folder / name).write_bytes(
+        {"truncated": content[:middle], "empty": b"", "text": b"<html>not found</html>",
+         "flipped": content[: middle] + bytes(255 - b for b in content[middle : middle + 4]) + content[middle + 4 :]}[damage]
+    )  # fmt: skip
+    if damage == "flipped" and name == "model.safetensors":
+        return  # the format has no checksum; a flipped bit of a weight cannot be told from a weight
+    with pytest.raises(ValueError, match=rf"{name}.*(damaged|safely|download)"):
+        load_checkpoint(folder)
+
+
+def test_paths_that_lead_nowhere(tmp_path, small_folder):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
+        load_checkpoint(tmp_path / "nothing.safetensors")
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        load_checkpoint(tmp_path)
+    folder = copy(small_folder, tmp_path / "wordless")
+    (folder / SENTENCEPIECE).unlink()
+    with pytest.raises(FileNotFoundError, match="sentencepiece"):
+        load_checkpoint(folder)
+    assert load_checkpoint(folder, tokenizer=TINY / SENTENCEPIECE)
+    assert load_checkpoint(folder, tokenizer=TINY)
+
+
+def test_hub_ids(monkeypatch):
+    """Offline, or without huggingface_hub, one line says how to get the files."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
+        load_checkpoint("microsoft/kosmos-2-patch14-224")
+
+
+def test_a_vocabulary_of_another_size_is_refused(small_folder, tmp_path, official_words):
+    with pytest.raises(ValueError, match="65037"):
+        load_checkpoint(small_folder, tokenizer=official_words)
+
+
+def test_unknown_precision(small_folder):
+    with pytest.raises(ValueError, match="fp64"):
+        load_checkpoint(small_folder, precision="fp64")
+
+
+def test_command_reports_what_is_missing(small_folder, tmp_path):
+    folder = copy(small_folder, tmp_path / "incomplete")
+    tensors = published(folder)
+    del tensors["image_to_text_projection.latent_query"]
+    save_file(tensors, folder / "model.safetensors")
+    done = subprocess.run([sys.executable, ROOT / "load_weights.py", folder], capture_output=True, text=True)
+    assert done.returncode == 1 and "NOT complete" in done.stdout and "latent_query" in done.stdout
+    done = subprocess.run([sys.executable, ROOT / "load_weights.py", tmp_path / "x.pt"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_memory_while_loading(tmp_path):
+    """A checkpoint of 400 MB: the process grows by little more than the weights, and half as much for bf16."""
+    from dataclasses import replace
+
+    wide = replace(SMALL, text=replace(SMALL.text, width=1152, heads=3, mlp_width=4608, layers=6))
+    model = Kosmos2(wide)
+    save_checkpoint(model, TINY / SENTENCEPIECE, tmp_path)
+    size = os.path.getsize(tmp_path / "model.safetensors") / 2**20
+    del model
+    script = (
+        "import resource, sys\nsys.path.insert(0, sys.argv[1])\nfrom load_weights import load_checkpoint\n"
+        "import torch; torch.zeros(9) @ torch.zeros(9)\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before = peak()\nload_checkpoint(sys.argv[2], sys.argv[3])\nprint(peak() - before)"
+    )
+    for precision, most in (("fp32", 1.15), ("bf16", 0.65)):
+        run = [sys.executable, "-c", script, str(ROOT), str(tmp_path), precision]
+        grown = float(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+        assert grown < most * size, (precision, grown, size)

@@ -1,0 +1,352 @@
+"""The model against itself and against recorded values; no transformers needed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, prompt_batch
+from PIL import Image
+
+from kosmos2 import (
+    EOS, Kosmos2, Kosmos2Config, causal_mask, preprocess_image, repeated_ngrams, sample,
+    sinusoidal_positions, token_positions,
+)  # fmt: skip
+
+PROMPTS = ["<grounding>An image of", "<grounding><phrase> the red star left of the blue square</phrase>", "An image"]
+GOLDEN = Path(__file__).with_name("golden.json")
+
+
+def pixels(count: int, seed: int = 0) -> torch.Tensor:
+    size = SMALL.vision.image_size
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------- the forward pass
+
+
+def test_golden_values(small, small_tokenizer):
+    """Logits and ids that transformers computed once with these weights; tests/golden.py records them."""
+    golden = json.loads(GOLDEN.read_text())
+    tokens, image_mask, _ = prompt_batch(small_tokenizer, PROMPTS[:1])
+    with torch.no_grad():
+        image_embeds = small.encode_image(pixels(1))
+        logits, loss = small(tokens, image_embeds=image_embeds, image_mask=image_mask, labels=tokens)
+    torch.testing.assert_close(image_embeds[0, 0, :8], torch.tensor(golden["image_embeds"]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[0, -1, :8], torch.tensor(golden["logits"]), rtol=1e-4, atol=1e-4)
+    assert loss.item() == pytest.approx(golden["loss"], rel=1e-5)
+    for name, options in golden["options"].items():
+        new = small.generate(tokens, pixels=pixels(1), image_mask=image_mask, **options)
+        assert new[0] == golden["ids"][name], name
+
+
+def test_shapes_and_sizes_of_the_published_model():
+    with torch.device("meta"):
+        model = Kosmos2(Kosmos2Config())
+        parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+        assert parameters == {"vision": 303_179_776, "resampler": 19_015_680, "decoder": 1_342_289_920}
+        tokens, image_mask = torch.zeros(1, 71, dtype=torch.long), torch.zeros(1, 71, dtype=torch.bool)
+        assert model.encode_image(torch.zeros(2, 3, 224, 224)).shape == (2, 64, 2048)
+        x = model.decoder.embed_tokens(tokens)
+        assert model.decoder.unembed(model.decoder(x, tokens)).shape == (1, 71, 65037)
+        assert image_mask.shape == tokens.shape
+
+
+def test_positions_begin_at_two_and_skip_padding():
+    pad = torch.tensor([[True, True, False, False], [False, False, False, True]])
+    assert token_positions(torch.zeros(2, 4, dtype=torch.long), pad).tolist() == [[1, 1, 2, 3], [2, 3, 4, 4]]
+    table = sinusoidal_positions(torch.tensor([[2, 5]]), 6)
+    assert table.shape == (1, 2, 6)
+    assert table[0, 1, 0] == pytest.approx(torch.sin(torch.tensor(5.0)).item())  # sines first …
+    assert table[0, 1, 5] == pytest.approx(torch.cos(torch.tensor(5 / 10000)).item())  # … cosines last
+    assert sinusoidal_positions(torch.tensor([[3]]), 7).shape == (1, 1, 7)
+
+
+def test_a_position_sees_only_what_came_before(small, small_tokenizer):
+    tokens, image_mask, _ = prompt_batch(small_tokenizer, PROMPTS[:1])
+    changed = tokens.clone()
+    changed[0, -1] += 1
+    with torch.no_grad():
+        a = small(tokens, pixels=pixels(1), image_mask=image_mask)
+        b = small(changed, pixels=pixels(1), image_mask=image_mask)
+    assert torch.equal(a[:, :-1], b[:, :-1]) and not torch.equal(a[:, -1], b[:, -1])
+    assert causal_mask(2, 4).tolist() == [[True, True, True, False], [True, True, True, True]]
+
+
+def test_several_pictures_and_none(small, small_tokenizer):
+    """Rows with two pictures, one and none in one batch are what each row is alone."""
+    prompts = ["<image> a star <image> a heart", "<image> a cross", "a red star and"]
+    tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, prompts, [2, 1, 0])
+    three = pixels(3)
+    with torch.no_grad():
+        together = small(tokens, pixels=three, image_mask=image_mask, pad_mask=pad_mask)
+        for row, images in enumerate((three[:2], three[2:], None)):
+            real = ~pad_mask[row]
+            alone = small(
+                tokens[row : row + 1, real],
+                pixels=images,
+                image_mask=image_mask[row : row + 1, real] if images is not None else None,
+            )
+            torch.testing.assert_close(together[row, real], alone[0], rtol=1e-5, atol=1e-5)
+
+
+def test_loss_is_shifted_and_ignores(small, small_tokenizer):
+    tokens, image_mask, _ = prompt_batch(small_tokenizer, PROMPTS[:1])
+    labels = torch.full_like(tokens, -100)
+    labels[0, -2:] = tokens[0, -2:]
+    with torch.no_grad():
+        logits, loss = small(tokens, pixels=pixels(1), image_mask=image_mask, labels=labels)
+    log_probs = logits[0].log_softmax(-1)
+    by_hand = -(log_probs[-3, tokens[0, -2]] + log_probs[-2, tokens[0, -1]]) / 2
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-6)
+
+
+def test_gradients_reach_every_parameter(small_tokenizer):
+    model = Kosmos2(SMALL)
+    tokens, image_mask, _ = prompt_batch(small_tokenizer, PROMPTS[:1])
+    model(tokens, pixels=pixels(1), image_mask=image_mask, labels=tokens)[1].backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(image_mask=None), "image_mask marks 0 slots"),
+        (dict(pixels=None), "the pictures fill 0"),
+        (dict(pixels=torch.zeros(1, 3, 41, 42)), "wants"),
+        (dict(pixels=torch.zeros(3, 42, 42)), "wants"),
+        (dict(image_embeds=torch.zeros(1, 5, 48)), "not both"),
+        (dict(tokens=torch.full((1, 9), 10**6)), "token ids"),
+        (dict(tokens=torch.zeros(9, dtype=torch.long)), "tokens have shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused(small, small_tokenizer, change, words):
+    tokens, image_mask, _ = prompt_batch(small_tokenizer, PROMPTS[:1])
+    arguments = dict(tokens=tokens, pixels=pixels(1), image_mask=image_mask) | change
+    with pytest.raises(ValueError, match=words):
+        small(**arguments)
+
+
+def test_preprocessing_squashes_and_takes_every_mode():
+    picture = Image.radial_gradient("L").resize((64, 20))
+    for mode in ("L", "RGB", "CMYK", "RGBA", "P", "1"):
+        assert preprocess_image(picture.convert(mode), 28).shape == (3, 28, 28)
+    white = preprocess_image(Image.new("RGB", (5, 9), "white"), 14)
+    torch.testing.assert_close(white[:, 0, 0], torch.tensor([1.93033625, 2.07488384, 2.14589594]))
+
+
+# ---------------------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("left_padded", [False, True])
+def test_the_cache_changes_nothing_at_any_step(small, small_tokenizer, left_padded):
+    """Every new token, computed with the cache, is the argmax of a fresh pass over the whole sequence."""
+    tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS[:2] if left_padded else PROMPTS[:1])
+    images = pixels(len(tokens))
+    new = small.generate(tokens, pixels=images, image_mask=image_mask, pad_mask=pad_mask, max_new_tokens=12)
+    grown, grown_mask, grown_pad = tokens, image_mask, pad_mask
+    for step in range(12):
+        with torch.no_grad():
+            logits = small(grown, pixels=images, image_mask=grown_mask, pad_mask=grown_pad)[:, -1]
+        assert logits.argmax(-1).tolist() == [row[step] for row in new]
+        column = torch.tensor([[row[step]] for row in new])
+        grown = torch.cat([grown, column], dim=1)
+        grown_mask, grown_pad = (torch.cat([m, torch.zeros_like(column, dtype=bool)], 1) for m in (grown_mask, grown_pad))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(no_repeat_ngram_size=2), dict(num_beams=3), dict(temperature=1.5, top_p=0.9, seed=7),
+     dict(temperature=1.0, top_k=20, seed=1)],
+)  # fmt: skip
+def test_a_row_never_depends_on_the_others(small, small_tokenizer, options):
+    tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS)
+    images, rows = pixels(3), []
+    together = small.generate(
+        tokens, pixels=images, image_mask=image_mask, pad_mask=pad_mask, max_new_tokens=14, **options
+    )
+    for row in range(3):
+        alone, mask, _ = prompt_batch(small_tokenizer, PROMPTS[row : row + 1])
+        rows += small.generate(alone, pixels=images[row : row + 1], image_mask=mask, max_new_tokens=14, **options)
+    assert together == rows
+
+
+def test_rows_that_end_early_leave_the_others_alone(small, small_tokenizer, monkeypatch):
+    """A model that ends some rows early and others late."""
+    tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS)
+    arguments = dict(pixels=pixels(3), image_mask=image_mask, pad_mask=pad_mask, max_new_tokens=10)
+    arguments |= dict(temperature=1.0, seed=5)
+    free = small.generate(tokens, **arguments)
+    stop = free[1][2]  # let the token that row 1 draws third be </s>
+    assert stop not in free[1][:2] and any(stop not in row for row in free)
+    monkeypatch.setattr("kosmos2.EOS", stop)
+    stopped = small.generate(tokens, **arguments)
+    assert stopped == [row[: row.index(stop) + 1] if stop in row else row for row in free]
+    assert len(stopped[1]) == 3
+
+
+def test_streaming_yields_what_generate_returns(small, small_tokenizer):
+    tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS)
+    arguments = dict(pixels=pixels(3), image_mask=image_mask, pad_mask=pad_mask, max_new_tokens=6)
+    steps = list(small.stream(tokens, **arguments))
+    assert [list(column) for column in zip(*steps, strict=True)] == small.generate(tokens, **arguments)
+
+
+def test_lengths(small, small_tokenizer):
+    tokens, image_mask, _ = prompt_batch(small_tokenizer, PROMPTS[:1])
+    arguments = dict(pixels=pixels(1), image_mask=image_mask)
+    assert small.generate(tokens, max_new_tokens=0, **arguments) == [[]]
+    assert len(small.generate(tokens, max_new_tokens=1, **arguments)[0]) == 1
+    assert small.generate(tokens, max_new_tokens=1, num_beams=2, **arguments)[0]
+    hot = dict(temperature=30.0, seed=3, max_new_tokens=400, **arguments)
+    free, held = small.generate(tokens, **hot)[0], small.generate(tokens, min_new_tokens=400, **hot)[0]
+    assert EOS not in held and len(held) == 400
+    assert len(free) <= 400
+
+
+def test_positions_beyond_training_are_refused(small_tokenizer):
+    short = Kosmos2(replace(SMALL, text=replace(SMALL.text, max_positions=20))).eval()
+    tokens = torch.full((1, 15), 9)
+    assert len(short.generate(tokens, max_new_tokens=5, min_new_tokens=5)[0]) == 5
+    with pytest.raises(ValueError, match="at most 5"):
+        short.generate(tokens, max_new_tokens=6)
+    with pytest.raises(ValueError, match="shorten the prompt"):
+        short.generate(torch.full((1, 21), 9), max_new_tokens=1)
+    with pytest.raises(ValueError, match="21 tokens"):
+        short(torch.full((1, 21), 9))
+    padded = torch.cat([torch.full((1, 10), 1), tokens], dim=1)  # padding takes no position
+    pad_mask = torch.arange(25)[None] < 10
+    assert len(short.generate(padded, pad_mask=pad_mask, max_new_tokens=5, min_new_tokens=5)[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(max_new_tokens=-1), "max_new_tokens"), (dict(max_new_tokens=2.5), "max_new_tokens"),
+        (dict(min_new_tokens=9, max_new_tokens=8), "min_new_tokens"), (dict(temperature=-1.0), "temperature"),
+        (dict(temperature=float("nan")), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=0.0), "top_p"),
+        (dict(top_p=1.5), "top_p"), (dict(no_repeat_ngram_size=-1), "no_repeat"), (dict(num_beams=0), "num_beams"),
+        (dict(num_beams=2, temperature=1.0), "does not sample"), (dict(max_new_tokens=5000), "positions"),
+    ],
+)  # fmt: skip
+def test_impossible_options_are_refused(small, options, words):
+    with pytest.raises(ValueError, match=words):
+        small.generate(torch.full((1, 4), 9), **options)
+
+
+def test_right_padding_is_refused(small):
+    with pytest.raises(ValueError, match="left"):
+        small.generate(torch.full((1, 4), 9), pad_mask=torch.tensor([[False, False, False, True]]))
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def draw(probabilities, u, **options):
+    options = dict(temperature=1.0, top_k=None, top_p=None) | options
+    return sample(torch.tensor([probabilities]).log(), u=torch.tensor([u]), **options).item()
+
+
+def test_sampling_inverts_the_distribution():
+    probabilities = [0.1, 0.6, 0.3]  # in order of likelihood: 1 up to 0.6, then 2 up to 0.9, then 0
+    assert [draw(probabilities, u) for u in (0.0, 0.59, 0.61, 0.89, 0.91, 0.9999)] == [1, 1, 2, 2, 0, 0]
+
+
+def test_top_p_keeps_the_token_that_crosses():
+    probabilities = [0.1, 0.6, 0.3]
+    assert {draw(probabilities, u, top_p=0.7) for u in (0.0, 0.5, 0.9999)} == {1, 2}
+    assert {draw(probabilities, u, top_p=1e-9) for u in (0.0, 0.5, 0.9999)} == {1}
+    assert {draw(probabilities, u, top_p=1.0) for u in (0.0, 0.7, 0.9999)} == {0, 1, 2}
+
+
+def test_top_k():
+    probabilities = [0.1, 0.6, 0.3]
+    assert {draw(probabilities, u, top_k=1) for u in (0.0, 0.9999)} == {1}
+    assert draw(probabilities, 0.9999, top_k=99) == 0  # more than there are
+    tied = [0.25, 0.25, 0.25, 0.25]
+    assert {draw(tied, u, top_k=2) for u in (0.0, 0.4, 0.6, 0.9999)} == {0, 1}  # exactly two of four equals
+    assert draw([0.5, 0.3, 0.2], 0.99, top_k=2, top_p=0.6) == 0  # of the two left, the first already holds 5/8
+
+
+def test_temperatures():
+    logits = torch.tensor([[1.0, 3.0, 3.0]])
+    assert sample(logits, 0.0, None, None, torch.zeros(1)).item() == 1  # the first of equals
+    assert sample(logits * 1e30, 1e-30, None, None, torch.tensor([0.4])).item() in (1, 2)
+    cold = {sample(torch.tensor([[1.0, 3.0, 2.0]]), 0.01, None, None, torch.tensor([u])).item() for u in (0.0, 0.999)}
+    assert cold == {1}
+
+
+def test_seeds(small, small_tokenizer):
+    tokens, image_mask, _ = prompt_batch(small_tokenizer, PROMPTS[:1])
+    arguments = dict(pixels=pixels(1), image_mask=image_mask, temperature=1.0, max_new_tokens=20)
+    runs = [small.generate(tokens, seed=seed, **arguments) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+    assert small.generate(tokens, **arguments) != small.generate(tokens, **arguments)
+
+
+def test_ngram_block():
+    assert repeated_ngrams([5, 6, 7, 5, 6], 3) == [7]
+    assert repeated_ngrams([5, 6, 7, 8], 3) == []
+    assert repeated_ngrams([5, 6], 3) == []
+    assert sorted(repeated_ngrams([5, 6, 5], 1)) == [5, 5, 6]
+    assert repeated_ngrams([], 2) == []
+
+
+def test_ngram_block_holds_in_the_output(small, small_tokenizer):
+    tokens, image_mask, _ = prompt_batch(small_tokenizer, PROMPTS[:1])
+    new = small.generate(tokens, pixels=pixels(1), image_mask=image_mask, max_new_tokens=60, no_repeat_ngram_size=2)
+    text = tokens[0].tolist() + new[0]
+    pairs = list(zip(text, text[1:], strict=False))
+    assert len(set(pairs)) == len(pairs)
+
+
+def test_weights_that_are_not_finite_are_noticed(small_tokenizer):
+    model = Kosmos2(SMALL).eval()
+    with torch.no_grad():
+        model.decoder.layer_norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        model.generate(torch.full((1, 4), 9), max_new_tokens=2)
+
+
+# ------------------------------------------------------------------------------------------- configuration
+
+
+def write(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(SMALL.to_published() | changes))
+    return path
+
+
+def test_config_round_trip(tmp_path):
+    assert Kosmos2Config.from_json(write(tmp_path, unknown=1)) == SMALL
+    (tmp_path / "empty.json").write_text("{}")
+    assert Kosmos2Config.from_json(tmp_path / "empty.json") == Kosmos2Config()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(model_type="llama"), "model_type"), (dict(latent_query_num=0), "latent_query_num"),
+        (dict(latent_query_num="64"), "latent_query_num"), (dict(text_config=[1]), "text_config"),
+        (dict(text_config=dict(embed_dim=100, attention_heads=3)), "multiple"),
+        (dict(text_config=dict(layers=-1)), "layers"), (dict(text_config=dict(activation_function="relu")), "gelu"),
+        (dict(text_config=dict(layer_norm_eps=0.0)), "layer_norm_eps"), (dict(text_config=dict(pad_token_id=5)), "pad"),
+        (dict(vision_config=dict(hidden_act="gelu")), "quick_gelu"), (dict(vision_config=dict(image_size=7)), "patch"),
+        (dict(text_config=dict(scale_embedding=False)), "scale_embedding"),
+        (dict(text_config=dict(max_position_embeddings=True)), "max_positions"),
+    ],
+)  # fmt: skip
+def test_impossible_configs_are_refused(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        Kosmos2Config.from_json(write(tmp_path, **changes))
+
+
+def test_config_files_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Kosmos2Config.from_json(tmp_path / "none.json")
+    for content in (b"{", b"[1]", b"\xff\xfe\x00"):
+        (tmp_path / "bad.json").write_bytes(content)
+        with pytest.raises(ValueError, match="bad.json"):
+            Kosmos2Config.from_json(tmp_path / "bad.json")
