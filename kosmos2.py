@@ -528,7 +528,7 @@ class Kosmos2(nn.Module):
         V = self.config.text.vocab_size
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; wanted are rows of at least one id, (B, T)")
-        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < V):
+        if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < V):
             raise ValueError(f"token ids must lie in 0..{V - 1}; is this the tokenizer of another checkpoint?")
 
     def _check_length(self, positions: Tensor, new_tokens: int = 0) -> None:
@@ -542,179 +542,137 @@ class Kosmos2(nn.Module):
                 + (f"ask for at most {limit - length}" if new_tokens and length < limit else "shorten the prompt")
             )
 
-    # ------------------------------------------------------------------------------------------------
-    # Generation
-    # ------------------------------------------------------------------------------------------------
-
-    def generate(self, tokens: Tensor, *, num_beams: int = 1, **options) -> list[list[int]]:
+    @torch.inference_mode()
+    def generate(
+        self,
+        tokens: Tensor,
+        pixels: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        pad_mask: Tensor | None = None,
+        **options,
+    ) -> list[list[int]]:
         """Continue every row; returns the new ids of each, ending with </s> or at max_new_tokens.
 
-        Takes what `stream` takes, and `num_beams`: above 1, `beam_search` looks for a likelier text than
-        the greedy one. Rows of different length go in padded on the left, marked in pad_mask. A row's
-        result depends neither on the other rows nor on its padding.
-
-        The published model was used with no_repeat_ngram_size=3 (`config.text.no_repeat_ngram_size`).
-        transformers 5.23 loses that setting while loading; here it is the caller's, and sample.py's, to give.
+        Inputs as in `forward`; rows of different length go in padded on the left. Options are the fields
+        of `GenerationOptions`, by name. A row's result depends neither on the other rows nor on its
+        padding: transformers 5.23 shifts the positions of padded rows when decoding begins.
+        Raises ValueError for options out of range and prompts that leave no room in the trained positions.
         """
-        if num_beams != 1:
-            return self.beam_search(tokens, num_beams=num_beams, **options)
+        if GenerationOptions(**options).num_beams > 1:
+            inputs = (tokens, pixels, image_embeds, image_mask, pad_mask)
+            return beam_search(Generation(self, *inputs, GenerationOptions(**options)))
         rows: list[list[int]] = [[] for _ in range(len(tokens))]
-        for step in self.stream(tokens, **options):
+        for step in self.stream(tokens, pixels, image_embeds, image_mask, pad_mask, **options):
             for row, token in zip(rows, step, strict=True):
-                if token is not None:
-                    row.append(token)
+                row += [] if token is None else [token]
         return rows
 
     @torch.inference_mode()
     def stream(
-        self,
-        tokens: Tensor,
-        pixels: Tensor | None = None,
-        image_embeds: Tensor | None = None,
-        image_mask: Tensor | None = None,
-        pad_mask: Tensor | None = None,
-        max_new_tokens: int = 128,
-        min_new_tokens: int = 0,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        no_repeat_ngram_size: int = 0,
-        seed: int | None = None,
+        self, tokens, pixels=None, image_embeds=None, image_mask=None, pad_mask=None, **options
     ) -> Iterator[list[int | None]]:
-        """`generate`, one step at a time: yields for each row its next id, None once it has ended.
-
-        max_new_tokens        at most so many; prompt and new tokens must fit the trained positions
-        min_new_tokens        </s> is forbidden before
-        temperature           0 takes the likeliest token; 1 samples from the model's distribution
-        top_k, top_p          sample among the k likeliest, or the fewest whose probabilities reach p
-        no_repeat_ngram_size  n: no n tokens in a row, prompt included, come twice
-        seed                  makes sampling repeatable; every row draws the same numbers, so that its
-                              text is the one it would get alone
-        Raises ValueError for options outside these ranges and for prompts that leave no room.
-        """
-        check_options(max_new_tokens, min_new_tokens, temperature, top_k, top_p, no_repeat_ngram_size)
-        state = _Generation(self, tokens, pixels, image_embeds, image_mask, pad_mask, max_new_tokens)
-        draws = None if seed is None else torch.Generator().manual_seed(seed)
-        for _ in range(max_new_tokens):
+        """`generate`, one step at a time: yields the next id of every row, None for a row that has ended."""
+        chosen_options = GenerationOptions(**options)
+        if chosen_options.num_beams > 1:
+            raise ValueError("a beam search knows its text only at the end; stream with num_beams=1")
+        state = Generation(self, tokens, pixels, image_embeds, image_mask, pad_mask, chosen_options)
+        for _ in range(chosen_options.max_new_tokens):
             if not state.rows:
                 return
-            logits = state.constrained_logits(min_new_tokens, no_repeat_ngram_size)
-            u = torch.rand(len(state.rows) if draws is None else 1, generator=draws).to(logits.device)
-            chosen = sample(logits, temperature, top_k, top_p, u).tolist()
+            chosen = state.draw()
             step: list[int | None] = [None] * len(tokens)
             for row, token in zip(state.rows, chosen, strict=True):
                 step[row] = token
             yield step
-            state.advance([i for i, token in enumerate(chosen) if token != EOS], chosen)
-
-    @torch.inference_mode()
-    def beam_search(
-        self,
-        tokens: Tensor,
-        pixels: Tensor | None = None,
-        image_embeds: Tensor | None = None,
-        image_mask: Tensor | None = None,
-        pad_mask: Tensor | None = None,
-        num_beams: int = 3,
-        max_new_tokens: int = 128,
-        min_new_tokens: int = 0,
-        no_repeat_ngram_size: int = 0,
-        **sampling,
-    ) -> list[list[int]]:
-        """Keep the `num_beams` likeliest texts at every step; returns the best finished one of each row.
-
-        A text's score is the mean log-probability of its new tokens. A row stops when it has `num_beams`
-        finished texts and the best running one scores below the worst of them. Other arguments as in
-        `stream`; sampling options are refused with ValueError.
-        """
-        if any(sampling.pop(name, None) for name in ("temperature", "top_k", "top_p")):
-            raise ValueError("beam search does not sample: leave out temperature, top_k and top_p, or use num_beams=1")
-        sampling.pop("seed", None)
-        if sampling:
-            raise TypeError(f"beam_search() does not take {', '.join(sampling)}")
-        if type(num_beams) is not int or num_beams < 1:
-            raise ValueError(f"num_beams is {num_beams!r}; it must be a whole number above zero")
-        check_options(max_new_tokens, min_new_tokens, 0.0, None, None, no_repeat_ngram_size)
-        state = _Generation(self, tokens, pixels, image_embeds, image_mask, pad_mask, max_new_tokens)
-        scores = torch.zeros(len(tokens))  # summed log-probability of every running text
-        finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(len(tokens))]
-        for length in range(1, max_new_tokens + 1):
-            if not state.rows:
-                break
-            log_probs = state.constrained_logits(min_new_tokens, no_repeat_ngram_size, F.log_softmax)
-            totals = log_probs.cpu() + scores[:, None]  # (beams of all rows, V)
-            parents, chosen, kept_scores = [], [], []
-            for row in dict.fromkeys(state.rows):  # the rows still running, in order
-                beams = [i for i, r in enumerate(state.rows) if r == row]
-                # A beam ends in at most one way, so 2 x num_beams candidates always hold enough that go on.
-                count = min(2 * num_beams, len(beams) * totals.shape[1])
-                best, flat = totals[beams].flatten().topk(count)
-                running = []
-                for rank, (score, at) in enumerate(zip(best.tolist(), flat.tolist(), strict=True)):
-                    parent, token = beams[at // totals.shape[1]], at % totals.shape[1]
-                    if token != EOS and length < max_new_tokens:
-                        running.append((score, parent, token))
-                    elif rank < num_beams and score > -math.inf:
-                        finished[row].append((score / length, state.new_tokens[parent] + [token]))
-                finished[row] = sorted(finished[row], key=lambda text: -text[0])[:num_beams]
-                running = running[:num_beams]
-                full = len(finished[row]) == num_beams
-                if not running or full and running[0][0] / length <= finished[row][-1][0]:
-                    continue
-                for score, parent, token in running:
-                    kept_scores.append(score), parents.append(parent), chosen.append(token)
-            scores = torch.tensor(kept_scores)
-            state.advance(parents, chosen, per_parent=True)
-        return [texts[0][1] if texts else [] for texts in finished]
+            going = [i for i, token in enumerate(chosen) if token != EOS]
+            state.advance(going, [chosen[i] for i in going])
 
 
-class _Generation:
-    """A batch in the middle of being generated: running texts, their caches and their next logits."""
+# ----------------------------------------------------------------------------------------------------
+# Generation
+# ----------------------------------------------------------------------------------------------------
 
-    def __init__(self, model: Kosmos2, tokens, pixels, image_embeds, image_mask, pad_mask, max_new_tokens: int):
-        B, T = tokens.shape
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to continue a text. ValueError for a value out of its range."""
+
+    max_new_tokens: int = 128  # at most so many; prompt and new tokens must fit the trained positions
+    min_new_tokens: int = 0  # </s> is forbidden before
+    temperature: float = 0.0  # 0 takes the likeliest token, 1 samples from the model's distribution
+    top_k: int | None = None  # sample among the k likeliest only
+    top_p: float | None = None  # sample among the fewest likeliest tokens whose probabilities reach p
+    num_beams: int = 1  # above 1: beam search, which does not sample
+    # n: no n tokens in a row, the prompt's included, come twice. The published model is used with 3
+    # (config.text.no_repeat_ngram_size); transformers 5.23 loses that setting while it loads.
+    no_repeat_ngram_size: int = 0
+    seed: int | None = None  # repeatable sampling: every row draws the same numbers, those it would draw alone
+
+    def __post_init__(self):
+        least = dict(max_new_tokens=0, min_new_tokens=0, no_repeat_ngram_size=0, num_beams=1)
+        least |= dict(top_k=1) if self.top_k is not None else {}
+        for name, value in least.items():
+            given = getattr(self, name)
+            if type(given) is not int or given < value:
+                raise ValueError(f"{name} is {given!r}; it must be a whole number, at least {value}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens ({self.max_new_tokens})")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature!r}; it must be 0 (greedy) or a positive number")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ValueError("beam search does not sample; use temperature 0 or num_beams 1")
+
+
+class Generation:
+    """A batch in the middle of being generated: the running texts, their caches and their next logits."""
+
+    def __init__(self, model: Kosmos2, tokens, pixels, image_embeds, image_mask, pad_mask, options: GenerationOptions):
         if pad_mask is not None and pad_mask[:, -1].any():
             raise ValueError("to generate, rows must be padded on the left: pad_mask is True at the end of a row")
-        self.model, self.pad_mask = model, pad_mask
-        self.rows = list(range(B))  # the row of `tokens` each running text belongs to
+        x = model.embed(tokens, pixels, image_embeds, image_mask)  # (B, T, D)
+        B, T, _ = x.shape
+        self.model, self.options, self.pad_mask = model, options, pad_mask
+        self.rows = list(range(B))  # the row of `tokens` that each running text continues
         self.new_tokens: list[list[int]] = [[] for _ in self.rows]
-        self.prompts = [
-            row if pad is None else [t for t, p in zip(row, pad, strict=True) if not p]
-            for row, pad in zip(tokens.tolist(), pad_mask.tolist() if pad_mask is not None else [None] * B, strict=True)
-        ]
-        text = model.config.text
+        pads = pad_mask if pad_mask is not None else torch.zeros_like(tokens, dtype=torch.bool)
+        self.prompts = [row[~pad].tolist() for row, pad in zip(tokens, pads, strict=True)]
+        self.draws = None if options.seed is None else torch.Generator().manual_seed(options.seed)
         positions = token_positions(tokens, pad_mask)
-        model._check_length(positions, max_new_tokens)
+        model._check_length(positions, options.max_new_tokens)
         self.next_position = positions[:, -1:] + 1  # (B, 1)
-        x = model.embed(tokens, pixels, image_embeds, image_mask)
-        self.capacity = T + max(max_new_tokens - 1, 0)
+        text = model.config.text
+        self.capacity = T + max(options.max_new_tokens - 1, 0)
         self.caches = [
             KVCache(B, text.heads, self.capacity, text.width // text.heads, like=x) for _ in range(text.layers)
         ]
-        x = model.decoder(x, positions, causal_mask(T, T, pad_mask, tokens.device), self.caches)
+        x = model.decoder(x, positions, causal_mask(T, T, pad_mask, x.device), self.caches)
         self.logits = model.decoder.unembed(x[:, -1])  # (B, V): only the last position is asked what comes next
 
-    def constrained_logits(self, min_new_tokens: int, no_repeat_ngram_size: int, normalize=None) -> Tensor:
-        """The next logits (B, V) in float32 (or what `normalize` makes of them), forbidden tokens at -inf."""
-        logits = self.logits.float()
-        if not torch.isfinite(logits).all():
-            raise ValueError("the model's logits are not finite: its weights are damaged, or too large for this precision")
-        logits = logits.clone() if normalize is None else normalize(logits, dim=-1)
-        logits[:, PAD] = -math.inf  # no text contains it: the original forbids it, transformers does not
+    def forbid(self, scores: Tensor) -> Tensor:
+        """Next logits or log-probabilities (B, V), with -inf where a token may not come."""
+        if not torch.isfinite(self.logits).all():
+            raise ValueError("the logits are not finite: the weights are damaged, or too large for this precision")
+        scores = scores.float().clone()
+        scores[:, PAD] = -math.inf  # no text contains it; the original forbids it, transformers does not
+        n = self.options.no_repeat_ngram_size
         for i, (row, new) in enumerate(zip(self.rows, self.new_tokens, strict=True)):
-            if no_repeat_ngram_size:
-                logits[i, repeated_ngrams(self.prompts[row] + new, no_repeat_ngram_size)] = -math.inf
-            if len(new) < min_new_tokens:
-                logits[i, EOS] = -math.inf
-        return logits
+            if n:
+                scores[i, repeated_ngrams(self.prompts[row] + new, n)] = -math.inf
+            if len(new) < self.options.min_new_tokens:
+                scores[i, EOS] = -math.inf
+        return scores
 
-    def advance(self, parents: list[int], chosen: list[int], per_parent: bool = False) -> None:
-        """Append a token to some of the running texts, drop the others, and compute the next logits.
+    def draw(self) -> list[int]:
+        """The next token of every running text, greedily or by sampling."""
+        logits, o = self.forbid(self.logits), self.options
+        u = torch.rand(len(self.rows) if self.draws is None else 1, generator=self.draws).to(logits.device)
+        return sample(logits, o.temperature, o.top_k, o.top_p, u).tolist()
 
-        parents: which texts go on (one may go on twice). chosen: the token of every text, or with
-        per_parent one for each of the parents.
-        """
-        tokens = chosen if per_parent else [chosen[i] for i in parents]
+    def advance(self, parents: list[int], tokens: list[int]) -> None:
+        """Let these texts go on, each with a token (one may go on in several ways); the others end here."""
         if parents != list(range(len(self.rows))):
             index = torch.tensor(parents, dtype=torch.long, device=self.next_position.device)
             for cache in self.caches:
@@ -724,13 +682,12 @@ class _Generation:
         self.rows = [self.rows[i] for i in parents]
         self.new_tokens = [self.new_tokens[i] + [t] for i, t in zip(parents, tokens, strict=True)]
         S = self.caches[0].length + 1
-        if not self.rows or S > self.capacity:  # nobody will ask what follows the last token
+        if not self.rows or self.capacity < S:  # nobody will ask what follows the last token
             return
         if self.pad_mask is not None:
             self.pad_mask = F.pad(self.pad_mask, (0, 1), value=False)  # (B, S)
-        x = self.model.decoder.embed_tokens(torch.tensor(tokens, device=self.next_position.device)[:, None])
-        mask = causal_mask(1, S, self.pad_mask, x.device)
-        x = self.model.decoder(x, self.next_position, mask, self.caches)
+        x = self.model.decoder.embed_tokens(torch.tensor(tokens, device=self.next_position.device)[:, None])  # (B, 1, D)
+        x = self.model.decoder(x, self.next_position, causal_mask(1, S, self.pad_mask, x.device), self.caches)
         self.logits = self.model.decoder.unembed(x[:, -1])  # (B, V)
         self.next_position = self.next_position + 1
 
@@ -763,21 +720,41 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     return ids.gather(1, drawn)[:, 0]
 
 
-def check_options(max_new_tokens, min_new_tokens, temperature, top_k, top_p, no_repeat_ngram_size) -> None:
-    """ValueError for a generation option out of its range, saying which and what it may be."""
+def beam_search(state: Generation) -> list[list[int]]:
+    """Keep the num_beams likeliest texts of every row at every step; returns the best finished one of each.
 
-    def whole(name, value, least):
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number, at least {least}")
+    A finished text's score is the mean log-probability of its new tokens. A row stops when it has num_beams
+    finished texts and its best running one scores no better than the worst of them.
+    """
+    K, limit = state.options.num_beams, state.options.max_new_tokens
+    totals = torch.zeros(len(state.rows))  # summed log-probability of every running text
+    finished: list[list[tuple[float, list[int]]]] = [[] for _ in state.rows]
+    for length in range(1, limit + 1):
+        if not state.rows:
+            break
+        scores = state.forbid(state.logits.float().log_softmax(dim=-1)).cpu() + totals[:, None]  # (texts, V)
+        kept = []
+        for row in dict.fromkeys(state.rows):
+            beams = [i for i, r in enumerate(state.rows) if r == row]
+            running, ended = best_continuations(scores, beams, K, last=length == limit)
+            finished[row] += [(score / length, state.new_tokens[i] + [token]) for score, i, token in ended]
+            finished[row] = sorted(finished[row], key=lambda text: -text[0])[:K]
+            full = len(finished[row]) == K
+            if running and not (full and running[0][0] / length <= finished[row][-1][0]):
+                kept += running
+        totals = torch.tensor([score for score, _, _ in kept])
+        state.advance([i for _, i, _ in kept], [token for _, _, token in kept])
+    return [texts[0][1] if texts else [] for texts in finished]
 
-    whole("max_new_tokens", max_new_tokens, 0)
-    whole("min_new_tokens", min_new_tokens, 0)
-    whole("no_repeat_ngram_size", no_repeat_ngram_size, 0)
-    if min_new_tokens > max_new_tokens:
-        raise ValueError(f"min_new_tokens ({min_new_tokens}) is above max_new_tokens ({max_new_tokens})")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature!r}; it must be 0 (greedy) or a positive number")
-    if top_k is not None:
-        whole("top_k", top_k, 1)
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p!r}; it must be above 0 and at most 1")
+
+def best_continuations(scores: Tensor, beams: list[int], K: int, last: bool):
+    """Of one row's candidates (score, text, token): the K best that go on, and those of the K best that end.
+
+    A text ends in at most one way, by </s>, so among 2 K candidates there are always K that go on.
+    """
+    V = scores.shape[1]
+    best, where = scores[beams].flatten().topk(min(2 * K, len(beams) * V))
+    candidates = [(s, beams[at // V], at % V) for s, at in zip(best.tolist(), where.tolist(), strict=True)]
+    running = [c for c in candidates if not last and c[2] != EOS]
+    ended = [c for c in candidates[:K] if (last or c[2] == EOS) and c[0] > -math.inf]
+    return running[:K], ended

@@ -225,7 +225,7 @@ def _read_legacy_torch(path: Path) -> dict[str, Stored]:
             "if it is a good one from an old PyTorch, load it there and torch.save its state dict again"
         ) from None
     return {
-        name: Stored(tuple(t.shape), str(t.dtype).removeprefix("torch."), lambda t=t.detach(): t)
+        name: Stored(tuple(t.shape), str(t.dtype).removeprefix("torch."), lambda t=t: t.detach())
         for name, t in _state_dict(content, path).items()
         if isinstance(t, Tensor)
     }

@@ -15,11 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tokenizer import Tokenizer
 
-WORDS = """a an the two image of snowman fire dog's cat, puppies sit field grass. Question: Answer: What is special
-about this picture? Describe in detail: "quoted" (brackets) it's 3.14 1,024 42 2026-11-23 100% $5 50/50 e-mail x@y.org
-C++ #tag semi; colon: naïve café Ångström über señor façade 東京 猫 こんにちは привет мир Ελλάδα عربى हिन्दी 한국어
-🐶 ☃ ❤ — – “curly” ‘single’ € £ ° ± × a/b and_or snake_case CamelCase ALLCAPS supercalifragilistic ... !? < > <3
-&amp; \\n [x] {y} ~ ^ | * == != -> don't they're we'll ¿qué? ¡hola!""".split()
+WORDS = ["a", "an", "the", "two", "image", "of", "snowman", "fire", "dog's", "cat,", "puppies", "sit", "field", "grass.", "Question:", "Answer:", "What", "is", "special", "about", "this", "picture?", "Describe", "in", "detail:", '"quoted"', "(brackets)", "it's", "3.14", "1,024", "42", "2026-11-23", "100%", "$5", "50/50", "e-mail", "x@y.org", "C++", "#tag", "semi;", "colon:", "naïve", "café", "Ångström", "über", "señor", "façade", "東京", "猫", "こんにちは", "привет", "мир", "Ελλάδα", "عربى", "हिन्दी", "한국어", "🐶", "☃", "❤", "—", "–", "“curly”", "‘single’", "€", "£", "°", "±", "×", "a/b", "and_or", "snake_case", "CamelCase", "ALLCAPS", "supercalifragilistic", "...", "!?", "<", ">", "<3", "&amp;", "\\n", "[x]", "{y}", "~", "^", "|", "*", "==", "!=", "->", "don't", "they're", "we'll", "¿qué?", "¡hola!"]
 SPACES = [" ", " ", " ", " ", "  ", "\n", "\t", ""]
 
 

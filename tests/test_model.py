@@ -10,8 +10,15 @@ from conftest import SMALL, prompt_batch
 from PIL import Image
 
 from kosmos2 import (
-    EOS, Kosmos2, Kosmos2Config, causal_mask, preprocess_image, repeated_ngrams, sample,
-    sinusoidal_positions, token_positions,
+    EOS,
+    Kosmos2,
+    Kosmos2Config,
+    causal_mask,
+    preprocess_image,
+    repeated_ngrams,
+    sample,
+    sinusoidal_positions,
+    token_positions,
 )  # fmt: skip
 
 PROMPTS = ["<grounding>An image of", "<grounding><phrase> the red star left of the blue square</phrase>", "An image"]
@@ -228,7 +235,7 @@ def test_positions_beyond_training_are_refused(small_tokenizer):
         (dict(min_new_tokens=9, max_new_tokens=8), "min_new_tokens"), (dict(temperature=-1.0), "temperature"),
         (dict(temperature=float("nan")), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=0.0), "top_p"),
         (dict(top_p=1.5), "top_p"), (dict(no_repeat_ngram_size=-1), "no_repeat"), (dict(num_beams=0), "num_beams"),
-        (dict(num_beams=2, temperature=1.0), "does not sample"), (dict(max_new_tokens=5000), "positions"),
+        (dict(num_beams=2, temperature=1.0), "does not sample"), (dict(num_beams=2.0), "num_beams"), (dict(max_new_tokens=5000), "positions"),
     ],
 )  # fmt: skip
 def test_impossible_options_are_refused(small, options, words):

@@ -11,6 +11,7 @@
 | questions                 | the right answer, letter by letter                                            |
 """
 
+import argparse
 import random
 import re
 import sys
@@ -24,8 +25,11 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from scenes import COLORS, NUMBERS, SHAPES, Example, Scene, plural, resolve, tasks  # noqa: E402
 
-from kosmos2 import Kosmos2, preprocess_image  # noqa: E402
+from kosmos2 import PAD, Kosmos2, preprocess_image  # noqa: E402
+from load_weights import load_checkpoint  # noqa: E402
 from tokenizer import Tokenizer, parse  # noqa: E402
+
+HELD_OUT = 1_000_000_000  # scenes from this seed on are never trained on
 
 
 def iou(a, b) -> float:
@@ -81,7 +85,7 @@ def answers(model: Kosmos2, tokenizer: Tokenizer, questions: list[tuple[Scene, E
         longest = max(len(ids) for ids, _ in prompts)
         pad = [longest - len(ids) for ids, _ in prompts]
         new = model.generate(
-            torch.tensor([[1] * n + ids for n, (ids, _) in zip(pad, prompts, strict=True)], device=device),
+            torch.tensor([[PAD] * n + ids for n, (ids, _) in zip(pad, prompts, strict=True)], device=device),
             pixels=pixels.to(device),
             image_mask=torch.tensor([[False] * n + m for n, (_, m) in zip(pad, prompts, strict=True)], device=device),
             pad_mask=torch.tensor([[True] * n + [False] * (longest - n) for n in pad], device=device),
@@ -104,3 +108,46 @@ def evaluate(model, tokenizer, scenes: int, first_seed: int, most: int = 5, only
     for (scene, example), reply in zip(asked, answers(model, tokenizer, asked), strict=True):
         hits[example.task] += score(example, reply, scene)
     return {task: (sum(h) / len(h), len(h)) for task, h in hits.items()}
+
+
+# The rows of the table: what it is called, and the tasks of scenes.py it is made of.
+TABLE = {
+    "grounded caption: shapes named right": ["caption"],
+    "detailed caption: shapes named right": ["detail"],
+    "plain caption: shapes named right": ["plain caption", "plain detail"],
+    "phrase grounding, accuracy at IoU 0.5": ["ground"],
+    "phrase grounding, several boxes": ["ground several"],
+    "referring expression comprehension, by looks": ["refer"],
+    "referring expression comprehension, by relation": ["refer relation"],
+    "referring expression generation": ["describe box"],
+    "questions: color": ["color"],
+    "questions: shape": ["shape"],
+    "questions: count": ["count"],
+    "questions: yes or no": ["yes or no"],
+    "questions: where": ["where"],
+    "questions: relation": ["relation"],
+    "questions about a box": ["color of box", "shape in box"],
+    "grounded questions: answer and boxes": [
+        f"{task} grounded" for task in ("color", "shape", "count", "yes or no", "where", "relation")
+    ],
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=str(HERE))
+    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--most", type=int, default=5, help="shapes in a scene, at most")
+    args = parser.parse_args()
+    model, tokenizer = load_checkpoint(args.checkpoint)
+    found = evaluate(model, tokenizer, args.scenes, HELD_OUT, args.most)
+    print(f"| task ({args.scenes} held-out scenes of 1 to {args.most} shapes) | hits | of |\n|---|---|---|")
+    for title, names in TABLE.items():
+        count = sum(found[name][1] for name in names)
+        hits = sum(found[name][0] * found[name][1] for name in names)
+        print(f"| {title} | {hits / count:.3f} | {count} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+from evaluate import HELD_OUT, evaluate  # noqa: E402
 from scenes import Example, Scene, captions, tasks  # noqa: E402
 
 from kosmos2 import (  # noqa: E402
@@ -54,7 +55,6 @@ CONFIG = Kosmos2Config(
     latent_query_num=32,
 )
 LR = 2e-3
-HELD_OUT = 1_000_000_000  # scenes from this seed on are never trained on
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -113,6 +113,7 @@ def init_weights(model: Kosmos2, first_location: int, seed: int = 0) -> None:
         for last in (block.attn.out_proj, block.mlp.fc2):
             last.weight *= 0.5
     E, grid = model.config.vision.width, model.config.vision.grid
+    model.vision.class_embedding.normal_(std=E**-0.5)
     model.resampler.dense.weight.normal_(std=1.0)
     model.resampler.latent_query.normal_(std=1.0)
     model.vision.position_embedding[1:] = sincos_2d(grid, grid, E) * math.sqrt(E)
@@ -308,8 +309,6 @@ class Run:
 
     def measure(self, scenes: int) -> dict[str, float]:
         """Accuracy by task on scenes held out from training."""
-        from evaluate import evaluate
-
         self.model.eval()
         found = evaluate(self.model, self.tokenizer, scenes, HELD_OUT)
         self.model.train()

@@ -1,0 +1,191 @@
+"""The script, as people run it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, copy
+from PIL import Image, ImageDraw
+
+import sample as script
+from tokenizer import Entity, parse
+
+SCENE = TINY / "scene.png"
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    try:
+        status = script.main([str(a) for a in arguments])
+    except SystemExit as stopped:
+        status = stopped.code
+    return status, *capsys.readouterr()
+
+
+def test_without_arguments():
+    """In a process of its own: one sentence on stdout, the picture with boxes, and where it is."""
+    done = subprocess.run([sys.executable, ROOT / "sample.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("An image of") and done.stdout.count("\n") == 1
+    assert "wrote scene.boxes.png" in done.stderr and "first token" in done.stderr
+    assert Image.open("scene.boxes.png").width >= Image.open(SCENE).width
+    assert os.listdir() == ["scene.boxes.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "beginning"),
+    [
+        (["--task", "caption"], "An image of"), (["--task", "detail"], "There is"),
+        (["--task", "ground", "--text", "a star"], "a star"), (["--task", "refer", "--box", "0.1,0.1,0.4,0.4"], "It is the"),
+        (["--task", "refer", "--text", "the star"], "the star"),
+        (["--task", "vqa", "--text", "How many shapes are there?"], ""),
+        (["--prompt", "Question: How many shapes are there? Answer:"], "Question: How many shapes are there? Answer:"),
+        (["--prompt", "An image of"], "An image of"), (["--num-beams", "3"], "An image of"),
+        (["--temperature", "0.7", "--top-p", "0.9", "--top-k", "20", "--seed", "1"], "An image of"),
+        (["--task", "refer", "--box", "44,863"], "It is the"), (["--task", "refer", "--box", "60,60,300,300"], "It is the"),
+        (["--precision", "bf16"], "An image of"),
+    ],
+)  # fmt: skip
+def test_tasks_and_options(capsys, arguments, beginning):
+    status, out, err = run(capsys, SCENE, *arguments)
+    assert status == 0, err
+    assert out.startswith(beginning) and out.strip() and out.count("\n") == 1
+
+
+def test_json(capsys):
+    status, out, _ = run(capsys, SCENE, "--json")
+    assert status == 0 and os.listdir() == []
+    row = json.loads(out)
+    assert row["image"] == str(SCENE) and row["raw"].startswith("<grounding> An image of")
+    assert (row["text"], [tuple(e["phrase"] for e in row["entities"])]) == (
+        parse(row["raw"])[0], [tuple(e.phrase for e in parse(row["raw"])[1])])  # fmt: skip
+    width, height = Image.open(SCENE).size
+    for entity in row["entities"]:
+        start, end = entity["span"]
+        assert row["text"][start:end] == entity["phrase"]
+        for box, pixels in zip(entity["boxes"], entity["pixel_boxes"], strict=True):
+            assert pixels == [box[0] * width, box[1] * height, box[2] * width, box[3] * height]
+
+
+def test_folders_batches_and_failures(capsys, tmp_path):
+    """A bad picture does not stop the others, and neither batch size nor neighbours change a text."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    picture = Image.open(SCENE)
+    for i in range(3):
+        picture.rotate(90 * i).save(folder / f"{i} größe.png")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no more")
+    (folder / "notes.txt").write_text("not a picture")
+    texts = []
+    for size in (1, 8):
+        status, out, err = run(capsys, folder, "--batch-size", size, "--output", tmp_path / "out", "--json")
+        assert status == 1 and "broken.jpg" in err and "1 of 4 failed" in err and "Traceback" not in err
+        texts.append([json.loads(line)["text"] for line in out.splitlines()])
+    assert texts[0] == texts[1] and len(texts[0]) == 3
+    assert sorted(os.listdir(tmp_path / "out")) == [f"{i} größe.boxes.png" for i in range(3)]
+    status, out, err = run(capsys, folder / "0 größe.png", tmp_path / "none.png")
+    assert status == 1 and out.count("An image of") == 1 and "no picture at" in err
+
+
+def test_streaming_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    _, out, _ = run(capsys, SCENE)
+    streamed, _, printed = out.rstrip("\n").rpartition("\r")
+    assert streamed == printed and streamed.startswith("An image of")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--task", "ground"], 2, "--text"), (["--task", "vqa", "--text", " "], 2, "--text"),
+        (["--task", "refer"], 2, "--box"), (["--task", "dance"], 2, "invalid choice"), (["--box", "1,2,3"], 2, "1,2,3"),
+        (["--prompt", "a", "--text", "b"], 2, "--prompt"), (["--batch-size", "0"], 2, "--batch-size"),
+        (["--text", "a"], 2, "takes no --text"), (["none.png"], 1, "no picture at none.png"),
+        (["https://example.org/a.png"], 1, "download"), (["--checkpoint", "nothing"], 1, "no checkpoint at nothing"),
+        (["--max-new-tokens", "5000"], 1, "2048 positions"), (["--temperature", "-1"], 1, "temperature"),
+        (["--box", "0.1,0.1,0.5,0.5"], 1, "0 phrases"), (["--device", "toaster"], 1, "toaster"),
+        (["--task", "refer", "--box", "1,1,9000,9000"], 1, "beyond the picture"), (["."], 1, "holds no pictures"),
+        (["--prompt", "<image> and <image>"], 1, "1 pictures"), (["--output", "no/such/x.png"], 1, "no/such"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line(capsys, arguments, status, words):
+    found, out, err = run(capsys, *arguments)
+    assert found == status and words in err and "Traceback" not in err and out.count("An image") <= 1
+    if status == 1:
+        assert sum(line.startswith("sample: ") for line in err.splitlines()) == 1
+
+
+def test_interrupted(capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "run", stop)
+    assert run(capsys)[0] == 130
+
+
+def test_the_reader_leaves_early():
+    command = f'"{sys.executable}" "{ROOT / "sample.py"}" "{SCENE}" "{SCENE}" --json | head -c 1'
+    done = subprocess.run(["bash", "-c", command + '; exit "${PIPESTATUS[0]}"'], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def test_ngram_block_comes_from_the_checkpoint(capsys, tmp_path):
+    folder = copy(TINY, tmp_path / "blocked")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["no_repeat_ngram_size"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    texts = [
+        run(capsys, SCENE, "--task", "detail", "--json", *more)[1]
+        for more in ([], ["--checkpoint", folder], ["--checkpoint", folder, "--no-repeat-ngram-size", "0"])
+    ]
+    raws = [json.loads(text)["raw"] for text in texts]
+    assert raws[0] == raws[2] != raws[1]
+
+
+def test_several_pictures_in_one_prompt(capsys):
+    status, out, err = run(capsys, SCENE, SCENE, "--prompt", "<image>An image of a star.<image>An image of")
+    assert status == 0, err
+    assert out.count("\n") == 1
+
+
+def test_pictures_of_every_kind(tmp_path):
+    base = Image.open(SCENE).convert("RGB").resize((60, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 270 degrees
+    base.save(tmp_path / "turned.jpg", exif=exif)
+    assert script.open_picture(tmp_path / "turned.jpg").size == (40, 60)
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert script.open_picture(tmp_path / "clear.png").getpixel((1, 1)) == (255, 255, 255)
+    Image.fromarray((torch.arange(16).reshape(4, 4) * 4096).to(torch.uint16).numpy()).save(tmp_path / "deep.png")
+    assert script.open_picture(tmp_path / "deep.png").getpixel((0, 2)) == (128, 128, 128)
+    for mode, name in (("L", "grey.png"), ("CMYK", "print.jpg"), ("P", "palette.gif"), ("1", "bits.tif"), ("LA", "la.png")):
+        base.convert(mode).save(tmp_path / name)
+        picture = script.open_picture(tmp_path / name)
+        assert picture.mode == "RGB" and picture.size == (60, 40)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2000, 3), (3, 700), (640, 480)])
+def test_labels_stay_inside(size, monkeypatch):
+    """Whatever the picture's size and the phrase's length, no label leaves the picture."""
+    drawn = []
+    original = ImageDraw.ImageDraw.text
+
+    def spy(self, at, text, *args, **kwargs):
+        font = kwargs["font"]
+        drawn.append((at[0], self.textlength(text, font=font), self._image.size, kwargs.get("anchor")))
+        return original(self, at, text, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", spy)
+    entities = [Entity("a snowman in a very long red scarf " * 3, (0, 9), [(0.9, 0.0, 1.0, 0.1)]), Entity("x", (9, 10), [(0, 0, 1, 1)])]
+    out = script.draw_answer(Image.new("RGB", size), "a snowman in a very long red scarf", entities)
+    assert out.size[0] >= size[0] and drawn
+    for x, length, (width, _), _ in drawn:
+        assert x >= 0 and x + length <= width + 1
