@@ -30,8 +30,10 @@ sub-LN (`Block`), features of unit length (`VisionTransformer`), latents that ar
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -240,18 +242,29 @@ class Attention(nn.Module):
         """
         B, T, D = x.shape
         context = x if context is None else context
-
-        def split_heads(y):
-            return y.view(B, -1, self.heads, D // self.heads).transpose(1, 2)  # (B, H, T or S, hd)
-
-        q = split_heads(self.q_proj(x))
-        k = split_heads(self.k_proj(context))
-        v = split_heads(self.v_proj(context))
+        q = self.split_heads(self.q_proj(x))  # (B, H, T, hd)
+        k = self.split_heads(self.k_proj(context))  # (B, H, S, hd)
+        v = self.split_heads(self.v_proj(context))
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, S, hd)
+            k, v = cache.append(k, v)  # (B, H, S, hd), S now with all earlier positions
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # softmax(q·kᵀ / √hd)·v, (B, H, T, hd)
         x = x.transpose(1, 2).reshape(B, T, D)  # (B, T, D)
         return self.out_proj(self.inner_attn_ln(x))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        B, T, D = x.shape
+        return x.view(B, T, self.heads, D // self.heads).transpose(1, 2)  # (B, H, T, hd)
+
+    def weights(self, x: Tensor, context=None, mask=None, cache: KVCache | None = None) -> Tensor:
+        """Where the queries of a `forward` with these arguments looked, (B, H, T, S); for looking at only.
+
+        The kernel that `forward` uses never writes them down.
+        """
+        q = self.split_heads(self.q_proj(x))  # (B, H, T, hd)
+        k = self.split_heads(self.k_proj(x if context is None else context))
+        k = k if cache is None else cache.keys[:, :, : cache.length]  # (B, H, S, hd)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
+        return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(dim=-1)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -289,7 +302,7 @@ class Block(nn.Module):
         self.mlp = MLP(width, mlp_width, activation, sub_ln, eps)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), mask=mask, cache=cache)
+        x = x + self.attn(self.norm1(x), None, mask, cache)
         x = x + self.mlp(self.norm2(x))
         return x
 
@@ -337,13 +350,24 @@ class VisionTransformer(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, S, S) -> features (B, N, E)."""
         patches = self.patch_embedding(pixels)  # (B, E, grid, grid)
+        positions = self.positions(*patches.shape[2:])  # (N, E)
         patches = patches.flatten(2).transpose(1, 2)  # (B, N-1, E), row by row from the upper left
         cls = self.class_embedding.expand(len(pixels), 1, -1)  # (B, 1, E)
         x = torch.cat([cls, patches], dim=1)  # (B, N, E)
-        x = self.pre_layernorm(x + self.position_embedding)
+        x = self.pre_layernorm(x + positions)
         for layer in self.layers:
             x = layer(x)
         return F.normalize(self.post_layernorm(x), dim=-1)
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """The learned positions (N, E); for another grid than the trained one, bicubically interpolated."""
+        grid = math.isqrt(len(self.position_embedding) - 1)
+        if rows == columns == grid:
+            return self.position_embedding
+        cls, patches = self.position_embedding[:1], self.position_embedding[1:]
+        patches = patches.T.reshape(1, -1, grid, grid)  # (1, E, grid, grid)
+        patches = F.interpolate(patches, size=(rows, columns), mode="bicubic")  # (1, E, rows, columns)
+        return torch.cat([cls, patches.flatten(2)[0].T])  # (1 + rows * columns, E)
 
 
 class Resampler(nn.Module):
@@ -366,7 +390,7 @@ class Resampler(nn.Module):
         """features (B, N, E) -> image_embeds (B, Q, D)."""
         features = self.dense(features)  # (B, N, D)
         latents = self.latent_query.expand(len(features), -1, -1)  # (B, Q, D)
-        return self.x_attn(latents, context=torch.cat([features, latents], dim=1))  # (B, Q, D)
+        return self.x_attn(latents, torch.cat([features, latents], dim=1))  # (B, Q, D)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -461,11 +485,17 @@ class Kosmos2(nn.Module):
         self.resampler = Resampler(config)
         self.decoder = Decoder(config.text)
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, S, S) -> image_embeds (B, Q, D). ValueError if S is not the trained size."""
-        size = self.config.vision.image_size
-        if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (3, size, size):
-            raise ValueError(f"pixels have shape {tuple(pixels.shape)}; this model wants (B, 3, {size}, {size})")
+    def encode_image(self, pixels: Tensor, interpolate: bool = False) -> Tensor:
+        """pixels (B, 3, S, S) -> image_embeds (B, Q, D).
+
+        interpolate: take pictures of any height and width of at least a patch, by interpolating the ViT's
+        positions; without it ValueError for another size than the trained one.
+        """
+        size, patch = self.config.vision.image_size, self.config.vision.patch_size
+        fits = pixels.dim() == 4 and pixels.shape[1] == 3
+        if not fits or (min(pixels.shape[2:]) < patch if interpolate else pixels.shape[2:] != (size, size)):
+            wanted = f"height and width of at least {patch}" if interpolate else f"(B, 3, {size}, {size})"
+            raise ValueError(f"pixels have shape {tuple(pixels.shape)}; this model wants {wanted}")
         return self.resampler(self.vision(pixels.to(self.vision.class_embedding.dtype)))
 
     def embed(
@@ -551,42 +581,62 @@ class Kosmos2(nn.Module):
         image_mask: Tensor | None = None,
         pad_mask: Tensor | None = None,
         **options,
-    ) -> list[list[int]]:
+    ) -> "list[NewTokens]":
         """Continue every row; returns the new ids of each, ending with </s> or at max_new_tokens.
 
         Inputs as in `forward`; rows of different length go in padded on the left. Options are the fields
         of `GenerationOptions`, by name. A row's result depends neither on the other rows nor on its
-        padding: transformers 5.23 shifts the positions of padded rows when decoding begins.
+        padding: transformers 5.23 shifts the positions of padded rows when decoding begins. Each row is a
+        `NewTokens`, a list of ids that also knows their probabilities.
         Raises ValueError for options out of range and prompts that leave no room in the trained positions.
         """
-        if GenerationOptions(**options).num_beams > 1:
-            inputs = (tokens, pixels, image_embeds, image_mask, pad_mask)
-            return beam_search(Generation(self, *inputs, GenerationOptions(**options)))
-        rows: list[list[int]] = [[] for _ in range(len(tokens))]
-        for step in self.stream(tokens, pixels, image_embeds, image_mask, pad_mask, **options):
-            for row, token in zip(rows, step, strict=True):
-                row += [] if token is None else [token]
-        return rows
+        state = self.start(tokens, pixels, image_embeds, image_mask, pad_mask, **options)
+        return beam_search(state) if state.options.num_beams > 1 else state.finish()
+
+    def stream(self, *inputs, **options) -> Iterator[list[int | None]]:
+        """`generate`, one step at a time: yields the next id of every row, None for a row that has ended."""
+        yield from self.start(*inputs, **options)
 
     @torch.inference_mode()
-    def stream(
-        self, tokens, pixels=None, image_embeds=None, image_mask=None, pad_mask=None, **options
-    ) -> Iterator[list[int | None]]:
-        """`generate`, one step at a time: yields the next id of every row, None for a row that has ended."""
-        chosen_options = GenerationOptions(**options)
-        if chosen_options.num_beams > 1:
-            raise ValueError("a beam search knows its text only at the end; stream with num_beams=1")
-        state = Generation(self, tokens, pixels, image_embeds, image_mask, pad_mask, chosen_options)
-        for _ in range(chosen_options.max_new_tokens):
-            if not state.rows:
-                return
-            chosen = state.draw()
-            step: list[int | None] = [None] * len(tokens)
-            for row, token in zip(state.rows, chosen, strict=True):
-                step[row] = token
-            yield step
-            going = [i for i, token in enumerate(chosen) if token != EOS]
-            state.advance(going, [chosen[i] for i in going])
+    def start(
+        self, tokens, pixels=None, image_embeds=None, image_mask=None, pad_mask=None, past=None, **options
+    ) -> "Generation":
+        """Read the prompts of `generate` and stop there: the Generation yields what `stream` yields.
+
+        past: a Generation of one row whose prompt comes before all of these, already read. So many
+        questions about one picture cost one reading of it:
+
+            past = model.start(picture_tokens, pixels, image_mask=image_mask, max_new_tokens=0)
+            answers = model.start(questions, pad_mask=pad_mask, past=past).finish()
+        """
+        options = GenerationOptions(**options)
+        return Generation(self, tokens, pixels, image_embeds, image_mask, pad_mask, options, past)
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect what happens inside while the model runs: hidden states and attention, by module name.
+
+        with record(model) as seen:
+            model.encode_image(pixels)
+        seen["vision.layers.3"][0]    what block 3 put out, (B, N, E)
+        seen["resampler.x_attn"][0]   where the latents looked, (B, H, Q, N + Q)
+
+    Every run adds an entry to the lists: of a generation the first is the prompt's, then one a token.
+    """
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(module, inputs, output, name):
+        value = module.weights(*inputs) if isinstance(module, Attention) else output
+        seen.setdefault(name, []).append(value.detach())
+
+    watched = [(name, module) for name, module in model.named_modules() if isinstance(module, (Block, Attention))]
+    hooks = [module.register_forward_hook(partial(keep, name=name)) for name, module in watched]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -608,6 +658,9 @@ class GenerationOptions:
     # (config.text.no_repeat_ngram_size); transformers 5.23 loses that setting while it loads.
     no_repeat_ngram_size: int = 0
     seed: int | None = None  # repeatable sampling: every row draws the same numbers, those it would draw alone
+    # (ids so far, tokens left) -> bool (V,), True where a token may come next; None where any may. Such as
+    # Tokenizer.well_formed, which keeps boxes whole.
+    constraint: Callable[[list[int], int], np.ndarray | None] | None = None
 
     def __post_init__(self):
         least = dict(max_new_tokens=0, min_new_tokens=0, no_repeat_ngram_size=0, num_beams=1)
@@ -626,43 +679,100 @@ class GenerationOptions:
             raise ValueError("beam search does not sample; use temperature 0 or num_beams 1")
 
 
-class Generation:
-    """A batch in the middle of being generated: the running texts, their caches and their next logits."""
+class NewTokens(list):
+    """The new ids of a row, and in `probabilities` what the model gave each of them.
 
-    def __init__(self, model: Kosmos2, tokens, pixels, image_embeds, image_mask, pad_mask, options: GenerationOptions):
+    These are the model's own, before temperature, blocks and constraints.
+    """
+
+    def __init__(self, ids=(), probabilities=()):
+        super().__init__(ids)
+        self.probabilities = list(probabilities)
+
+    def plus(self, token: int, probability: float) -> "NewTokens":
+        return NewTokens([*self, token], [*self.probabilities, probability])
+
+
+class Generation:
+    """A batch in the middle of being generated: the running texts, their caches and their next logits.
+
+    Iterating yields at every step the next id of every row, None for a row that has ended; `results`
+    holds all that was generated.
+    """
+
+    def __init__(self, model, tokens, pixels, image_embeds, image_mask, pad_mask, options, past=None):
         if pad_mask is not None and pad_mask[:, -1].any():
             raise ValueError("to generate, rows must be padded on the left: pad_mask is True at the end of a row")
         x = model.embed(tokens, pixels, image_embeds, image_mask)  # (B, T, D)
         B, T, _ = x.shape
-        self.model, self.options, self.pad_mask = model, options, pad_mask
+        P = 0 if past is None else past.caches[0].length
+        self.model, self.options = model, options
         self.rows = list(range(B))  # the row of `tokens` that each running text continues
-        self.new_tokens: list[list[int]] = [[] for _ in self.rows]
-        pads = pad_mask if pad_mask is not None else torch.zeros_like(tokens, dtype=torch.bool)
+        self.results = [NewTokens() for _ in self.rows]
+        self.texts = list(self.results)  # what each running text has added to its prompt
+        pads = torch.zeros_like(tokens, dtype=torch.bool) if pad_mask is None else pad_mask
         self.prompts = [row[~pad].tolist() for row, pad in zip(tokens, pads, strict=True)]
         self.draws = None if options.seed is None else torch.Generator().manual_seed(options.seed)
-        positions = token_positions(tokens, pad_mask)
+        positions = token_positions(tokens, pad_mask) + P
         model._check_length(positions, options.max_new_tokens)
         self.next_position = positions[:, -1:] + 1  # (B, 1)
         text = model.config.text
-        self.capacity = T + max(options.max_new_tokens - 1, 0)
+        self.capacity = P + T + max(options.max_new_tokens - 1, 0)
         self.caches = [
             KVCache(B, text.heads, self.capacity, text.width // text.heads, like=x) for _ in range(text.layers)
         ]
-        x = model.decoder(x, positions, causal_mask(T, T, pad_mask, x.device), self.caches)
+        if past is not None:
+            if len(past.rows) != 1 or past.pad_mask is not None:
+                raise ValueError("what comes before must be one row without padding")
+            self.prompts = [past.prompts[0] + past.texts[0] + prompt for prompt in self.prompts]
+            for cache, before in zip(self.caches, past.caches, strict=True):
+                cache.append(*(kv[:, :, :P].expand(B, -1, -1, -1) for kv in (before.keys, before.values)))
+        self.pad_mask = None if pad_mask is None else F.pad(pad_mask, (P, 0), value=False)  # (B, P + T)
+        x = model.decoder(x, positions, causal_mask(T, P + T, self.pad_mask, x.device), self.caches)
         self.logits = model.decoder.unembed(x[:, -1])  # (B, V): only the last position is asked what comes next
+
+    @torch.inference_mode()
+    def __iter__(self) -> Iterator[list[int | None]]:
+        if self.options.num_beams > 1:
+            raise ValueError("a beam search knows its text only at the end; stream with num_beams=1")
+        for _ in range(self.options.max_new_tokens):
+            if not self.rows:
+                return
+            chosen, rows = self.draw(), self.rows
+            step: list[int | None] = [None] * len(self.results)
+            for i, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+                step[row] = token
+                self.results[row] = self.texts[i].plus(token, self.probability(i, token))
+            yield step
+            going = [i for i, token in enumerate(chosen) if token != EOS]
+            self.advance(going, [chosen[i] for i in going])
+
+    def finish(self) -> list[NewTokens]:
+        """Generate to the end."""
+        for _ in self:
+            pass
+        return self.results
+
+    def probability(self, i: int, token: int) -> float:
+        """What the model gives a token as the next of running text i."""
+        logits = self.logits[i].float()
+        return math.exp(float(logits[token] - logits.logsumexp(dim=-1)))
 
     def forbid(self, scores: Tensor) -> Tensor:
         """Next logits or log-probabilities (B, V), with -inf where a token may not come."""
         if not torch.isfinite(self.logits).all():
             raise ValueError("the logits are not finite: the weights are damaged, or too large for this precision")
-        scores = scores.float().clone()
+        scores, o = scores.float().clone(), self.options
         scores[:, PAD] = -math.inf  # no text contains it; the original forbids it, transformers does not
-        n = self.options.no_repeat_ngram_size
-        for i, (row, new) in enumerate(zip(self.rows, self.new_tokens, strict=True)):
-            if n:
-                scores[i, repeated_ngrams(self.prompts[row] + new, n)] = -math.inf
-            if len(new) < self.options.min_new_tokens:
+        for i, (row, new) in enumerate(zip(self.rows, self.texts, strict=True)):
+            if o.no_repeat_ngram_size:
+                scores[i, repeated_ngrams(self.prompts[row] + new, o.no_repeat_ngram_size)] = -math.inf
+            if len(new) < o.min_new_tokens:
                 scores[i, EOS] = -math.inf
+            if o.constraint is not None:
+                allowed = o.constraint(self.prompts[row] + new, o.max_new_tokens - len(new))
+                if allowed is not None:
+                    scores[i, ~torch.from_numpy(allowed).to(scores.device)] = -math.inf
         return scores
 
     def draw(self) -> list[int]:
@@ -673,14 +783,14 @@ class Generation:
 
     def advance(self, parents: list[int], tokens: list[int]) -> None:
         """Let these texts go on, each with a token (one may go on in several ways); the others end here."""
+        grown = [self.texts[i].plus(t, self.probability(i, t)) for i, t in zip(parents, tokens, strict=True)]
         if parents != list(range(len(self.rows))):
             index = torch.tensor(parents, dtype=torch.long, device=self.next_position.device)
             for cache in self.caches:
                 cache.select(index)
             self.next_position = self.next_position[index]
             self.pad_mask = None if self.pad_mask is None else self.pad_mask[index]
-        self.rows = [self.rows[i] for i in parents]
-        self.new_tokens = [self.new_tokens[i] + [t] for i, t in zip(parents, tokens, strict=True)]
+        self.texts, self.rows = grown, [self.rows[i] for i in parents]
         S = self.caches[0].length + 1
         if not self.rows or self.capacity < S:  # nobody will ask what follows the last token
             return
@@ -720,7 +830,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     return ids.gather(1, drawn)[:, 0]
 
 
-def beam_search(state: Generation) -> list[list[int]]:
+def beam_search(state: Generation) -> list[NewTokens]:
     """Keep the num_beams likeliest texts of every row at every step; returns the best finished one of each.
 
     A finished text's score is the mean log-probability of its new tokens. A row stops when it has num_beams
@@ -728,7 +838,7 @@ def beam_search(state: Generation) -> list[list[int]]:
     """
     K, limit = state.options.num_beams, state.options.max_new_tokens
     totals = torch.zeros(len(state.rows))  # summed log-probability of every running text
-    finished: list[list[tuple[float, list[int]]]] = [[] for _ in state.rows]
+    finished: list[list[tuple[float, NewTokens]]] = [[] for _ in state.rows]
     for length in range(1, limit + 1):
         if not state.rows:
             break
@@ -737,14 +847,15 @@ def beam_search(state: Generation) -> list[list[int]]:
         for row in dict.fromkeys(state.rows):
             beams = [i for i, r in enumerate(state.rows) if r == row]
             running, ended = best_continuations(scores, beams, K, last=length == limit)
-            finished[row] += [(score / length, state.new_tokens[i] + [token]) for score, i, token in ended]
+            for score, i, token in ended:
+                finished[row].append((score / length, state.texts[i].plus(token, state.probability(i, token))))
             finished[row] = sorted(finished[row], key=lambda text: -text[0])[:K]
             full = len(finished[row]) == K
             if running and not (full and running[0][0] / length <= finished[row][-1][0]):
                 kept += running
         totals = torch.tensor([score for score, _, _ in kept])
         state.advance([i for _, i, _ in kept], [token for _, _, token in kept])
-    return [texts[0][1] if texts else [] for texts in finished]
+    return [texts[0][1] if texts else NewTokens() for texts in finished]
 
 
 def best_continuations(scores: Tensor, beams: list[int], K: int, last: bool):
@@ -758,3 +869,39 @@ def best_continuations(scores: Tensor, beams: list[int], K: int, last: bool):
     running = [c for c in candidates if not last and c[2] != EOS]
     ended = [c for c in candidates[:K] if (last or c[2] == EOS) and c[0] > -math.inf]
     return running[:K], ended
+
+
+@torch.inference_mode()
+def rank_boxes(state: Generation, locations: range, K: int, width: int = 32) -> list[tuple[float, int, int]]:
+    """The K likeliest different boxes for a prompt that ends in <object>: (score, upper left, lower right).
+
+    locations: the ids of the location tokens. A beam over the two tokens of a box, `width` upper left corners
+    wide; of boxes that overlap by half or more only the likeliest counts. The score is the geometric mean
+    of the two probabilities. The state is used up.
+    """
+    if len(state.rows) != 1:
+        raise ValueError("boxes are ranked for one prompt at a time")
+    grid = math.isqrt(len(locations))
+    cells = torch.arange(len(locations))
+    first = state.logits[0].float().softmax(dim=-1)[locations.start : locations.stop].cpu()  # (grid²,)
+    p, ul = first.topk(min(width, len(cells)))
+    state.advance([0] * len(ul), (ul + locations.start).tolist())
+    second = state.logits.float().softmax(dim=-1)[:, locations.start : locations.stop].cpu()  # (width, grid²)
+    ordered = (cells // grid >= ul[:, None] // grid) & (cells % grid >= ul[:, None] % grid)
+    joint = (p[:, None] * second * ordered).flatten()  # (width * grid²,)
+    found: list[tuple[float, int, int]] = []
+    for probability, at in zip(*(t.tolist() for t in joint.topk(min(2000, len(joint)))), strict=True):
+        box = int(ul[at // len(cells)]), at % len(cells)
+        if probability > 0 and not any(cells_in_common(box, other, grid) >= 0.5 for _, *other in found):
+            found.append((math.sqrt(probability), *box))
+        if len(found) == K:
+            break
+    return found
+
+
+def cells_in_common(a, b, grid: int) -> float:
+    """Intersection over union of two boxes, each (upper left, lower right) in cells."""
+    (ay1, ax1), (ay2, ax2), (by1, bx1), (by2, bx2) = (divmod(cell, grid) for cell in (*a, *b))
+    height, width = min(ay2, by2) - max(ay1, by1) + 1, min(ax2, bx2) - max(ax1, bx1) + 1
+    both = max(height, 0) * max(width, 0)
+    return both / ((ay2 - ay1 + 1) * (ax2 - ax1 + 1) + (by2 - by1 + 1) * (bx2 - bx1 + 1) - both)

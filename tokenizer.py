@@ -14,10 +14,12 @@ record of GRIT, the data set the model was trained on.
 
 import math
 import re
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import sentencepiece
 
 GRID = 32  # cells a side
@@ -40,6 +42,7 @@ class Entity(NamedTuple):
     phrase: str
     span: tuple[int, int]  # caption[span[0]:span[1]] == phrase; empty for a box without a phrase
     boxes: list[Box]
+    scores: Sequence[float | None] = ()  # how sure the model was of each box, 0..1; None for boxes it was given
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -130,6 +133,10 @@ class Tokenizer:
         special = [*range(len(CONTROL)), *range(first_tag, self.vocab_size)]
         self.special = {self.tokens[i]: i for i in special}  # what is not spelled out of pieces
         self.first_location = self.special[locations[0]]
+        self.free_text = np.ones(self.vocab_size, dtype=bool)  # what is not markup
+        self.free_text[self.first_location :] = False
+        markup = ["<s>", "<pad>", IMAGE_OPEN, IMAGE_CLOSE, "<phrase>", "</phrase>", "<object>", "</object>", DELIMITER]
+        self.free_text[[self.special[tag] for tag in markup]] = False
         self.split = re.compile("(" + "|".join(re.escape(t) for t in self.special) + ")")
         if num_image_tokens > len(words):
             raise ValueError(
@@ -216,6 +223,46 @@ class Tokenizer:
             kept[0] = kept[0].removeprefix(" ")
         return "".join(kept)
 
+    def well_formed(self, ids: list[int], left: int) -> np.ndarray:
+        """Which tokens may come next if the markup is to stay valid: bool (V,), for `GenerationOptions`.
+
+        ids: all tokens so far; left: how many may still come. After <object> comes a location, then one that
+        is neither above nor left of it, then the delimiter or </object>; <phrase> and </phrase> alternate,
+        with words between them; nothing is opened that could not be closed in time. Words are never
+        touched: a model that is well-formed by itself writes what it would write anyway.
+        """
+        tag, locations = self.special, slice(self.first_location, None)
+        last, before = [*[tag["<s>"]] * 2, *ids][-2:][::-1]
+        cell, first = self.location_index(last), self.location_index(before) is None
+        if last in (tag["<object>"], tag[DELIMITER]) or cell is not None:
+            allowed = np.zeros(self.vocab_size, dtype=bool)
+            if cell is None:
+                allowed[locations] = True
+            elif first:
+                rows, columns = np.divmod(np.arange(self.grid**2), self.grid)
+                allowed[locations] = (rows >= cell // self.grid) & (columns >= cell % self.grid)
+            else:
+                allowed[tag["</object>"]] = True
+                allowed[tag[DELIMITER]] = left >= 4  # itself, two corners, </object>
+            return allowed
+        allowed = self.free_text.copy()
+        inside = next((i == tag["<phrase>"] for i in reversed(ids) if i in (tag["<phrase>"], tag["</phrase>"])), False)
+        if inside:
+            allowed[: len(CONTROL)], allowed[tag["<mask>"] :] = False, False  # a phrase is made of words
+            allowed &= left > 1
+            allowed[tag["</phrase>"]] = last != tag["<phrase>"]
+        else:
+            allowed[tag["<phrase>"]] = left >= 3  # itself, a word, </phrase>
+            allowed[tag["<object>"]] = left >= 4
+        return allowed
+
+    def read(self, prompt: list[int], new: list[int]) -> tuple[str, list["Entity"]]:
+        """`parse` of a prompt and its continuation, with scores where `new` knows its probabilities."""
+        known = [None] * len(prompt) + list(getattr(new, "probabilities", [None] * len(new)))
+        ids = [*prompt, *new]
+        of_locations = [p for i, p in zip(ids, known, strict=True) if self.location_index(i) is not None]
+        return parse(self.decode(ids), self.grid, of_locations)
+
     def location_index(self, token_id: int) -> int | None:
         """The cell that an id stands for; None for every other token."""
         index = token_id - self.first_location
@@ -243,8 +290,9 @@ def insert_boxes(text: str, boxes, grid: int = GRID) -> str:
 # Reading what the model wrote
 # ----------------------------------------------------------------------------------------------------
 
-PAIR = r"<patch_index_\d+><patch_index_\d+>"
-ANY_TAG = "|".join(map(re.escape, [*CONTROL, "<mask>", *TAGS])) + r"|<patch_index_\d+>"
+LOCATION = r"<patch_index_\d+>"
+PAIR = LOCATION + LOCATION
+ANY_TAG = "|".join([*map(re.escape, [*CONTROL, "<mask>", *TAGS]), LOCATION])
 WORDS = f"(?:(?!{ANY_TAG}).)+"  # text without tags; a "<" that begins none is text
 LINK = re.compile(f"(?:<phrase>({WORDS})</phrase>)?<object>({PAIR}(?:{DELIMITER}{PAIR})*)</object>", re.DOTALL)
 
@@ -254,8 +302,11 @@ def plain(text: str) -> str:
     return re.sub(ANY_TAG, "", text)
 
 
-def parse(tagged_text: str, grid: int = GRID) -> tuple[str, list[Entity]]:
+def parse(tagged_text: str, grid: int = GRID, probabilities=()) -> tuple[str, list[Entity]]:
     """Tagged text -> (caption, entities), spans counted in the caption; never raises.
+
+    probabilities: those of the text's location tokens, in order, None for given ones; a box's score is the
+    geometric mean of its two, sqrt(p(upper left) p(lower right)).
 
     Equal to the published post-processing on well-formed text. Links that are not well-formed are left
     out, boxes off the grid too; corners in the wrong order are put right. A box without a phrase is an
@@ -263,6 +314,7 @@ def parse(tagged_text: str, grid: int = GRID) -> tuple[str, list[Entity]]:
     """
     # A picture's block is not part of the sentence.
     text = tagged_text.rsplit(IMAGE_CLOSE, 1)[-1]
+    offset = len(tagged_text) - len(text)
     caption = plain(text)
     indent = len(caption) - len(caption.lstrip())
     caption = caption.strip()
@@ -270,16 +322,26 @@ def parse(tagged_text: str, grid: int = GRID) -> tuple[str, list[Entity]]:
     for link in LINK.finditer(text):
         phrase, tokens = link.groups()
         pairs = [tuple(map(int, re.findall(r"\d+", pair))) for pair in tokens.split(DELIMITER)]
-        boxes = [(pair, ordered_box(*pair, grid)) for pair in pairs if max(pair) < grid * grid]
+        at = len(re.findall(LOCATION, tagged_text[: offset + link.start(2)]))
+        scores = [geometric_mean(probabilities[at + i : at + i + 2]) for i in range(0, 2 * len(pairs), 2)]
+        good = [i for i, pair in enumerate(pairs) if max(pair) < grid * grid]
+        boxes, scores = [ordered_box(*pairs[i], grid) for i in good], [scores[i] for i in good]
         start = len(plain(text[: link.start()])) - indent
         if phrase is None:
             start = min(max(start, 0), len(caption))
-            entities += [Entity(f"<patch_index_{a}><patch_index_{b}>", (start, start), [box]) for (a, b), box in boxes]
+            for i, box, score in zip(good, boxes, scores, strict=True):
+                name = "<patch_index_{}><patch_index_{}>".format(*pairs[i])
+                entities.append(Entity(name, (start, start), [box], [score]))
         elif phrase.strip() and boxes:
             start += len(phrase) - len(phrase.lstrip())
             phrase = phrase.strip()
-            entities.append(Entity(phrase, (start, start + len(phrase)), [box for _, box in boxes]))
+            entities.append(Entity(phrase, (start, start + len(phrase)), boxes, scores))
     return caption, entities
+
+
+def geometric_mean(pair) -> float | None:
+    """sqrt(p q) of two probabilities; None where one is not known."""
+    return math.sqrt(pair[0] * pair[1]) if len(pair) == 2 and None not in pair else None
 
 
 def ordered_box(ul: int, lr: int, grid: int = GRID) -> Box:

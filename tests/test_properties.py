@@ -20,7 +20,8 @@ PIECES = ["<phrase>", "</phrase>", "<object>", "</object>", "</delimiter_of_mult
 )
 def test_parsing_never_fails(text):
     caption, entities = parse(text)
-    for phrase, (start, end), boxes in entities:
+    for phrase, (start, end), boxes, scores in entities:
+        assert len(scores) == len(boxes)
         assert 0 <= start <= end <= len(caption)
         assert start == end or caption[start:end] == phrase
         assert boxes and all(

@@ -146,7 +146,7 @@ def test_the_example_of_the_documentation(official):
     assert text == SNOWMAN
     caption, entities = parse(text)
     assert caption == "An image of a snowman warming himself by a fire."
-    assert entities == [
+    assert [e[:3] for e in entities] == [
         ("a snowman", (12, 21), [(0.390625, 0.046875, 0.984375, 0.828125)]),
         ("a fire", (41, 47), [(0.171875, 0.015625, 0.484375, 0.890625)]),
     ]
@@ -196,8 +196,8 @@ def test_several_boxes_and_boxes_without_phrase():
     caption, entities = parse(text)
     assert caption == "two dogs run"
     assert entities == [
-        Entity("two dogs", (0, 8), [box, box]),
-        Entity("<patch_index_0><patch_index_33>", (12, 12), [box]),
+        Entity("two dogs", (0, 8), [box, box], [None, None]),
+        Entity("<patch_index_0><patch_index_33>", (12, 12), [box], [None]),
     ]
 
 
@@ -221,7 +221,7 @@ def test_equal_to_the_published_parsing(reference):
         caption, entities = clean_text_and_extract_entities_with_bboxes(text)
         # The published span of a box without a phrase can lie behind the end of the stripped caption.
         entities = [(p, tuple(min(at, len(caption)) for at in span), boxes) for p, span, boxes in entities]
-        assert parse(text) == (caption, entities), text
+        assert parse(text)[0] == caption and [e[:3] for e in parse(text)[1]] == entities, text
 
 
 @pytest.mark.parametrize(

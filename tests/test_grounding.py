@@ -1,0 +1,214 @@
+"""What is built on top of generation: probabilities of boxes, ranked boxes, whole boxes, prefixes, recordings."""
+
+import math
+import re
+
+import pytest
+import torch
+from conftest import HAS_TRANSFORMERS, SMALL, TINY, VOCAB, needs_transformers, prompt_batch, rough
+from PIL import Image
+from test_model import PROMPTS, pixels
+
+from kosmos2 import EOS, Kosmos2, cells_in_common, preprocess_image, rank_boxes, record
+from load_weights import SENTENCEPIECE, load_checkpoint
+from tokenizer import parse
+
+LINK = "<phrase>(?:(?!</?phrase>|<object>).)+</phrase>|<object>(?:P(?:</delimiter_of_multi_objects/>P)*)</object>".replace(
+    "P", r"<patch_index_\d{4}><patch_index_\d{4}>"
+)
+
+
+def is_well_formed(text: str) -> bool:
+    """No tag left over once whole phrases and boxes are taken away, and no corner out of order."""
+    for ul, lr in re.findall(r"<patch_index_(\d{4})><patch_index_(\d{4})>", text):
+        (y1, x1), (y2, x2) = divmod(int(ul), 32), divmod(int(lr), 32)
+        if y2 < y1 or x2 < x1:
+            return False
+    rest = re.sub(LINK, "", text)
+    return not re.search(r"</?phrase>|</?object>|<patch_index|delimiter|</?image>", rest)
+
+
+# ------------------------------------------------------------------------------------------- probabilities
+
+
+@pytest.mark.parametrize("options", [dict(), dict(temperature=2.0, top_k=9, seed=4), dict(num_beams=3)])
+def test_probabilities_are_the_models_own(small, small_tokenizer, options):
+    """Whatever way a token was chosen, its probability is that of a plain pass over the whole text."""
+    tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS)
+    new = small.generate(tokens, pixels(3), None, image_mask, pad_mask, max_new_tokens=9, **options)
+    for row in range(3):
+        real = ~pad_mask[row]
+        text = torch.cat([tokens[row, real], torch.tensor(new[row])])[None]
+        mask = torch.cat([image_mask[row, real], torch.zeros(len(new[row]), dtype=torch.bool)])[None]
+        with torch.no_grad():
+            wanted = small(text, pixels=pixels(3)[row : row + 1], image_mask=mask)[0].softmax(-1)
+        at = int(real.sum()) - 1
+        for i, (token, probability) in enumerate(zip(new[row], new[row].probabilities, strict=True)):
+            assert probability == pytest.approx(wanted[at + i, token].item(), rel=1e-4)
+
+
+def test_scores_belong_to_their_boxes(tiny):
+    """An entity's score is the geometric mean of its two tokens' probabilities; boxes of the prompt have none."""
+    _, tokenizer = tiny
+    prompt = tokenizer.encode("<phrase> a star</phrase><object><patch_index_0001><patch_index_0034></object> and")
+    new = "<phrase> a moon</phrase><object><patch_index_0002><patch_index_9999><patch_index_0003></object>"
+    new = new.replace("<patch_index_9999>", "<patch_index_0035></delimiter_of_multi_objects/><patch_index_0004>")
+    ids = tokenizer.encode_caption(new + new.replace("0004><patch_index_0003", "0100><patch_index_0036"))
+
+    class WithProbabilities(list):
+        probabilities = [(i + 1) / 100 for i in range(len(ids))]
+
+    caption, entities = tokenizer.read(prompt, WithProbabilities(ids))
+    assert caption == "a star and a moon a moon" and [e.phrase for e in entities] == ["a star", "a moon", "a moon"]
+    assert entities[0].scores == [None]
+    for entity, shift in ((entities[1], 0), (entities[2], len(ids) // 2)):
+        first = next(i for i, t in enumerate(ids) if tokenizer.location_index(t) is not None) + shift
+        wanted = [math.sqrt((first + 1) * (first + 2)) / 100, math.sqrt((first + 4) * (first + 5)) / 100]
+        assert entity.scores == pytest.approx(wanted)
+
+
+# ---------------------------------------------------------------------------------------------- whole boxes
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 12, 40, 200])
+def test_markup_is_whole_under_random_logits(small, small_tokenizer, length):
+    """A random model at a high temperature, drawing tags as often as words."""
+    tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS)
+    tags = [small_tokenizer.special[t] for t in ("<phrase>", "</phrase>", "<object>", "</object>", "</s>")]
+
+    def constraint(ids, left):
+        allowed = small_tokenizer.well_formed(ids, left)
+        if left % 3 and allowed[tags].any():  # make tags likely
+            allowed[[i for i in range(len(allowed)) if i not in tags]] = False
+        return allowed
+
+    inputs = (tokens, pixels(3), None, image_mask, pad_mask)
+    for seed in range(6):
+        for rule in (constraint, small_tokenizer.well_formed):
+            new = small.generate(*inputs, max_new_tokens=length, temperature=9.0, seed=seed, constraint=rule)
+            for prompt, row in zip(PROMPTS, new, strict=True):
+                text = small_tokenizer.decode(row)
+                assert is_well_formed(text), (prompt, text)
+        free = small.generate(*inputs, max_new_tokens=length, temperature=9.0, seed=seed)
+    assert length < 12 or not all(is_well_formed(small_tokenizer.decode(row)) for row in free)  # it is needed
+
+
+def test_a_well_formed_model_is_left_alone(tiny):
+    model, tokenizer = tiny
+    picture = preprocess_image(Image.open(TINY / "scene.png"), model.config.vision.image_size)[None].repeat(3, 1, 1, 1)
+    prompts = ["<grounding>An image of", "<grounding>Describe this image in detail:", "<grounding><phrase> a star</phrase>"]
+    tokens, image_mask, pad_mask = prompt_batch(tokenizer, prompts)
+    inputs = (tokens, picture, None, image_mask, pad_mask)
+    free = model.generate(*inputs)
+    assert all(row[-1] == EOS and is_well_formed(tokenizer.decode(row)) for row in free)
+    assert model.generate(*inputs, constraint=tokenizer.well_formed) == free
+    for length in range(1, 20):  # cut off anywhere, no box is left half open
+        for prompt, row in zip(prompts, model.generate(*inputs, max_new_tokens=length, constraint=tokenizer.well_formed), strict=True):
+            assert is_well_formed(prompt.replace("<grounding>", "") + tokenizer.decode(row))
+
+
+# --------------------------------------------------------------------------------------------- ranked boxes
+
+
+def test_ranked_boxes(tiny):
+    model, tokenizer = tiny
+    picture = preprocess_image(Image.open(TINY / "scene.png"), model.config.vision.image_size)[None]
+    tokens, image_mask, _ = prompt_batch(tokenizer, ["<grounding><phrase> a star</phrase><object>"])
+    locations = range(tokenizer.first_location, tokenizer.vocab_size)
+    boxes = rank_boxes(model.start(tokens, picture, None, image_mask, max_new_tokens=3), locations, K=5)
+    scores = [score for score, *_ in boxes]
+    assert 1 <= len(boxes) <= 5 and scores == sorted(scores, reverse=True) and 0 < scores[0] <= 1
+    assert all(cells_in_common(a[1:], b[1:], 32) < 0.5 for a in boxes for b in boxes if a is not b)
+    greedy = model.generate(tokens, picture, None, image_mask, max_new_tokens=2, constraint=tokenizer.well_formed)[0]
+    assert scores[0] >= math.sqrt(math.prod(greedy.probabilities)) * (1 - 1e-5)
+
+
+def test_cells_in_common():
+    assert cells_in_common((0, 33), (0, 33), 32) == 1.0
+    assert cells_in_common((0, 33), (1, 34), 32) == pytest.approx(2 / 6)
+    assert cells_in_common((0, 0), (1023, 1023), 32) == 0.0
+
+
+# ---------------------------------------------------------------------------------- one picture, many questions
+
+
+def test_a_prefix_read_once_changes_nothing(small, small_tokenizer, monkeypatch):
+    """Three questions after one reading of the picture get the answers they get alone, and it is read once."""
+    questions = ["Question: What color is the star? Answer:", "<grounding> Question: Where is it? Answer:", "An image of"]
+    alone = []
+    for question in questions:
+        tokens, image_mask, _ = prompt_batch(small_tokenizer, [question])
+        alone += small.generate(tokens, pixels(1), None, image_mask, max_new_tokens=12, no_repeat_ngram_size=3)
+    ids, mask = small_tokenizer.encode_prompt("", 1)
+    past = small.start(torch.tensor([ids]), pixels(1), None, torch.tensor([mask]), max_new_tokens=0)
+    monkeypatch.setattr(Kosmos2, "encode_image", None)
+    rows = [small_tokenizer.encode(q, add_bos=False) for q in questions]
+    T = max(map(len, rows))
+    tokens = torch.tensor([[1] * (T - len(r)) + r for r in rows])
+    pad_mask = torch.tensor([[True] * (T - len(r)) + [False] * len(r) for r in rows])
+    for _ in range(2):  # and can be used again
+        assert small.start(tokens, pad_mask=pad_mask, past=past, max_new_tokens=12, no_repeat_ngram_size=3).finish() == alone
+
+
+# ---------------------------------------------------------------------------------------- looking inside
+
+
+def test_recordings(small, small_tokenizer):
+    tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS)
+    with record(small) as seen:
+        new = small.generate(tokens, pixels(3), None, image_mask, pad_mask, max_new_tokens=3, min_new_tokens=3)
+    assert len(new[0]) == 3
+    N, Q, T = SMALL.vision.positions, SMALL.latent_query_num, tokens.shape[1]
+    assert seen["resampler.x_attn"][0].shape == (3, 3, Q, N + Q)
+    assert [w.shape[-2:] for w in seen["decoder.layers.2.attn"]] == [(T, T), (1, T + 1), (1, T + 2)]
+    assert seen["decoder.layers.0"][0].shape == (3, T, 48) and seen["vision.layers.1"][0].shape == (3, N, 40)
+    for name, values in seen.items():
+        if name.endswith("attn"):
+            assert all((w.sum(-1) - 1).abs().max() < 1e-5 for w in values)
+    assert (seen["decoder.layers.1.attn"][1][2, :, 0, : T + 1][:, pad_mask[2].tolist() + [False]] == 0).all()
+    weights = seen["decoder.layers.0.attn"][0]
+    assert (weights.triu(1) == 0).all()
+    with record(small) as seen:  # the weights are those that the forward pass used
+        x = torch.randn(2, 6, 48)
+        attn = small.decoder.layers[0].attn
+        values = attn.split_heads(attn.v_proj(x))
+        attn_out = attn(x)
+    by_hand = attn.out_proj(attn.inner_attn_ln((seen["decoder.layers.0.attn"][0] @ values).transpose(1, 2).flatten(2)))
+    torch.testing.assert_close(by_hand, attn_out)
+    assert not small.decoder.layers[0]._forward_hooks
+
+
+# -------------------------------------------------------------------------------------------- larger pictures
+
+
+@needs_transformers
+@pytest.mark.parametrize("size", [(56, 42), (70, 70), (42, 42), (100, 31)])
+def test_interpolated_positions_equal_the_reference(size, tmp_path):
+    """transformers' Kosmos2Model can, its generating class ignores the request."""
+    assert HAS_TRANSFORMERS
+    from transformers import Kosmos2Config as ReferenceConfig
+    from transformers import Kosmos2ForConditionalGeneration
+
+    sizes = dict(
+        latent_query_num=5,
+        text_config=dict(vocab_size=VOCAB, embed_dim=48, layers=1, ffn_dim=88, attention_heads=3),
+        vision_config=dict(hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=5, image_size=42),
+    )
+    whole = rough(Kosmos2ForConditionalGeneration(ReferenceConfig(**sizes)), seed=2).eval()
+    whole.save_pretrained(tmp_path)
+    from transformers import Kosmos2Model
+
+    reference = Kosmos2Model.from_pretrained(tmp_path).eval()
+    model, tokenizer = load_checkpoint(tmp_path, tokenizer=TINY / SENTENCEPIECE)
+    picture = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    tokens, image_mask, _ = prompt_batch(tokenizer, PROMPTS[:1])
+    with torch.no_grad():
+        theirs = reference(
+            pixel_values=picture, input_ids=tokens, image_embeds_position_mask=image_mask.long(),
+            interpolate_pos_encoding=True,
+        ).image_embeds  # fmt: skip
+        ours = model.encode_image(picture, interpolate=True)
+    assert (ours - theirs).abs().max() / theirs.abs().max() < 2e-5
+    with pytest.raises(ValueError, match="at least 14"):
+        model.encode_image(torch.zeros(1, 3, 13, 42), interpolate=True)
+    assert parse("")[1] == []
