@@ -830,6 +830,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     return ids.gather(1, drawn)[:, 0]
 
 
+@torch.inference_mode()
 def beam_search(state: Generation) -> list[NewTokens]:
     """Keep the num_beams likeliest texts of every row at every step; returns the best finished one of each.
 

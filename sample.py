@@ -3,7 +3,7 @@
     python sample.py                                          the bundled picture, the bundled small model
     python sample.py photo.jpg --checkpoint microsoft/kosmos-2-patch14-224
     python sample.py photo.jpg --task ground --text "a snowman"
-    python sample.py photo.jpg --task vqa --text "What is special about this image?"
+    python sample.py photo.jpg --task vqa --text "What is special about this image?" --text "Where is the fire?"
     python sample.py photo.jpg --task refer --box 120,40,380,300
     python sample.py folder --json > captions.jsonl
 
@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -40,7 +41,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     p.add_argument("--tokenizer", help="the sentencepiece model, if it is not beside the weights")
     what = p.add_argument_group("what to ask")
     what.add_argument("--task", choices=TASKS, default="caption", help="a published prompt (default: caption)")
-    what.add_argument("--text", help="the phrase to ground, the expression to refer by, or the question")
+    what.add_argument(
+        "--text", action="append",
+        help="the phrase to ground, the expression to refer by, or the question; repeatable: the picture is read once",
+    )  # fmt: skip
+    what.add_argument("--top-boxes", type=int, metavar="K", help="the K likeliest boxes for a phrase (ground, refer)")
     what.add_argument("--prompt", help="a prompt of your own instead of a task; <image> marks where pictures go")
     what.add_argument(
         "--box", action="append", type=box_argument, metavar="X1,Y1,X2,Y2",
@@ -55,23 +60,27 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     how.add_argument("--num-beams", type=int, default=1, metavar="N")
     how.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="default: what the checkpoint asks for")
     how.add_argument("--seed", type=int, help="makes sampling repeatable")
+    how.add_argument("--free-markup", action="store_true", help="let the model write broken boxes, if it wants to")
     where = p.add_argument_group("where to run")
     where.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps")
     where.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
     where.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default: 8)")
     out = p.add_argument_group("what to write")
     out.add_argument("--output", type=Path, metavar="FILE_OR_DIR", help="the picture with its boxes, or a folder for them")
+    out.add_argument("--scores", action="store_true", help="write on the picture how sure the model is of each box")
     out.add_argument("--json", action="store_true", help="one JSON object a line instead of the sentence")
     args = p.parse_args(argv)
     if args.prompt is not None and (args.text is not None or args.task != "caption"):
         p.error("--prompt takes the place of --task and --text; give one or the other")
     if args.prompt is None:
-        if args.task in ("ground", "vqa") and not (args.text or "").strip():
+        if args.task in ("ground", "vqa") and not all(text.strip() for text in args.text or [""]):
             p.error(f"--task {args.task} needs --text, the {'question' if args.task == 'vqa' else 'phrase to find'}")
         if args.task == "refer" and not args.text and not args.box:
             p.error("--task refer needs --box (to be put into words) or --text (an expression, to be found)")
         if args.task in ("caption", "detail") and args.text is not None:
             p.error(f"--task {args.task} takes no --text")
+    if args.top_boxes is not None and (args.top_boxes < 1 or args.prompt is not None or args.task not in ("ground", "refer") or not args.text):
+        p.error("--top-boxes wants a number above zero and --task ground or refer with --text")
     if args.batch_size < 1:
         p.error("--batch-size must be at least 1")
     return args
@@ -115,8 +124,7 @@ def run(args: argparse.Namespace) -> int:
     paths = find_pictures(args.images) if args.images else [HERE / "tiny" / "scene.png"]
     asker = Asker(args)
     print(f"loaded {args.checkpoint} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-    prompt = asker.prompt
-    groups = [paths] if prompt.count("<image>") > 1 else [[path] for path in paths]
+    groups = [paths] if asker.prompts[0].count("<image>") > 1 else [[path] for path in paths]
     names, failed = output_names(args, paths), []
     for at in range(0, len(groups), args.batch_size):
         if len(groups) > args.batch_size:
@@ -129,9 +137,9 @@ def run(args: argparse.Namespace) -> int:
             except (OSError, ValueError) as error:
                 print(f"sample: {error}", file=sys.stderr)
                 failed += group
-        for (group, pictures, _), answer in zip(batch, asker.ask(batch), strict=True):
+        for (group, pictures, _), answers in zip(batch, asker.ask(batch), strict=True):
             try:
-                write_answer(args, group[-1], pictures[-1], answer, names[group[-1]])
+                write_answers(args, group[-1], pictures[-1], answers, names[group[-1]])
             except OSError as error:
                 if isinstance(error, BrokenPipeError):
                     raise
@@ -143,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Asker:
-    """A model, its tokenizer and the question of this run."""
+    """A model, its tokenizer and the questions of this run."""
 
     def __init__(self, args: argparse.Namespace):
         import torch
@@ -156,80 +164,116 @@ class Asker:
             device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         self.args, self.device = args, torch.device(device)
         self.model, self.tokenizer = load_checkpoint(args.checkpoint, args.precision, self.device, args.tokenizer)
-        template, self.keep_prompt = (args.prompt, True) if args.prompt is not None else TASKS[args.task]
+        template, self.keep_prompt = TASKS[args.task]
         if args.task == "refer" and args.text:
             template = TASKS["ground"][0]
-        self.prompt = template.replace("{text}", (args.text or "").strip()) if args.prompt is None else template
+        self.prompts = [template.replace("{text}", text.strip()) for text in args.text or [""]]
+        if args.prompt is not None:
+            self.prompts, self.keep_prompt = [args.prompt], True
+        block = args.no_repeat_ngram_size
         self.options = dict(
             max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens, temperature=args.temperature,
-            top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-            no_repeat_ngram_size=self.model.config.text.no_repeat_ngram_size
-            if args.no_repeat_ngram_size is None else args.no_repeat_ngram_size,
+            top_k=args.top_k, top_p=args.top_p, num_beams=args.num_beams, seed=args.seed,
+            no_repeat_ngram_size=self.model.config.text.no_repeat_ngram_size if block is None else block,
+            constraint=None if args.free_markup else self.tokenizer.well_formed,
         )  # fmt: skip
 
-    def encode(self, pictures) -> tuple[list[int], list[bool]]:
-        """The prompt for one question; boxes in pixels are those of its last picture."""
+    def encode(self, pictures) -> list[tuple[list[int], list[bool]]]:
+        """Every prompt about these pictures as (ids, image_mask); boxes in pixels are those of the last."""
         boxes = self.args.box
         if boxes is not None:
             boxes = [in_unit(box, pictures[-1].size) for box in boxes]
-        return self.tokenizer.encode_prompt(self.prompt, len(pictures), boxes)
+        return [self.tokenizer.encode_prompt(prompt, len(pictures), boxes) for prompt in self.prompts]
 
-    def ask(self, batch) -> list[dict]:
-        """[(paths, pictures, (ids, image_mask))] -> for each the raw text, the sentence and its entities."""
+    def ask(self, batch) -> list[list[dict]]:
+        """[(paths, pictures, prompts)] -> for each the answers: raw text, sentence, entities."""
         import torch
 
         from kosmos2 import preprocess_image
-        from tokenizer import parse
 
         if not batch:
             return []
+        started = time.perf_counter()
         size = self.model.config.vision.image_size
         pixels = torch.stack([preprocess_image(p, size) for _, pictures, _ in batch for p in pictures])
-        longest = max(len(ids) for _, _, (ids, _) in batch)
-        tokens = torch.full((len(batch), longest), 1)
-        image_mask, pad_mask = (torch.zeros(len(batch), longest, dtype=torch.bool) for _ in range(2))
-        for row, (_, _, (ids, mask)) in enumerate(batch):
-            first = longest - len(ids)
-            tokens[row, first:], image_mask[row, first:] = torch.tensor(ids), torch.tensor(mask)
-            pad_mask[row, :first] = True
-        inputs = [t.to(self.device) for t in (tokens, pixels, image_mask, pad_mask)]
-        new = self.generate(*inputs)
-        answers = []
-        for (_, _, (ids, _)), ids_new in zip(batch, new, strict=True):
-            raw = self.tokenizer.decode(ids + ids_new)
-            text, entities = parse(raw if self.keep_prompt else self.tokenizer.decode(ids_new))
-            answers.append({"text": text, "raw": raw.strip(), "entities": entities})
-        return answers
+        with torch.inference_mode():
+            embeds = self.model.encode_image(pixels.to(self.device))
+        self.vision = f"vision {(time.perf_counter() - started) * 1000:.0f} ms"
+        if self.args.top_boxes:
+            return [[self.rank(e[None], ids) for ids, _ in prompts] for e, (_, _, prompts) in zip(embeds, batch, strict=True)]
+        if len(self.prompts) > 1:
+            return [self.ask_much(e[None], prompts) for e, (_, _, prompts) in zip(embeds, batch, strict=True)]
+        rows = [prompts[0] for _, _, prompts in batch]
+        tokens, image_mask, pad_mask = self.pad(rows)
+        new = self.generate(tokens, image_embeds=embeds, image_mask=image_mask, pad_mask=pad_mask)
+        return [[self.answer(ids, ids_new)] for (ids, _), ids_new in zip(rows, new, strict=True)]
 
-    def generate(self, tokens, pixels, image_mask, pad_mask) -> list[list[int]]:
-        """New ids for every row; timings on stderr; a single picture's text as it comes, on a terminal."""
+    def ask_much(self, embeds, prompts) -> list[dict]:
+        """Many questions about one picture: its tokens go through the decoder once."""
+        past = self.read_picture(embeds)
+        P = len(past.prompts[0])
+        tokens, _, pad_mask = self.pad([(ids[P:], mask[P:]) for ids, mask in prompts])
+        new = self.generate(tokens, pad_mask=pad_mask, past=past)
+        return [self.answer(ids, ids_new) for (ids, _), ids_new in zip(prompts, new, strict=True)]
+
+    def read_picture(self, embeds):
+        tokens, image_mask, _ = self.pad([self.tokenizer.encode_prompt("", 1)])
+        return self.model.start(tokens, image_embeds=embeds, image_mask=image_mask, max_new_tokens=0)
+
+    def rank(self, embeds, ids: list[int]) -> dict:
+        """The likeliest boxes for the phrase that a prompt ends in, best first."""
+        from kosmos2 import rank_boxes
+        from tokenizer import Entity, parse, tokens_to_box
+
+        past = self.read_picture(embeds)
+        tokens, _, _ = self.pad([(ids[len(past.prompts[0]) :] + [self.tokenizer.special["<object>"]], [])])
+        locations = range(self.tokenizer.first_location, self.tokenizer.vocab_size)
+        state = self.model.start(tokens, past=past, max_new_tokens=3)
+        boxes = rank_boxes(state, locations, self.args.top_boxes)
+        raw = self.tokenizer.decode(ids)
+        text, _ = parse(raw)
+        print(f"{self.vision}, ranked {len(boxes)} boxes", file=sys.stderr)
+        places, scores = [tokens_to_box(ul, lr) for _, ul, lr in boxes], [score for score, _, _ in boxes]
+        return {"text": text, "raw": raw.strip(), "entities": [Entity(text, (0, len(text)), places, scores)]}
+
+    def pad(self, rows):
+        """[(ids, image_mask)] -> tokens, image_mask and pad_mask (B, T), padded on the left."""
         import torch
 
+        T = max(len(ids) for ids, _ in rows)
+        tokens = [[1] * (T - len(ids)) + ids for ids, _ in rows]
+        image_mask = [[False] * (T - len(mask)) + mask for _, mask in rows]
+        pad_mask = [[True] * (T - len(ids)) + [False] * len(ids) for ids, _ in rows]
+        tokens, image_mask, pad_mask = (torch.tensor(t, device=self.device) for t in (tokens, image_mask, pad_mask))
+        return tokens, image_mask, pad_mask if pad_mask.any() else None
+
+    def answer(self, ids: list[int], new) -> dict:
+        raw = self.tokenizer.decode(ids + list(new))
+        text, entities = self.tokenizer.read(ids if self.keep_prompt else [], new)
+        return {"text": text, "raw": raw.strip(), "entities": entities}
+
+    def generate(self, tokens, **inputs):
+        """New ids for every row; timings on stderr; a single picture's text as it comes, on a terminal."""
+        from kosmos2 import beam_search
+
         clock = [time.perf_counter()]
-        with torch.inference_mode():
-            image_embeds = self.model.encode_image(pixels)
-        clock.append(time.perf_counter())
-        inputs = dict(image_embeds=image_embeds, image_mask=image_mask, pad_mask=pad_mask if pad_mask.any() else None)
-        if self.args.num_beams != 1:
-            new = self.model.generate(tokens, num_beams=self.args.num_beams, **inputs, **self.options)
-            seconds = time.perf_counter() - clock[1]
-            timing = f"{sum(map(len, new))} tokens by beam search in {seconds:.2f} s"
-        else:
-            live = len(tokens) == 1 and sys.stdout.isatty() and not self.args.json
-            new, printed = [[] for _ in tokens], ""
-            for step in self.model.stream(tokens, **inputs, **self.options):
-                clock.append(time.perf_counter())
-                for row, token in zip(new, step, strict=True):
-                    row += [token] if token is not None else []
-                if live:
-                    printed = self.show(tokens[0].tolist(), new[0], printed)
+        state = self.model.start(tokens, **inputs, **self.options)
+        if self.args.num_beams > 1:
+            new = beam_search(state)
+            seconds = time.perf_counter() - clock[0]
+            print(f"{self.vision}, {sum(map(len, new))} tokens by beam search in {seconds:.2f} s", file=sys.stderr)
+            return new
+        live, printed = len(tokens) == 1 and sys.stdout.isatty() and not self.args.json, ""
+        for _ in state:
+            clock.append(time.perf_counter())
             if live:
-                sys.stdout.write("\r")  # the whole sentence is printed over it
-            first = clock[2] - clock[1] if len(clock) > 2 else 0.0
-            rate = (len(clock) - 3) / max(clock[-1] - clock[2], 1e-9) if len(clock) > 3 else 0.0
-            timing = f"first token {first * 1000:.0f} ms, then {rate:.0f} tokens/s"
-        print(f"vision {(clock[1] - clock[0]) * 1000:.0f} ms, {timing}", file=sys.stderr)
-        return new
+                printed = self.show(tokens[0].tolist(), state.results[0], printed)
+        if live:
+            sys.stdout.write("\r")  # the whole sentence is printed over it
+        first = clock[1] - clock[0] if len(clock) > 1 else 0.0
+        rate = (len(clock) - 2) / (clock[-1] - clock[1]) if len(clock) > 2 else 0.0
+        print(f"{self.vision}, first token {first * 1000:.0f} ms, then {rate:.0f} tokens/s", file=sys.stderr)
+        return state.results
 
     def show(self, prompt: list[int], new: list[int], printed: str) -> str:
         """Print what the newest token added to the sentence."""
@@ -314,43 +358,56 @@ def output_names(args: argparse.Namespace, paths: list[Path]) -> dict[Path, Path
     return names
 
 
-def write_answer(args: argparse.Namespace, path: Path, picture, answer: dict, name: Path | None) -> None:
-    """The sentence or the JSON line to stdout, the picture with boxes to its file."""
-    if args.json:
-        width, height = picture.size
-        entities = [
-            {
-                "phrase": e.phrase,
-                "span": e.span,
-                "boxes": e.boxes,
-                "pixel_boxes": [[x1 * width, y1 * height, x2 * width, y2 * height] for x1, y1, x2, y2 in e.boxes],
-            }
-            for e in answer["entities"]
-        ]
-        row = {"image": str(path), "text": answer["text"], "raw": answer["raw"], "entities": entities}
-        print(json.dumps(row, ensure_ascii=False), flush=True)
-    else:
-        print(f"{path}: {answer['text']}" if len(args.images) > 1 or path.parent in args.images else answer["text"], flush=True)
+def write_answers(args: argparse.Namespace, path: Path, picture, answers: list[dict], name: Path | None) -> None:
+    """The sentences or the JSON lines to stdout, the picture with all boxes to its file."""
+    width, height = picture.size
+    many = len(args.images) > 1 or path.parent in args.images
+    for answer in answers:
+        if args.json:
+            print(json.dumps({"image": str(path), **as_json(answer, width, height)}, ensure_ascii=False), flush=True)
+            continue
+        print(f"{path}: {answer['text']}" if many else answer["text"], flush=True)
+        if args.top_boxes:
+            for x1, y1, x2, y2, score in ((*b, s) for e in answer["entities"] for b, s in zip(e.boxes, e.scores, strict=True)):
+                corners = f"{x1 * width:.0f},{y1 * height:.0f},{x2 * width:.0f},{y2 * height:.0f}"
+                print(f"  {score:.3f}  {corners}", flush=True)
     if name is not None:
-        part = name.with_name(f".{name.name}.part")
-        drawn = draw_answer(picture, answer["text"], answer["entities"])
-        from PIL import Image
-
-        kind = Image.registered_extensions().get(name.suffix.lower(), "PNG")
-        try:
-            drawn.save(part, format=kind)
-            os.replace(part, name)
-        finally:
-            part.unlink(missing_ok=True)
+        save_picture(draw_answers(picture, answers, args.scores or bool(args.top_boxes)), name)
         print(f"wrote {name}", file=sys.stderr)
+
+
+def as_json(answer: dict, width: int, height: int) -> dict:
+    entities = [
+        {
+            "phrase": e.phrase,
+            "span": e.span,
+            "boxes": e.boxes,
+            "pixel_boxes": [[x1 * width, y1 * height, x2 * width, y2 * height] for x1, y1, x2, y2 in e.boxes],
+            "scores": list(e.scores),
+        }
+        for e in answer["entities"]
+    ]
+    return {"text": answer["text"], "raw": answer["raw"], "entities": entities}
+
+
+def save_picture(picture, name: Path) -> None:
+    """Written beside its place and then moved there, so that the file is never half a picture."""
+    from PIL import Image
+
+    part = name.with_name(f".{name.name}.part")
+    try:
+        picture.save(part, format=Image.registered_extensions().get(name.suffix.lower(), "PNG"))
+        os.replace(part, name)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # Dark enough for white letters on them, and for themselves on white.
 PALETTE = ["#c62828", "#1565c0", "#2e7d32", "#8e24aa", "#b85a00", "#00798a", "#ad1457", "#4e5d00", "#5d4037", "#37474f"]
 
 
-def draw_answer(picture, text: str, entities):
-    """The picture with a box around every entity, its phrase on the box, and the sentence underneath.
+def draw_answers(picture, answers: list[dict], with_scores: bool = False):
+    """The picture with a box around every entity, its phrase on the box, and the sentences underneath.
 
     A phrase, its boxes and its label share one colour. Lines have a white rim, so that they show on any
     background; labels move inside the picture where they would leave it.
@@ -362,8 +419,12 @@ def draw_answer(picture, text: str, entities):
     width, height = max(size[0], 240), size[1]
     font_size = max(13, round(min(width, 1600) / 40))
     font = ImageFont.load_default(font_size)
+    entities = [entity for answer in answers for entity in answer["entities"]]
     colors = [PALETTE[i % len(PALETTE)] for i in range(len(entities))]
-    lines = wrap(text, entities, colors, font, width - 2 * font_size)
+    lines, left = [], list(colors)
+    for answer in answers:
+        own, left = left[: len(answer["entities"])], left[len(answer["entities"]) :]
+        lines += wrap(answer["text"], answer["entities"], own, font, width - 2 * font_size)
     line_height = round(font_size * 1.45)
     canvas = Image.new("RGB", (width, height + line_height * len(lines) + font_size), "white")
     canvas.paste(picture.resize(size, Image.Resampling.LANCZOS) if scale > 1 else picture, (0, 0))
@@ -377,8 +438,9 @@ def draw_answer(picture, text: str, entities):
     placed: list[tuple] = []
     for entity, color in zip(entities, colors, strict=True):
         if entity.span[0] != entity.span[1]:
-            for box in entity.boxes:
-                draw_label(pen, entity.phrase, box, size, color, font_size, placed)
+            for box, score in zip_longest(entity.boxes, entity.scores):
+                label = f"{entity.phrase} {score:.0%}" if with_scores and score is not None else entity.phrase
+                draw_label(pen, label, box, size, color, font_size, placed)
     for row, line in enumerate(lines):
         x = font_size
         for word, color in line:

@@ -11,6 +11,7 @@ from conftest import ROOT, TINY, copy
 from PIL import Image, ImageDraw
 
 import sample as script
+from kosmos2 import Kosmos2
 from tokenizer import Entity, parse
 
 SCENE = TINY / "scene.png"
@@ -107,7 +108,7 @@ def test_streaming_on_a_terminal(capsys, monkeypatch):
         (["--task", "ground"], 2, "--text"), (["--task", "vqa", "--text", " "], 2, "--text"),
         (["--task", "refer"], 2, "--box"), (["--task", "dance"], 2, "invalid choice"), (["--box", "1,2,3"], 2, "1,2,3"),
         (["--prompt", "a", "--text", "b"], 2, "--prompt"), (["--batch-size", "0"], 2, "--batch-size"),
-        (["--text", "a"], 2, "takes no --text"), (["none.png"], 1, "no picture at none.png"),
+        (["--text", "a"], 2, "takes no --text"), (["--top-boxes", "3"], 2, "--top-boxes"), (["none.png"], 1, "no picture at none.png"),
         (["https://example.org/a.png"], 1, "download"), (["--checkpoint", "nothing"], 1, "no checkpoint at nothing"),
         (["--max-new-tokens", "5000"], 1, "2048 positions"), (["--temperature", "-1"], 1, "temperature"),
         (["--box", "0.1,0.1,0.5,0.5"], 1, "0 phrases"), (["--device", "toaster"], 1, "toaster"),
@@ -149,6 +150,30 @@ def test_ngram_block_comes_from_the_checkpoint(capsys, tmp_path):
     assert raws[0] == raws[2] != raws[1]
 
 
+def test_many_questions_read_the_picture_once(capsys, monkeypatch):
+    questions = ["How many shapes are there?", "Is there a red star?", "What is at the top?"]
+    alone = [run(capsys, SCENE, "--task", "vqa", "--text", q, "--json")[1] for q in questions]
+    calls, encode = [], Kosmos2.encode_image
+    monkeypatch.setattr(Kosmos2, "encode_image", lambda self, *a: calls.append(1) or encode(self, *a))
+    texts = [part for q in questions for part in ("--text", q)]
+    status, out, err = run(capsys, SCENE, "--task", "vqa", *texts, "--json")
+    assert status == 0 and len(calls) == 1, err
+    for line, single in zip(out.splitlines(), alone, strict=True):
+        assert json.loads(line)["raw"] == json.loads(single)["raw"]
+
+
+def test_top_boxes_and_scores(capsys):
+    status, out, err = run(capsys, SCENE, "--task", "ground", "--text", "the star", "--top-boxes", "4", "--json")
+    assert status == 0, err
+    entity = json.loads(out)["entities"][0]
+    assert entity["phrase"] == "the star" and entity["scores"] == sorted(entity["scores"], reverse=True)
+    assert 1 <= len(entity["boxes"]) == len(entity["scores"]) <= 4
+    status, out, _ = run(capsys, SCENE, "--task", "refer", "--text", "the star", "--top-boxes", "2", "--scores")
+    assert status == 0 and out.startswith("the star\n  ") and os.listdir() == ["scene.boxes.png"]
+    _, out, _ = run(capsys, SCENE, "--json")
+    assert all(0 < score <= 1 for e in json.loads(out)["entities"] for score in e["scores"])
+
+
 def test_several_pictures_in_one_prompt(capsys):
     status, out, err = run(capsys, SCENE, SCENE, "--prompt", "<image>An image of a star.<image>An image of")
     assert status == 0, err
@@ -185,7 +210,8 @@ def test_labels_stay_inside(size, monkeypatch):
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", spy)
     entities = [Entity("a snowman in a very long red scarf " * 3, (0, 9), [(0.9, 0.0, 1.0, 0.1)]), Entity("x", (9, 10), [(0, 0, 1, 1)])]
-    out = script.draw_answer(Image.new("RGB", size), "a snowman in a very long red scarf", entities)
+    answer = {"text": "a snowman in a very long red scarf", "entities": entities}
+    out = script.draw_answers(Image.new("RGB", size), [answer, answer], with_scores=True)
     assert out.size[0] >= size[0] and drawn
     for x, length, (width, _), _ in drawn:
         assert x >= 0 and x + length <= width + 1
