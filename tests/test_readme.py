@@ -1,0 +1,59 @@
+"""What the README says is so: its paths, commands and outputs."""
+
+import contextlib
+import io
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import sample as script
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "tiny/README.md")}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_exist(page):
+    folder, text = (ROOT / page).parent, PAGES[page]
+    linked = [path for path in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in path]
+    named = re.findall(r"(?:python|pip install -q -r) ((?:tiny/|tests/)?[\w-]+\.(?:py|txt))", text)
+    assert linked and named
+    assert [path for path in linked if not (folder / path).exists()] == []
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def commands(text: str) -> list[list[str]]:
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines()
+    runs = [line.split("#")[0].split(">")[0] for line in lines if "sample.py" in line]
+    return [shlex.split(run.split("sample.py", 1)[1]) for run in runs]
+
+
+def test_example_commands_are_understood():
+    found = [arguments for text in PAGES.values() for arguments in commands(text)]
+    assert len(found) >= 10
+    for arguments in found:
+        assert script.parse_arguments(arguments)
+
+
+def test_tasks_are_listed_with_their_prompts():
+    for task, (prompt, _) in script.TASKS.items():
+        shown = prompt.replace("{text}", "TEXT").replace("</phrase> is", "</phrase><object>BOX</object> is")
+        assert f"| `{task}` | `{shown}` |" in README
+
+
+def test_the_output_of_the_first_command(capsys, tmp_path, monkeypatch):
+    wanted = re.search(r"<!-- output of: python sample.py -->\n```\n(.*?)```", README, re.DOTALL).group(1)
+    monkeypatch.chdir(tmp_path)
+    assert script.main([]) == 0
+    assert capsys.readouterr().out == wanted
+
+
+def test_the_python_example(monkeypatch):
+    code, wanted = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", README, re.DOTALL).groups()
+    monkeypatch.chdir(ROOT)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(code, {})
+    assert out.getvalue() == wanted
