@@ -1,5 +1,6 @@
 """The bundled model, and what made it: scenes, packing, training, scoring."""
 
+import json
 import random
 import shutil
 import subprocess
@@ -9,18 +10,19 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, SMALL, TINY, rough
+from data import ALONE, MIXTURE, Grit, Scenes, collate
 from evaluate import HELD_OUT, answers, evaluate, iou, named, score
 from scenes import COLORS, SHAPES, Scene, Shape, names, relations, resolve, tasks
-from train import MIXTURE, Packer, packed_loss
+from train import Losses
 
 from kosmos2 import EOS, Kosmos2
-from load_weights import SENTENCEPIECE
+from load_weights import SENTENCEPIECE, load_checkpoint
 from tokenizer import Tokenizer, grit_to_text, parse
 
 
 @pytest.fixture(scope="module")
-def packer(small_tokenizer):
-    return Packer(small_tokenizer, SMALL, length=260, seed=5)
+def source(small_tokenizer):
+    return Scenes(small_tokenizer, SMALL, length=260, first=5)
 
 
 # ---------------------------------------------------------------------------------------------------- scenes
@@ -84,31 +86,30 @@ def test_captions_are_counted():
 # ------------------------------------------------------------------------------------------------- training
 
 
-def test_texts_packed_into_one_row_do_not_see_each_other(packer):
-    """The loss of a packed row is that of its texts one by one, each alone with the picture."""
+def test_texts_in_one_row_do_not_see_each_other(source):
+    """The losses of a row are those of its texts one by one, each alone with the picture or without."""
     model = rough(Kosmos2(SMALL), seed=2).eval()
-    batch = packer.batch(0, 2)
+    made = [source.row(n) for n in range(20)]
+    rows = [made[0], next(row for row in made[1:] if ALONE in row.texts)]
+    assert all(max(row.texts) > 5 for row in rows)
+    alone = []
     with torch.no_grad():
-        _, losses = packed_loss(model, **batch)
-        alone, P = [], len(packer.prefix)
-        for row in range(2):
-            tokens, targets, texts = (batch[name][row] for name in ("tokens", "targets", "texts"))
-            for number in [*range(1, int(texts.max()) + 1), -1]:
-                mine = texts == number
-                if not mine.any():
-                    continue
-                prefix = number > 0
-                ids = torch.cat([tokens[:P], tokens[mine]]) if prefix else tokens[mine]
-                mask = torch.tensor([packer.prefix_mask + [False] * int(mine.sum())]) if prefix else None
-                pixels = batch["pixels"][row : row + 1] if prefix else None
-                logits = model(ids[None], pixels=pixels, image_mask=mask)[0][-int(mine.sum()) :]
-                wanted = targets[mine]
-                alone.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none")[wanted != -100])
+        losses = Losses(model)(**collate(rows))
+        for row in rows:
+            tokens, targets, texts = map(torch.tensor, (row.tokens, row.targets, row.texts))
+            for number in texts[texts != 0].unique_consecutive():
+                mine, P = texts == number, 0 if number == ALONE else row.prefix
+                mask = torch.arange(P + int(mine.sum()))[None]
+                mask = (mask >= 2) & (mask < 2 + SMALL.latent_query_num) if P else None
+                logits = model(torch.cat([tokens[:P], tokens[mine]])[None], row.pixels[None] if P else None, None, mask)[0, P:]
+                asked = targets[mine] != -100
+                alone.append(torch.nn.functional.cross_entropy(logits[asked], targets[mine][asked], reduction="none"))
     torch.testing.assert_close(losses, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
-def test_only_answers_carry_loss(packer):
-    _, tokens, _, texts, targets = packer.row(7)
+def test_only_answers_carry_loss(source):
+    row = source.row(7)
+    tokens, texts, targets = map(torch.tensor, (row.tokens, row.texts, row.targets))
     assert (targets[texts == 0] == -100).all()
     for number in texts[texts > 0].unique():
         answer = targets[texts == number]
@@ -116,6 +117,60 @@ def test_only_answers_carry_loss(packer):
         wanted = answer != -100
         following = torch.cat([tokens[texts == number][1:], torch.tensor([-1])])
         assert torch.equal(answer[wanted], following[wanted])
+
+
+def write_grit(folder, count=6):
+    """Scenes as a GRIT-format file with its pictures."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / "grit.jsonl", "w") as lines:
+        for seed in range(count):
+            Scene.random(seed).draw(90).save(folder / f"{seed}.png")
+            lines.write(json.dumps({"image": f"{seed}.png", **Scene.random(seed).record()}) + "\n")
+    return folder / "grit.jsonl"
+
+
+def test_grit_rows(tmp_path, small_tokenizer):
+    """All tokens of the text carry loss, the first one at </image>; every record comes once an epoch."""
+    source = Grit(write_grit(tmp_path), small_tokenizer, SMALL, seed=0)
+    row = source.row(0)
+    assert row.targets[: row.prefix] == [-100] * (row.prefix - 1) + [small_tokenizer.special["<grounding>"]]
+    assert row.targets[row.prefix - 1 : -1] == row.tokens[row.prefix :] and row.tokens[-1] == EOS
+    wanted = sorted(grit_to_text(Scene.random(seed).record()) for seed in range(6))
+    for epoch in range(2):
+        texts = [small_tokenizer.decode(source.row(6 * epoch + n).tokens[row.prefix : -1]) for n in range(6)]
+        assert sorted(t.replace("<grounding> ", "<grounding>") for t in texts) == wanted
+    for content, words in (("{}", "line 1"), ("", "no records"), ("nonsense", "line 1")):
+        (tmp_path / "bad.jsonl").write_text(content)
+        with pytest.raises(ValueError, match=words):
+            Grit(tmp_path / "bad.jsonl", small_tokenizer, SMALL, seed=0)
+
+
+def test_two_processes_train_like_one(tmp_path, small_folder):
+    """Twenty steps on GRIT data: alone, in micro-batches with recomputation, and under torchrun with two processes."""
+    data, curves = write_grit(tmp_path / "data"), {}
+    for name, run, more in (
+        ("one", [sys.executable], []),
+        ("parts", [sys.executable], ["--accumulate", "2", "--recompute"]),
+        ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []),
+    ):
+        command = [*run, TINY / "train.py", "--out", tmp_path / name, "--checkpoint", small_folder, "--data", data, "--steps", "20",
+                   "--batch", "4", "--log-every", "1", "--fp32", "--optimizer", "adamw", "--lr", "1e-3", *more]  # fmt: skip
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        curves[name] = torch.tensor([[row["locations"], row["words"]] for row in rows])
+    assert curves["one"].shape == (20, 2) and (curves["one"][-1] < curves["one"][0] - 0.05).all()
+    assert (curves["one"] - curves["parts"]).abs().max() < 1e-3
+    assert (curves["one"] - curves["two"]).abs().max() < 1e-3
+
+
+def test_only_the_chosen_part_is_trained(tmp_path, small, small_folder):
+    data = write_grit(tmp_path / "data")
+    done = run_training(tmp_path / "run", 2, "--checkpoint", small_folder, "--data", data, "--train", "resampler")
+    assert done.returncode == 0, done.stderr
+    trained = load_checkpoint(tmp_path / "run")[0].state_dict()
+    moved = {name.split(".")[0] for name, tensor in small.state_dict().items() if not torch.equal(tensor, trained[name])}
+    assert moved == {"resampler"}
 
 
 def run_training(folder, steps, *more):

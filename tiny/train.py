@@ -1,18 +1,20 @@
-"""Train the small Kosmos-2 that comes with this repository, from nothing, on two CPU cores.
+"""Train a Kosmos-2: the small one that comes with this repository from nothing, or any one on GRIT data.
 
-    python tiny/train.py --out runs/tiny              trains, resumes if runs/tiny holds a checkpoint
+    python tiny/train.py --out runs/tiny              from nothing, on scenes; about an hour on two cores
     python tiny/train.py --out runs/tiny --steps 50   a minute, to see it move
+    python tiny/train.py --out runs/mine --checkpoint WEIGHTS --data grit.jsonl --train resampler --lr 1e-4
+    torchrun --nproc-per-node 8 tiny/train.py ...     the same on many processes
 
 Writes checkpoint.pt (what a run resumes from), log.jsonl, loss.png, and at the end the model in the
-published layout. Everything about the data follows from the step number: a resumed run sees the scenes
-the uninterrupted one would have seen.
+published layout. Everything about the data follows from the step number: a resumed run sees what the
+uninterrupted one would have seen, and so do any number of processes together.
 
 What makes so small a model learn to see in an hour, each found by measuring:
 - `init_weights`: features of the ViT have length one, so the resampler's `dense` starts near std 1, or
   the picture drowns in the latents; the ViT starts with real positions; location tokens start as smooth
   functions of their place, so that a near miss is already nearly right.
-- `Packer`: encoding a picture costs as much as reading several texts about it, so every picture carries
-  as many as fit into one row; a mask keeps them from seeing each other.
+- Rows of one picture and many texts (data.py): encoding a picture costs as much as reading several texts.
+- Muon for the matrices inside the blocks (`make_optimizers`).
 """
 
 import argparse
@@ -23,30 +25,26 @@ import random
 import re
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+from data import Grit, Scenes, Steps  # noqa: E402
 from evaluate import HELD_OUT, evaluate  # noqa: E402
-from scenes import Example, Scene, captions, tasks  # noqa: E402
+from scenes import Scene, tasks  # noqa: E402
 
-from kosmos2 import (  # noqa: E402
-    BOS,
-    EOS,
-    FIRST_POSITION,
-    PAD,
-    Kosmos2,
-    Kosmos2Config,
-    TextConfig,
-    VisionConfig,
-    preprocess_image,
-)  # fmt: skip
-from load_weights import SENTENCEPIECE, save_checkpoint  # noqa: E402
+from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig  # noqa: E402
+from load_weights import SENTENCEPIECE, load_checkpoint, save_checkpoint  # noqa: E402
 from tokenizer import GRID, Tokenizer, plain  # noqa: E402
 
 CONFIG = Kosmos2Config(
@@ -54,7 +52,7 @@ CONFIG = Kosmos2Config(
     text=TextConfig(vocab_size=1, width=192, layers=4, heads=3, mlp_width=768, max_positions=2048, no_repeat_ngram_size=0),
     latent_query_num=32,
 )
-LR = 2e-3
+PARTS = ["vision", "resampler", "decoder"]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -122,94 +120,38 @@ def init_weights(model: Kosmos2, first_location: int, seed: int = 0) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Data: many texts about one picture, packed into one row
+# The objective
 # ----------------------------------------------------------------------------------------------------
 
-# How many examples of each task a scene contributes at most; the rest of the row stays empty.
-MIXTURE = {
-    "caption": 1, "detail": 0.6, "plain caption": 0.2, "plain detail": 0.2,
-    "ground": 2, "ground several": 2, "refer": 2, "refer relation": 3, "describe box": 2,
-    "color": 0.5, "shape": 0.5, "where": 0.6, "relation": 0.6, "count": 0.7, "yes or no": 0.7,
-    "color grounded": 0.5, "shape grounded": 0.5, "where grounded": 0.5, "relation grounded": 1,
-    "count grounded": 0.7, "yes or no grounded": 0.7, "color of box": 0.6, "shape in box": 0.6,
-}  # fmt: skip
 
+class Losses(nn.Module):
+    """Next-token losses of a batch of data.py, one for every target.
 
-def choose(examples: list[Example], rng: random.Random) -> list[Example]:
-    """A draw from everything that can be said about a scene, in the proportions of MIXTURE."""
-    rng.shuffle(examples)
-    room = {task: int(most) + (rng.random() < most % 1) for task, most in MIXTURE.items()}
-    chosen = []
-    for example in examples:
-        if room[example.task] > 0:
-            room[example.task] -= 1
-            chosen.append(example)
-    return chosen
-
-
-ALONE, EMPTY = -1, -2  # numbers of texts: 0 is the picture, 1, 2, … what is said about it
-
-
-class Packer:
-    """Scenes -> rows of one picture and several independent texts about it.
-
-    A row is `<s> <image> slots </image>`, then the texts one after the other. A text sees the picture and
-    itself, and its positions continue those of the picture, as if it stood alone; only answers carry loss.
+    The rows are read with a mask under which each text sees the picture (text 0) and itself.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: Kosmos2Config, length: int, seed: int):
-        self.tokenizer, self.config, self.length, self.seed = tokenizer, config, length, seed
-        self.prefix, self.prefix_mask = tokenizer.encode_prompt("", 1)
+    def __init__(self, model: Kosmos2):
+        super().__init__()
+        self.model = model
 
-    def row(self, seed: int):
-        """pixels, tokens (T,), positions (T,), text number of each token (T,), targets (T,)."""
-        scene, rng = Scene.random(seed), random.Random(seed)
-        pixels = preprocess_image(scene.draw(), self.config.vision.image_size)
-        P = len(self.prefix)
-        tokens, positions, texts, targets = list(self.prefix), list(range(P)), [0] * P, [-100] * P
-        for number, example in enumerate(choose(tasks(scene, rng), rng), start=1):
-            prompt = self.tokenizer.encode(example.prompt, add_bos=False)
-            text = prompt + self.tokenizer.encode_caption(example.answer) + [EOS]
-            if len(tokens) + len(text) > self.length:
-                continue
-            tokens += text
-            positions += range(P, P + len(text))
-            texts += [number] * len(text)
-            targets += [-100] * (len(prompt) - 1) + text[len(prompt) :] + [-100]
-        if rng.random() < 0.3:  # a sentence without a picture
-            text = self.tokenizer.encode_caption(plain(captions(scene)[0].prompt + captions(scene)[0].answer))
-            text = [BOS, *text, EOS]
-            if len(tokens) + len(text) <= self.length:
-                tokens += text
-                positions += range(len(text))
-                texts += [ALONE] * len(text)
-                targets += [*text[1:], -100]
-        empty = self.length - len(tokens)
-        fill = [(tokens, PAD), (positions, 0), (texts, EMPTY), (targets, -100)]
-        return pixels, *(torch.tensor(values + [value] * empty) for values, value in fill)
-
-    def batch(self, step: int, size: int) -> dict[str, torch.Tensor]:
-        first = self.seed + step * size
-        pixels, tokens, positions, texts, targets = map(
-            torch.stack, zip(*(self.row(first + i) for i in range(size)), strict=True)
-        )
-        return dict(pixels=pixels, tokens=tokens, positions=positions + FIRST_POSITION, texts=texts, targets=targets)
+    def forward(self, pixels, tokens, positions, texts, targets):
+        model, T = self.model, tokens.shape[1]
+        image_mask = torch.zeros_like(tokens, dtype=torch.bool)
+        image_mask[:, 2 : 2 + model.config.latent_query_num] = True
+        x = model.embed(tokens, pixels, image_mask=image_mask)  # (B, T, D)
+        same = texts[:, :, None] == texts[:, None, :]  # (B, T, T)
+        picture = (texts[:, :, None] > 0) & (texts[:, None, :] == 0)
+        mask = (same | picture) & torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
+        x = model.decoder(x, positions, mask[:, None])
+        asked = targets != -100
+        logits = model.decoder.unembed(x[asked]).float()  # (targets, V): the others need none
+        return F.cross_entropy(logits, targets[asked], reduction="none")  # (targets,)
 
 
-def packed_loss(model: Kosmos2, pixels, tokens, positions, texts, targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy of a packed batch, and that of every target."""
-    image_mask = torch.zeros_like(tokens, dtype=torch.bool)
-    image_mask[:, 2 : 2 + model.config.latent_query_num] = True
-    x = model.embed(tokens, pixels, image_mask=image_mask)  # (B, T, D)
-    mine = texts[:, :, None] == texts[:, None, :]
-    picture = (texts[:, :, None] > 0) & (texts[:, None, :] == 0)
-    T = tokens.shape[1]
-    mask = (mine | picture) & torch.ones(T, T, dtype=torch.bool).tril()
-    x = model.decoder(x, positions, mask[:, None])
-    wanted = targets != -100
-    logits = model.decoder.unembed(x[wanted]).float()  # (targets, V)
-    losses = F.cross_entropy(logits, targets[wanted], reduction="none")
-    return losses.mean(), losses
+def recompute_activations(model: Kosmos2) -> None:
+    """Keep only every block's input for the backward pass and run the block again there: less memory, more time."""
+    for block in [*model.vision.layers, *model.decoder.layers]:
+        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -225,31 +167,18 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def make_optimizers(model: Kosmos2, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the rest; both at one learning rate.
+def make_optimizers(model: Kosmos2, name: str, lr: float) -> list[torch.optim.Optimizer]:
+    """AdamW; or Muon for the matrices inside the blocks and AdamW for the rest, at one learning rate.
 
-    Muon gives all directions of a matrix's step one size. Measured here: after 500 steps the loss of the
-    location tokens is 4.2 with it and 5.0 with AdamW alone.
+    Muon gives all directions of a matrix's step one size. Measured on the scenes: after 500 steps the loss of
+    the location tokens is 4.2 with it and 5.0 with AdamW alone.
     """
-    inside = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
-    outside = [p for name, p in model.named_parameters() if not (".layers." in name and p.dim() == 2)]
-    return [
-        torch.optim.Muon(inside, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(outside, lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
-    ]
-
-
-class Steps(torch.utils.data.Dataset):
-    """The batch of every step, so that a worker process can prepare them ahead."""
-
-    def __init__(self, packer: Packer, first: int, last: int, batch: int):
-        self.packer, self.first, self.last, self.size = packer, first, last, batch
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __getitem__(self, i: int):
-        return self.packer.batch(self.first + i, self.size)
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    inside = [p for n, p in trained if name == "muon" and ".layers." in n and p.dim() == 2]
+    chosen = {id(p) for p in inside}
+    outside = [p for _, p in trained if id(p) not in chosen]
+    made = [torch.optim.Muon(inside, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")] if inside else []
+    return [*made, torch.optim.AdamW(outside, lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
 
 
 class Run:
@@ -257,99 +186,142 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.folder = args, args.out
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.device = torch.device("cuda", self.rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
         self.folder.mkdir(parents=True, exist_ok=True)
-        words = self.folder / SENTENCEPIECE
-        if not words.exists():
-            print("making the vocabulary", file=sys.stderr)
-            train_vocabulary(words)
-        self.tokenizer = Tokenizer(words, CONFIG.latent_query_num)
-        config = replace(CONFIG, text=replace(CONFIG.text, vocab_size=self.tokenizer.vocab_size))
-        self.model = Kosmos2(config)
-        init_weights(self.model, self.tokenizer.first_location, args.seed)
-        self.optimizers = make_optimizers(self.model, args.lr)
-        self.packer = Packer(self.tokenizer, config, args.length, seed=args.seed * 100_000_000)
+        self.model, self.tokenizer = self.open_model()
+        for name, part in self.model.named_children():
+            part.requires_grad_(name in args.train)
+        self.model.to(self.device).train()
+        if args.recompute:
+            recompute_activations(self.model)
+        self.losses = Losses(self.model)
+        if self.world > 1:
+            self.losses = nn.parallel.DistributedDataParallel(self.losses)
+        self.optimizers = make_optimizers(self.model, args.optimizer, args.lr)
+        config = self.model.config
+        if args.data:
+            self.source = Grit(args.data, self.tokenizer, config, args.seed)
+        else:
+            self.source = Scenes(self.tokenizer, config, args.length, first=args.seed * 100_000_000)
         self.step, self.minutes = 0, 0.0
         self.log: list[dict] = []
         if (self.folder / "checkpoint.pt").exists():
             self.resume()
 
+    def open_model(self) -> tuple[Kosmos2, Tokenizer]:
+        """The checkpoint to go on from; without one the small model, with a vocabulary of its own."""
+        if self.args.checkpoint:
+            return load_checkpoint(self.args.checkpoint)
+        words = self.folder / SENTENCEPIECE
+        if not words.exists():
+            print("making the vocabulary", file=sys.stderr)
+            train_vocabulary(words)
+        tokenizer = Tokenizer(words, CONFIG.latent_query_num)
+        model = Kosmos2(replace(CONFIG, text=replace(CONFIG.text, vocab_size=tokenizer.vocab_size)))
+        init_weights(model, tokenizer.first_location, self.args.seed)
+        return model, tokenizer
+
     def resume(self) -> None:
-        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        state = torch.load(self.folder / "checkpoint.pt", weights_only=True, map_location=self.device)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.minutes, self.log = state["step"], state["minutes"], state["log"]
-        print(f"resuming {self.folder} at step {self.step}", file=sys.stderr)
+        self.say(f"resuming {self.folder} at step {self.step}\n")
 
     def save(self) -> None:
         """Written beside its place, then moved there: a run that is killed here keeps the checkpoint before."""
-        state = {
-            "step": self.step, "minutes": self.minutes, "log": self.log, "model": self.model.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-        }  # fmt: skip
-        torch.save(state, self.folder / "checkpoint.pt.part")
-        os.replace(self.folder / "checkpoint.pt.part", self.folder / "checkpoint.pt")
+        if self.rank == 0:
+            state = {
+                "step": self.step, "minutes": self.minutes, "log": self.log, "model": self.model.state_dict(),
+                "optimizers": [o.state_dict() for o in self.optimizers],
+            }  # fmt: skip
+            torch.save(state, self.folder / "checkpoint.pt.part")
+            os.replace(self.folder / "checkpoint.pt.part", self.folder / "checkpoint.pt")
 
-    def train_step(self, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
-        """One update; returns the loss on location tokens and on words."""
+    def train_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """One update from all micro-batches of all processes; returns the mean losses.
+
+        The gradient is that of the mean over all targets of the step, wherever they were computed.
+        """
         lr = learning_rate(self.step, self.args.steps, self.args.lr)
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = lr
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, losses = packed_loss(self.model, **batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        count = self.sum_over_processes([float((b["targets"] != -100).sum()) for b in micro_batches])
+        sums = torch.zeros(4)  # losses and numbers of location tokens and of words
+        for i, batch in enumerate(micro_batches):
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            last = i == len(micro_batches) - 1
+            with nullcontext() if last or self.world == 1 else self.losses.no_sync():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=not self.args.fp32):
+                    losses = self.losses(**batch)
+                (losses.sum() * self.world / count).backward()  # the processes' gradients are averaged
+            targets = batch["targets"][batch["targets"] != -100]
+            place, losses = targets >= self.tokenizer.first_location, losses.detach()
+            sums += torch.stack([losses[place].sum(), place.sum(), losses[~place].sum(), (~place).sum()]).cpu()
+        torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        targets = batch["targets"][batch["targets"] != -100]
-        locations = targets >= self.tokenizer.first_location
-        return losses[locations].mean().item(), losses[~locations].mean().item()
+        places, n_places, words, n_words = (self.sum_over_processes([v]) for v in sums.tolist())
+        return {"locations": places / max(n_places, 1), "words": words / max(n_words, 1)}
 
-    def measure(self, scenes: int) -> dict[str, float]:
+    def sum_over_processes(self, values: list[float]) -> float:
+        total = torch.tensor(sum(values), dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.item()
+
+    def measure(self) -> dict[str, float]:
         """Accuracy by task on scenes held out from training."""
         self.model.eval()
-        found = evaluate(self.model, self.tokenizer, scenes, HELD_OUT)
+        found = evaluate(self.model, self.tokenizer, self.args.scenes, HELD_OUT)
         self.model.train()
         return {task: round(share, 4) for task, (share, _) in found.items()}
 
     def train(self) -> None:
         args = self.args
-        steps = Steps(self.packer, self.step, args.steps, args.batch)
+        steps = Steps(self.source, self.step, args.steps, args.batch, args.accumulate, self.rank, self.world)
         loader = torch.utils.data.DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=8)
         recent, clock = [], time.perf_counter()
-        for batch in loader:
-            recent.append(self.train_step(batch))
+        for micro_batches in loader:
+            recent.append(self.train_step(micro_batches))
             now = time.perf_counter()
             self.minutes, clock = self.minutes + (now - clock) / 60, now
-            if self.step % 20 == 0 or self.step == args.steps:
-                locations, words = (sum(column) / len(recent) for column in zip(*recent, strict=True))
-                self.log.append({"step": self.step, "minutes": round(self.minutes, 2),
-                                 "locations": round(locations, 4), "words": round(words, 4)})  # fmt: skip
+            last = self.step == args.steps
+            if self.step % args.log_every == 0 or last:
+                means = {name: round(sum(r[name] for r in recent) / len(recent), 4) for name in recent[0]}
+                self.log.append({"step": self.step, "minutes": round(self.minutes, 2), **means})
+                self.progress(means)
                 recent = []
-                self.progress(locations, words)
-            if self.step % args.save_every == 0 or self.step == args.steps:
-                if self.step % (4 * args.save_every) == 0 or self.step == args.steps:
-                    self.log.append({"step": self.step, "accuracy": self.measure(args.scenes)})
-                    print("\n" + json.dumps(self.log[-1]), file=sys.stderr)
+            if not args.data and (self.step % (4 * args.save_every) == 0 or last) and self.rank == 0:
+                self.log.append({"step": self.step, "accuracy": self.measure()})
+                self.say("\n" + json.dumps(self.log[-1]) + "\n")
+            if self.step % args.save_every == 0 or last:
                 self.save()
         self.finish()
 
-    def progress(self, locations: float, words: float) -> None:
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, end="", file=sys.stderr, flush=True)
+
+    def progress(self, losses: dict[str, float]) -> None:
         done = self.step / self.args.steps
         left = self.minutes / self.step * (self.args.steps - self.step)
         bar = "#" * round(30 * done) + "." * (30 - round(30 * done))
-        line = f"[{bar}] {self.step}/{self.args.steps}  loss: locations {locations:.3f}, words {words:.3f}  {left:.0f} min left"
-        print(f"\r{line}", end="", file=sys.stderr, flush=True)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        self.say(f"\r[{bar}] {self.step}/{self.args.steps}  loss: {shown}  {left:.0f} min left ")
 
     def finish(self) -> None:
         """The model in the published layout, the log, and its curves as a picture."""
-        save_checkpoint(self.model, self.folder / SENTENCEPIECE, self.folder)
-        with open(self.folder / "log.jsonl", "w") as lines:
-            lines.writelines(json.dumps(row) + "\n" for row in self.log)
-        draw_curves(self.log, self.folder / "loss.png")
-        print(f"\nwrote {self.folder}", file=sys.stderr)
+        if self.rank == 0:
+            save_checkpoint(self.model, self.tokenizer.model_file, self.folder)
+            with open(self.folder / "log.jsonl", "w", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(row) + "\n" for row in self.log)
+            draw_curves(self.log, self.folder / "loss.png")
+            self.say(f"\nwrote {self.folder}\n")
 
 
 def draw_curves(log: list[dict], path: Path) -> None:
@@ -379,22 +351,43 @@ def draw_curves(log: list[dict], path: Path) -> None:
     fig.savefig(path, dpi=110)
 
 
+def parse_arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=HERE.parent / "runs" / "tiny", help="folder of the run")
+    p.add_argument("--checkpoint", help="go on from these weights (all that load_weights.py reads)")
+    p.add_argument("--data", type=Path, metavar="JSONL", help="GRIT-format records; without it the scenes")
+    p.add_argument("--train", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"what to train, of {', '.join(PARTS)} (default: all)")
+    p.add_argument("--steps", type=int, default=5500)
+    p.add_argument("--batch", type=int, default=32, help="pictures a step, over all processes")
+    p.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute a step's batch in N parts")
+    p.add_argument("--length", type=int, default=224, help="tokens a row of scenes is filled up to")
+    p.add_argument("--lr", type=float, default=2e-3, help="at its peak")
+    p.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
+    p.add_argument("--fp32", action="store_true", help="compute in float32 instead of bfloat16 autocast")
+    p.add_argument("--recompute", action="store_true", help="save memory: recompute activations in the backward pass")
+    p.add_argument("--seed", type=int, default=0, help="of the weights and of the data's order")
+    p.add_argument("--log-every", type=int, default=20, metavar="STEPS")
+    p.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="accuracy is measured every fourth time")
+    p.add_argument("--scenes", type=int, default=60, help="held-out scenes to measure on while training")
+    return p.parse_args()
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "tiny", help="folder of the run")
-    parser.add_argument("--steps", type=int, default=7000)
-    parser.add_argument("--batch", type=int, default=32, help="pictures a step")
-    parser.add_argument("--length", type=int, default=224, help="tokens a row, filled with texts about one picture")
-    parser.add_argument("--lr", type=float, default=LR)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the scenes")
-    parser.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="accuracy is measured every fourth time")
-    parser.add_argument("--scenes", type=int, default=60, help="held-out scenes to measure on while training")
-    run = Run(parser.parse_args())
+    args = parse_arguments()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
+        run = Run(args)
         run.train()
     except KeyboardInterrupt:
-        print(f"\nstopped at step {run.step}; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except (OSError, ValueError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

@@ -1,0 +1,158 @@
+"""Training data: pictures and texts about them -> rows of tokens with the answers marked.
+
+A row is `<s> <image> slots </image>`, then one or several texts. Each text sees the picture and itself, and
+its positions continue those of the picture, as if it stood alone; so a picture that is encoded once can
+teach many sentences. `Scenes` makes rows from the small world of scenes.py, `Grit` from any GRIT-format file.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from PIL import Image
+from scenes import Example, Scene, captions, tasks
+
+from kosmos2 import BOS, EOS, FIRST_POSITION, PAD, Kosmos2Config, preprocess_image
+from tokenizer import Tokenizer, grit_to_text, plain
+
+# How many examples of each task a scene contributes at most.
+MIXTURE = {
+    "caption": 1, "detail": 0.6, "plain caption": 0.2, "plain detail": 0.2,
+    "ground": 2, "ground several": 2, "refer": 2, "refer relation": 3, "describe box": 2,
+    "color": 0.5, "shape": 0.5, "where": 0.6, "relation": 0.6, "count": 0.7, "yes or no": 0.7,
+    "color grounded": 0.5, "shape grounded": 0.5, "where grounded": 0.5, "relation grounded": 1,
+    "count grounded": 0.7, "yes or no grounded": 0.7, "color of box": 0.6, "shape in box": 0.6,
+}  # fmt: skip
+
+ALONE, EMPTY = -1, -2  # numbers of texts: 0 is the picture, 1, 2, … what is said about it
+
+
+class Row:
+    """Tokens, positions, text numbers and targets of one row, growing text by text.
+
+    targets[t] is what position t should predict, -100 where nothing is asked.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, pixels: torch.Tensor):
+        self.pixels = pixels
+        self.tokens, _ = tokenizer.encode_prompt("", 1)
+        self.prefix = len(self.tokens)
+        self.positions = list(range(self.prefix))
+        self.texts, self.targets = [0] * self.prefix, [-100] * self.prefix
+
+    def add(self, prompt: list[int], answer: list[int], number: int) -> None:
+        """A text about the picture, or ALONE; only what follows the prompt is asked for."""
+        text, first = prompt + answer, 0 if number == ALONE else self.prefix
+        self.tokens += text
+        self.positions += range(first, first + len(text))
+        self.texts += [number] * len(text)
+        if not prompt:  # the picture itself asks for the first token
+            self.targets[self.prefix - 1] = answer[0]
+        self.targets += [-100] * (len(prompt) - 1) + answer[0 if prompt else 1 :] + [-100]
+
+
+def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
+    """Rows -> a batch, filled up to the longest with padding that nothing sees and nothing is asked of."""
+    T = max(len(row.tokens) for row in rows)
+
+    def stack(name, fill):
+        return torch.tensor([getattr(row, name) + [fill] * (T - len(row.tokens)) for row in rows])
+
+    return {
+        "pixels": torch.stack([row.pixels for row in rows]),
+        "tokens": stack("tokens", PAD),
+        "positions": stack("positions", 0) + FIRST_POSITION,
+        "texts": stack("texts", EMPTY),
+        "targets": stack("targets", -100),
+    }
+
+
+class Scenes:
+    """Row n: the scene of seed first + n, with as many texts as fit into `length` tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, config: Kosmos2Config, length: int, first: int):
+        self.tokenizer, self.size, self.length, self.first = tokenizer, config.vision.image_size, length, first
+
+    def row(self, n: int) -> Row:
+        scene, rng = Scene.random(self.first + n), random.Random(self.first + n)
+        row = Row(self.tokenizer, preprocess_image(scene.draw(), self.size))
+        for number, example in enumerate(choose(tasks(scene, rng), rng), start=1):
+            prompt = self.tokenizer.encode(example.prompt, add_bos=False)
+            answer = [*self.tokenizer.encode_caption(example.answer), EOS]
+            if len(row.tokens) + len(prompt) + len(answer) <= self.length:
+                row.add(prompt, answer, number)
+        if rng.random() < 0.3:  # a sentence without a picture
+            brief = captions(scene)[0]
+            text = [*self.tokenizer.encode_caption(plain(brief.prompt + brief.answer)), EOS]
+            if len(row.tokens) + 1 + len(text) <= self.length:
+                row.add([BOS], text, ALONE)
+        return row
+
+
+def choose(examples: list[Example], rng: random.Random) -> list[Example]:
+    """A draw from everything that can be said about a scene, in the proportions of MIXTURE."""
+    rng.shuffle(examples)
+    room = {task: int(most) + (rng.random() < most % 1) for task, most in MIXTURE.items()}
+    chosen = []
+    for example in examples:
+        if room[example.task] > 0:
+            room[example.task] -= 1
+            chosen.append(example)
+    return chosen
+
+
+class Grit:
+    """Row n of an endless, reshuffled reading of a GRIT-format file.
+
+    The file has one JSON record a line: "image" (a path, relative to the file), "caption", "noun_chunks",
+    "ref_exps". As in the original training, all tokens of the text carry loss and the picture is followed
+    by the text at once; the picture is squashed to a square, as everywhere here.
+    """
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, config: Kosmos2Config, seed: int):
+        self.tokenizer, self.config, self.seed, self.folder = tokenizer, config, seed, path.parent
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no training data at {path}")
+        self.records = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                self.records.append((self.folder / record["image"], grit_to_text(record)))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: not a GRIT record with an image ({error})") from None
+        if not self.records:
+            raise ValueError(f"{path} holds no records")
+
+    def row(self, n: int) -> Row:
+        epoch, at = divmod(n, len(self.records))
+        order = list(range(len(self.records)))
+        random.Random(f"{self.seed} {epoch}").shuffle(order)
+        path, text = self.records[order[at]]
+        with Image.open(path) as picture:
+            row = Row(self.tokenizer, preprocess_image(picture, self.config.vision.image_size))
+        room = self.config.text.max_positions - row.prefix - 1
+        row.add([], [*self.tokenizer.encode_caption(text)[:room], EOS], 1)
+        return row
+
+
+class Steps(torch.utils.data.Dataset):
+    """Item i: the micro-batches of one process for the i-th step from `first` on.
+
+    A step's rows are the same however many processes and micro-batches share them.
+    """
+
+    def __init__(self, source, first: int, last: int, batch: int, accumulate: int = 1, rank: int = 0, world: int = 1):
+        if batch % (accumulate * world):
+            raise ValueError(f"a batch of {batch} does not divide into {world} processes x {accumulate} parts")
+        self.source, self.first, self.last, self.batch = source, first, last, batch
+        self.accumulate, self.rank, self.world = accumulate, rank, world
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, i: int) -> list[dict[str, torch.Tensor]]:
+        start = (self.first + i) * self.batch
+        rows = [self.source.row(n) for n in range(start + self.rank, start + self.batch, self.world)]
+        size = len(rows) // self.accumulate
+        return [collate(rows[at : at + size]) for at in range(0, len(rows), size)]
