@@ -765,14 +765,16 @@ class Generation:
         scores, o = scores.float().clone(), self.options
         scores[:, PAD] = -math.inf  # no text contains it; the original forbids it, transformers does not
         for i, (row, new) in enumerate(zip(self.rows, self.texts, strict=True)):
-            if o.no_repeat_ngram_size:
-                scores[i, repeated_ngrams(self.prompts[row] + new, o.no_repeat_ngram_size)] = -math.inf
+            text = self.prompts[row] + new
             if len(new) < o.min_new_tokens:
                 scores[i, EOS] = -math.inf
-            if o.constraint is not None:
-                allowed = o.constraint(self.prompts[row] + new, o.max_new_tokens - len(new))
-                if allowed is not None:
-                    scores[i, ~torch.from_numpy(allowed).to(scores.device)] = -math.inf
+            if o.constraint is not None and (allowed := o.constraint(text, o.max_new_tokens - len(new))) is not None:
+                scores[i, ~torch.from_numpy(allowed).to(scores.device)] = -math.inf
+            if o.no_repeat_ngram_size:
+                blocked = scores[i].clone()
+                blocked[repeated_ngrams(text, o.no_repeat_ngram_size)] = -math.inf
+                if blocked.max() > -math.inf:  # where only repetition is left, let it be
+                    scores[i] = blocked
         return scores
 
     def draw(self) -> list[int]:

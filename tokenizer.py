@@ -216,7 +216,7 @@ class Tokenizer:
             end = at + self.num_image_tokens + 1
             if i == opening and end < len(ids) and ids[end] == closing:
                 skip_to = end + 1
-                kept.append("")
+                kept.append("")  # no words, but what follows is no longer the beginning
             if at >= skip_to and i >= len(CONTROL) and self.tokens[i] != "<mask>":
                 kept.append(self.tokens[i].replace("▁", " "))
         if kept:  # a sequence that begins with a word begins without its space

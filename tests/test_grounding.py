@@ -85,7 +85,8 @@ def test_markup_is_whole_under_random_logits(small, small_tokenizer, length):
     inputs = (tokens, pixels(3), None, image_mask, pad_mask)
     for seed in range(6):
         for rule in (constraint, small_tokenizer.well_formed):
-            new = small.generate(*inputs, max_new_tokens=length, temperature=9.0, seed=seed, constraint=rule)
+            hot = dict(max_new_tokens=length, temperature=9.0, seed=seed, no_repeat_ngram_size=seed % 3)
+            new = small.generate(*inputs, constraint=rule, **hot)
             for prompt, row in zip(PROMPTS, new, strict=True):
                 text = small_tokenizer.decode(row)
                 assert is_well_formed(text), (prompt, text)
