@@ -25,7 +25,7 @@ One legend everywhere:
 
 Four things differ from the textbook transformer; each is explained where it happens:
 sub-LN (`Block`), features of unit length (`VisionTransformer`), latents that are among their own keys
-(`Resampler`), the sqrt(D) scale and the positions that begin at 2 (`Decoder`).
+(`Resampler`), the sqrt(D) scale and the positions that begin at 2 (`Decoder`, `token_positions`).
 """
 
 import json
@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-BOS, PAD, EOS, UNK = 0, 1, 2, 3  # the first ids of every vocabulary in the published layout
+BOS, PAD, EOS = 0, 1, 2  # the first ids of every vocabulary in the published layout
 
 # ----------------------------------------------------------------------------------------------------
 # Configuration
@@ -100,7 +100,7 @@ class Kosmos2Config:
             for f in fields(config):
                 value, zero_ok = getattr(config, f.name), f.name == "no_repeat_ngram_size"
                 if f.type is int and (type(value) is not int or value < (0 if zero_ok else 1)):
-                    raise ValueError(f"{part} {f.name} is {value!r}; it must be a whole number above zero")
+                    raise ValueError(f"{part} {f.name} is {value!r}; it must be a whole number{'' if zero_ok else ' above zero'}")
                 if f.type is float and not (isinstance(value, (int, float)) and 0 < value < 1):
                     raise ValueError(f"{part} {f.name} is {value!r}; it must lie between 0 and 1")
             if part != "config" and config.width % config.heads:
@@ -128,7 +128,7 @@ class Kosmos2Config:
             if not isinstance(part, dict):
                 raise ValueError(f"{path}: {name} must be a JSON object, not {part!r}")
         for where, key, supported in FIXED:
-            value = parts.get(where, published).get(key, supported)
+            value = (parts[where] if where else published).get(key, supported)
             if value != supported:
                 raise ValueError(f"{path}: {key} is {value!r}; a Kosmos-2 has {supported!r}, and only that is built")
 
@@ -256,9 +256,9 @@ class Attention(nn.Module):
         return x.view(B, T, self.heads, D // self.heads).transpose(1, 2)  # (B, H, T, hd)
 
     def weights(self, x: Tensor, context=None, mask=None, cache: KVCache | None = None) -> Tensor:
-        """Where the queries of a `forward` with these arguments looked, (B, H, T, S); for looking at only.
+        """Where the queries of the `forward` just run with these arguments looked, (B, H, T, S).
 
-        The kernel that `forward` uses never writes them down.
+        For looking at only: the kernel that `forward` uses never writes the weights down.
         """
         q = self.split_heads(self.q_proj(x))  # (B, H, T, hd)
         k = self.split_heads(self.k_proj(x if context is None else context))
@@ -302,7 +302,7 @@ class Block(nn.Module):
         self.mlp = MLP(width, mlp_width, activation, sub_ln, eps)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), None, mask, cache)
+        x = x + self.attn(self.norm1(x), None, mask, cache)  # by position: so `record` sees them
         x = x + self.mlp(self.norm2(x))
         return x
 
@@ -350,16 +350,16 @@ class VisionTransformer(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, S, S) -> features (B, N, E)."""
         patches = self.patch_embedding(pixels)  # (B, E, grid, grid)
-        positions = self.positions(*patches.shape[2:])  # (N, E)
+        places = self.place_embedding(*patches.shape[2:])  # (N, E)
         patches = patches.flatten(2).transpose(1, 2)  # (B, N-1, E), row by row from the upper left
         cls = self.class_embedding.expand(len(pixels), 1, -1)  # (B, 1, E)
         x = torch.cat([cls, patches], dim=1)  # (B, N, E)
-        x = self.pre_layernorm(x + positions)
+        x = self.pre_layernorm(x + places)
         for layer in self.layers:
             x = layer(x)
         return F.normalize(self.post_layernorm(x), dim=-1)
 
-    def positions(self, rows: int, columns: int) -> Tensor:
+    def place_embedding(self, rows: int, columns: int) -> Tensor:
         """The learned positions (N, E); for another grid than the trained one, bicubically interpolated."""
         grid = math.isqrt(len(self.position_embedding) - 1)
         if rows == columns == grid:
@@ -412,11 +412,13 @@ def sinusoidal_positions(positions: Tensor, width: int) -> Tensor:
     return F.pad(table, (0, width % 2))  # (B, T, width): an odd width ends in a zero
 
 
-FIRST_POSITION = 2  # fairseq's habit: position 1 belongs to padding, 0 to nothing
+FIRST_POSITION = 2  # inherited from fairseq: there, position 1 belongs to padding and 0 to nothing
 
 
 def token_positions(tokens: Tensor, pad_mask: Tensor | None = None) -> Tensor:
     """The position of every token (B, T): 2, 3, 4, ... counted over the tokens that are not padding."""
+    if pad_mask is not None and pad_mask.shape != tokens.shape:
+        raise ValueError(f"pad_mask has shape {tuple(pad_mask.shape)}, tokens {tuple(tokens.shape)}")
     real = torch.ones_like(tokens) if pad_mask is None else (~pad_mask).long()
     return real.cumsum(dim=1) + FIRST_POSITION - 1
 
@@ -515,10 +517,14 @@ class Kosmos2(nn.Module):
             raise ValueError("give pixels or image_embeds, not both")
         if pixels is not None:
             image_embeds = self.encode_image(pixels)
+        Q, D = self.config.latent_query_num, self.config.text.width
+        if image_embeds is not None and tuple(image_embeds.shape[1:]) != (Q, D):
+            raise ValueError(f"image_embeds have shape {tuple(image_embeds.shape)}; this model wants (I, {Q}, {D})")
+        if image_mask is not None and image_mask.shape != tokens.shape:
+            raise ValueError(f"image_mask has shape {tuple(image_mask.shape)}, tokens {tuple(tokens.shape)}")
         slots = 0 if image_mask is None else int(image_mask.sum())
-        filled = 0 if image_embeds is None else image_embeds.shape[0] * image_embeds.shape[1]
+        filled = 0 if image_embeds is None else len(image_embeds) * Q
         if slots != filled:
-            Q = self.config.latent_query_num
             raise ValueError(f"image_mask marks {slots} slots, but the pictures fill {filled} ({Q} each)")
         if filled:
             x = x.masked_scatter(image_mask[..., None], image_embeds.to(x.dtype))
@@ -603,8 +609,8 @@ class Kosmos2(nn.Module):
     ) -> "Generation":
         """Read the prompts of `generate` and stop there: the Generation yields what `stream` yields.
 
-        past: a Generation of one row whose prompt comes before all of these, already read. So many
-        questions about one picture cost one reading of it:
+        past: a Generation of one row that has read what comes before all of these prompts, and generated
+        nothing. So many questions about one picture cost one reading of it:
 
             past = model.start(picture_tokens, pixels, image_mask=image_mask, max_new_tokens=0)
             answers = model.start(questions, pad_mask=pad_mask, past=past).finish()
@@ -696,22 +702,28 @@ class NewTokens(list):
 class Generation:
     """A batch in the middle of being generated: the running texts, their caches and their next logits.
 
-    Iterating yields at every step the next id of every row, None for a row that has ended; `results`
-    holds all that was generated.
+    Iterating yields at every step the next id of every row, None for a row that has ended. `results` holds
+    what every row has got so far; `texts` the same for the texts still running, of which a beam search
+    has several for a row and others none.
     """
 
     def __init__(self, model, tokens, pixels, image_embeds, image_mask, pad_mask, options, past=None):
+        if pad_mask is not None and not pad_mask.any():
+            pad_mask = None
         if pad_mask is not None and pad_mask[:, -1].any():
             raise ValueError("to generate, rows must be padded on the left: pad_mask is True at the end of a row")
+        if past is not None and (len(past.rows) != 1 or past.pad_mask is not None or past.texts[0]):
+            raise ValueError("past must be one row without padding that has generated nothing")
         x = model.embed(tokens, pixels, image_embeds, image_mask)  # (B, T, D)
         B, T, _ = x.shape
-        P = 0 if past is None else past.caches[0].length
-        self.model, self.options = model, options
+        P = 0 if past is None else past.caches[0].length  # positions read before
+        self.model, self.options, self.left = model, options, options.max_new_tokens
         self.rows = list(range(B))  # the row of `tokens` that each running text continues
         self.results = [NewTokens() for _ in self.rows]
-        self.texts = list(self.results)  # what each running text has added to its prompt
+        self.texts = list(self.results)
         pads = torch.zeros_like(tokens, dtype=torch.bool) if pad_mask is None else pad_mask
-        self.prompts = [row[~pad].tolist() for row, pad in zip(tokens, pads, strict=True)]
+        before = [] if past is None else past.prompts[0]
+        self.prompts = [before + row[~pad].tolist() for row, pad in zip(tokens, pads, strict=True)]
         self.draws = None if options.seed is None else torch.Generator().manual_seed(options.seed)
         positions = token_positions(tokens, pad_mask) + P
         model._check_length(positions, options.max_new_tokens)
@@ -722,27 +734,28 @@ class Generation:
             KVCache(B, text.heads, self.capacity, text.width // text.heads, like=x) for _ in range(text.layers)
         ]
         if past is not None:
-            if len(past.rows) != 1 or past.pad_mask is not None:
-                raise ValueError("what comes before must be one row without padding")
-            self.prompts = [past.prompts[0] + past.texts[0] + prompt for prompt in self.prompts]
-            for cache, before in zip(self.caches, past.caches, strict=True):
-                cache.append(*(kv[:, :, :P].expand(B, -1, -1, -1) for kv in (before.keys, before.values)))
+            for cache, old in zip(self.caches, past.caches, strict=True):
+                cache.append(*(kv[:, :, :P].expand(B, -1, -1, -1) for kv in (old.keys, old.values)))
         self.pad_mask = None if pad_mask is None else F.pad(pad_mask, (P, 0), value=False)  # (B, P + T)
-        x = model.decoder(x, positions, causal_mask(T, P + T, self.pad_mask, x.device), self.caches)
-        self.logits = model.decoder.unembed(x[:, -1])  # (B, V): only the last position is asked what comes next
+        self.predict(x, positions, causal_mask(T, P + T, self.pad_mask, x.device))
+
+    def predict(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> None:
+        """Run new positions x (B, T, D) through the decoder, and ask the last one what comes next."""
+        x = self.model.decoder(x, positions, mask, self.caches)
+        self.logits = self.model.decoder.unembed(x[:, -1]).float()  # (B, V)
+        if not torch.isfinite(self.logits).all():
+            raise ValueError("the logits are not finite: the weights are damaged, or too large for this precision")
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[int | None]]:
         if self.options.num_beams > 1:
             raise ValueError("a beam search knows its text only at the end; stream with num_beams=1")
-        for _ in range(self.options.max_new_tokens):
-            if not self.rows:
-                return
-            chosen, rows = self.draw(), self.rows
+        while self.rows and self.left:
+            chosen = self.draw()
+            grown = self.grow(range(len(chosen)), chosen)
             step: list[int | None] = [None] * len(self.results)
-            for i, (row, token) in enumerate(zip(rows, chosen, strict=True)):
-                step[row] = token
-                self.results[row] = self.texts[i].plus(token, self.probability(i, token))
+            for row, token, text in zip(self.rows, chosen, grown, strict=True):
+                step[row], self.results[row] = token, text
             yield step
             going = [i for i, token in enumerate(chosen) if token != EOS]
             self.advance(going, [chosen[i] for i in going])
@@ -753,28 +766,26 @@ class Generation:
             pass
         return self.results
 
-    def probability(self, i: int, token: int) -> float:
-        """What the model gives a token as the next of running text i."""
-        logits = self.logits[i].float()
-        return math.exp(float(logits[token] - logits.logsumexp(dim=-1)))
-
     def forbid(self, scores: Tensor) -> Tensor:
-        """Next logits or log-probabilities (B, V), with -inf where a token may not come."""
-        if not torch.isfinite(self.logits).all():
-            raise ValueError("the logits are not finite: the weights are damaged, or too large for this precision")
-        scores, o = scores.float().clone(), self.options
+        """Next logits or log-probabilities (B, V), with -inf where a token may not come.
+
+        A rule that would leave a text nothing to go on with is dropped, the later ones first.
+        """
+        scores, o = scores.clone(), self.options
         scores[:, PAD] = -math.inf  # no text contains it; the original forbids it, transformers does not
         for i, (row, new) in enumerate(zip(self.rows, self.texts, strict=True)):
-            text = self.prompts[row] + new
+            text, rules = self.prompts[row] + new, []
             if len(new) < o.min_new_tokens:
-                scores[i, EOS] = -math.inf
-            if o.constraint is not None and (allowed := o.constraint(text, o.max_new_tokens - len(new))) is not None:
-                scores[i, ~torch.from_numpy(allowed).to(scores.device)] = -math.inf
+                rules.append([EOS])
+            if o.constraint is not None:
+                allowed = o.constraint(text, o.max_new_tokens - len(new))
+                rules += [] if allowed is None else [~torch.from_numpy(allowed).to(scores.device)]
             if o.no_repeat_ngram_size:
-                blocked = scores[i].clone()
-                blocked[repeated_ngrams(text, o.no_repeat_ngram_size)] = -math.inf
-                if blocked.max() > -math.inf:  # where only repetition is left, let it be
-                    scores[i] = blocked
+                rules.append(repeated_ngrams(text, o.no_repeat_ngram_size))
+            for rule in rules:
+                ruled = scores[i].clone()
+                ruled[rule] = -math.inf
+                scores[i] = ruled if ruled.max() > -math.inf else scores[i]
         return scores
 
     def draw(self) -> list[int]:
@@ -783,25 +794,39 @@ class Generation:
         u = torch.rand(len(self.rows) if self.draws is None else 1, generator=self.draws).to(logits.device)
         return sample(logits, o.temperature, o.top_k, o.top_p, u).tolist()
 
+    def grow(self, parents, tokens: list[int]) -> list[NewTokens]:
+        """Each of these running texts with one more token."""
+        logits = self.logits[list(parents)]  # (len(parents), V)
+        chosen = torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None]
+        probabilities = (logits.gather(1, chosen)[:, 0] - logits.logsumexp(dim=-1)).exp().tolist()
+        return [self.texts[i].plus(t, p) for i, t, p in zip(parents, tokens, probabilities, strict=True)]
+
     def advance(self, parents: list[int], tokens: list[int]) -> None:
         """Let these texts go on, each with a token (one may go on in several ways); the others end here."""
-        grown = [self.texts[i].plus(t, self.probability(i, t)) for i, t in zip(parents, tokens, strict=True)]
+        grown = self.grow(parents, tokens)
         if parents != list(range(len(self.rows))):
             index = torch.tensor(parents, dtype=torch.long, device=self.next_position.device)
             for cache in self.caches:
                 cache.select(index)
             self.next_position = self.next_position[index]
             self.pad_mask = None if self.pad_mask is None else self.pad_mask[index]
-        self.texts, self.rows = grown, [self.rows[i] for i in parents]
-        S = self.caches[0].length + 1
-        if not self.rows or self.capacity < S:  # nobody will ask what follows the last token
+        self.texts, self.rows, self.left = grown, [self.rows[i] for i in parents], self.left - 1
+        if not self.rows or not self.left:  # nobody will ask what follows the last token
             return
         if self.pad_mask is not None:
             self.pad_mask = F.pad(self.pad_mask, (0, 1), value=False)  # (B, S)
         x = self.model.decoder.embed_tokens(torch.tensor(tokens, device=self.next_position.device)[:, None])  # (B, 1, D)
-        x = self.model.decoder(x, self.next_position, causal_mask(1, S, self.pad_mask, x.device), self.caches)
-        self.logits = self.model.decoder.unembed(x[:, -1])  # (B, V)
+        self.predict(x, self.next_position, causal_mask(1, self.caches[0].length + 1, self.pad_mask, x.device))
         self.next_position = self.next_position + 1
+
+
+def pad_left(rows: list[tuple[list[int], list[bool]]], device=None) -> tuple[Tensor, Tensor, Tensor]:
+    """[(ids, image_mask)] of any lengths -> tokens, image_mask, pad_mask, each (B, T), for `generate`."""
+    T = max(len(ids) for ids, _ in rows)
+    tokens = [[PAD] * (T - len(ids)) + list(ids) for ids, _ in rows]
+    image_mask = [[False] * (T - len(mask)) + list(mask) for _, mask in rows]
+    pad_mask = [[True] * (T - len(ids)) + [False] * len(ids) for ids, _ in rows]
+    return tuple(torch.tensor(t, device=device) for t in (tokens, image_mask, pad_mask))
 
 
 def repeated_ngrams(tokens: list[int], n: int) -> list[int]:
@@ -840,18 +865,18 @@ def beam_search(state: Generation) -> list[NewTokens]:
     finished texts and its best running one scores no better than the worst of them.
     """
     K, limit = state.options.num_beams, state.options.max_new_tokens
-    totals = torch.zeros(len(state.rows))  # summed log-probability of every running text
+    totals = torch.zeros(len(state.rows))  # summed log-probability of every running text, blocks applied
     finished: list[list[tuple[float, NewTokens]]] = [[] for _ in state.rows]
     for length in range(1, limit + 1):
         if not state.rows:
             break
-        scores = state.forbid(state.logits.float().log_softmax(dim=-1)).cpu() + totals[:, None]  # (texts, V)
+        scores = state.forbid(state.logits.log_softmax(dim=-1)).cpu() + totals[:, None]  # (texts, V)
         kept = []
         for row in dict.fromkeys(state.rows):
             beams = [i for i, r in enumerate(state.rows) if r == row]
             running, ended = best_continuations(scores, beams, K, last=length == limit)
-            for score, i, token in ended:
-                finished[row].append((score / length, state.texts[i].plus(token, state.probability(i, token))))
+            texts = state.grow([i for _, i, _ in ended], [token for _, _, token in ended])
+            finished[row] += [(score / length, text) for (score, _, _), text in zip(ended, texts, strict=True)]
             finished[row] = sorted(finished[row], key=lambda text: -text[0])[:K]
             full = len(finished[row]) == K
             if running and not (full and running[0][0] / length <= finished[row][-1][0]):
@@ -874,30 +899,32 @@ def best_continuations(scores: Tensor, beams: list[int], K: int, last: bool):
     return running[:K], ended
 
 
-@torch.inference_mode()
-def rank_boxes(state: Generation, locations: range, K: int, width: int = 32) -> list[tuple[float, int, int]]:
-    """The K likeliest different boxes for a prompt that ends in <object>: (score, upper left, lower right).
+CANDIDATES = 2000  # boxes that rank_boxes looks at: neighbours of one another, mostly
 
-    locations: the ids of the location tokens. A beam over the two tokens of a box, `width` upper left corners
-    wide; of boxes that overlap by half or more only the likeliest counts. The score is the geometric mean
-    of the two probabilities. The state is used up.
+
+@torch.inference_mode()
+def rank_boxes(state: Generation, locations: range, count: int, beam: int = 32) -> list[tuple[float, int, int]]:
+    """The likeliest different boxes for a prompt that ends in <object>: (score, upper left, lower right).
+
+    locations: the ids of the location tokens. A beam search over the two tokens of a box, with `beam` upper
+    left corners; of boxes that overlap by half or more only the likeliest counts. The score is the geometric
+    mean of the two probabilities. The state, of one row and at least two tokens to go, is used up.
     """
-    if len(state.rows) != 1:
-        raise ValueError("boxes are ranked for one prompt at a time")
-    grid = math.isqrt(len(locations))
-    cells = torch.arange(len(locations))
-    first = state.logits[0].float().softmax(dim=-1)[locations.start : locations.stop].cpu()  # (grid²,)
-    p, ul = first.topk(min(width, len(cells)))
+    if len(state.rows) != 1 or state.left < 2:
+        raise ValueError("boxes are ranked for one prompt at a time, with max_new_tokens of at least 2")
+    grid, cells = math.isqrt(len(locations)), torch.arange(len(locations))
+    first = state.logits[0].softmax(dim=-1)[locations.start : locations.stop].cpu()  # (grid²,)
+    p, ul = first.topk(min(beam, len(cells)))
     state.advance([0] * len(ul), (ul + locations.start).tolist())
-    second = state.logits.float().softmax(dim=-1)[:, locations.start : locations.stop].cpu()  # (width, grid²)
+    second = state.logits.softmax(dim=-1)[:, locations.start : locations.stop].cpu()  # (beam, grid²)
     ordered = (cells // grid >= ul[:, None] // grid) & (cells % grid >= ul[:, None] % grid)
-    joint = (p[:, None] * second * ordered).flatten()  # (width * grid²,)
+    joint = (p[:, None] * second * ordered).flatten()  # (beam * grid²,)
     found: list[tuple[float, int, int]] = []
-    for probability, at in zip(*(t.tolist() for t in joint.topk(min(2000, len(joint)))), strict=True):
+    for probability, at in zip(*(t.tolist() for t in joint.topk(min(CANDIDATES, len(joint)))), strict=True):
         box = int(ul[at // len(cells)]), at % len(cells)
         if probability > 0 and not any(cells_in_common(box, other, grid) >= 0.5 for _, *other in found):
             found.append((math.sqrt(probability), *box))
-        if len(found) == K:
+        if len(found) == count:
             break
     return found
 

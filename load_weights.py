@@ -187,8 +187,8 @@ def read_torch(path: Path) -> dict[str, Stored]:
     """
     if not zipfile.is_zipfile(path):
         return _read_legacy_torch(path)
-    archive = zipfile.ZipFile(path)
     try:
+        archive = zipfile.ZipFile(path)
         index = next(name for name in archive.namelist() if name.endswith("data.pkl"))
         with archive.open(index) as file:
             content = _TensorUnpickler(file).load()
@@ -247,7 +247,8 @@ def find_checkpoint(path: str | Path) -> tuple[Path, list[Path]]:
     """
     given, path = str(path), Path(path)
     if not path.exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", given) or path.suffix in (".safetensors", ".bin", ".pt", ".json"):
+        is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given) and not Path(given.split("/")[0]).exists()
+        if not is_hub_id or path.suffix in (".safetensors", ".bin", ".pt", ".json"):
             raise FileNotFoundError(f"there is no checkpoint at {given}")
         path = _download(given)
     if path.is_file():
@@ -407,9 +408,14 @@ def save_checkpoint(model: Kosmos2, sentencepiece_file: str | Path, folder: str 
 
     def write(name, how):
         part = folder / f"{name}.part"
-        how(part)
-        part.chmod(0o644)  # safetensors writes files that only their owner can read
-        os.replace(part, folder / name)
+        try:
+            how(part)
+            part.chmod(0o644)  # safetensors writes files that only their owner can read
+            os.replace(part, folder / name)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {part}: {error}") from None
+        finally:
+            part.unlink(missing_ok=True)
 
     if not (folder / SENTENCEPIECE).exists() or not os.path.samefile(sentencepiece_file, folder / SENTENCEPIECE):
         write(SENTENCEPIECE, lambda part: shutil.copyfile(sentencepiece_file, part))

@@ -94,11 +94,13 @@ def boxes_to_text(boxes, grid: int = GRID, training: bool = False) -> str:
     """Boxes, each two location indices or four floats -> `<object>…</object>`; ValueError for anything else."""
     pairs = []
     for box in boxes:
-        box = tuple(box)
-        if len(box) == 4:
-            box = box_to_tokens(box, grid, training)
-        if len(box) != 2 or any(type(i) is not int for i in box):
-            raise ValueError(f"a box is four floats in 0..1 or a pair of whole location indices, not {box}")
+        try:
+            box = box_to_tokens(box, grid, training) if len(box) == 4 else tuple(box)
+            wrong = len(box) != 2 or any(type(i) is not int for i in box)
+        except TypeError:
+            wrong = True
+        if wrong:
+            raise ValueError(f"a box is four floats in 0..1 or a pair of whole location indices, not {box!r}")
         tokens_to_box(*box, grid)  # refuses indices that are not on the grid
         pairs.append(location_token(box[0], grid) + location_token(box[1], grid))
     return "<object>" + DELIMITER.join(pairs) + "</object>"
@@ -207,7 +209,7 @@ class Tokenizer:
         return ids + words[done:]
 
     def decode(self, ids) -> str:
-        """ids -> tagged text. Pictures (<image>, slots, </image>), <s>, </s>, <pad>, <unk> are dropped."""
+        """ids -> tagged text. Pictures (<image>, slots, </image>), <s>, </s>, <pad>, <unk>, <mask> are dropped."""
         ids, kept, skip_to = [int(i) for i in ids], [], 0
         opening, closing = self.special[IMAGE_OPEN], self.special[IMAGE_CLOSE]
         for at, i in enumerate(ids):
@@ -228,11 +230,11 @@ class Tokenizer:
 
         ids: all tokens so far; left: how many may still come. After <object> comes a location, then one that
         is neither above nor left of it, then the delimiter or </object>; <phrase> and </phrase> alternate,
-        with words between them; nothing is opened that could not be closed in time. Words are never
-        touched: a model that is well-formed by itself writes what it would write anyway.
+        with words between them; nothing is opened that could not be closed in time. Outside of markup any
+        word may come: a model that is well-formed by itself writes what it would write anyway.
         """
         tag, locations = self.special, slice(self.first_location, None)
-        last, before = [*[tag["<s>"]] * 2, *ids][-2:][::-1]
+        before, last = ([tag["<s>"]] * 2 + list(ids))[-2:]
         cell, first = self.location_index(last), self.location_index(before) is None
         if last in (tag["<object>"], tag[DELIMITER]) or cell is not None:
             allowed = np.zeros(self.vocab_size, dtype=bool)
@@ -279,9 +281,10 @@ def insert_boxes(text: str, boxes, grid: int = GRID) -> str:
     if len(phrases) != len(boxes):
         raise ValueError(f"the text has {len(phrases)} phrases in <phrase>…</phrase>, but {len(boxes)} boxes were given")
     for match, box in reversed(list(zip(phrases, boxes, strict=True))):
-        if box is None or len(box) == 0:
+        if box is None or box == []:
             continue
-        several = [box] if isinstance(box[0], (int, float)) else box
+        one = not isinstance(box, (list, tuple)) or isinstance(box[0], (int, float))
+        several = [box] if one else box
         text = text[: match.end()] + boxes_to_text(several, grid) + text[match.end() :]
     return text
 
@@ -380,14 +383,16 @@ def grit_to_text(record: dict, min_score: float = 0.65, key: str = "ref_exps", g
     """
     try:
         caption, chunks = record["caption"], record[key] if key in record else record["noun_chunks"]
-        rows = [(int(s), int(e), (x1, y1, x2, y2), p) for s, e, x1, y1, x2, y2, p in chunks]
+        rows = [(int(s), int(e), tuple(map(float, box)), float(p)) for s, e, *box, p in chunks]
+        if not isinstance(caption, str) or any(len(box) != 4 for _, _, box, _ in rows):
+            raise TypeError
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"not a GRIT record: wanted are caption and {key}, rows of start, end, box, score") from None
     spans: dict[tuple[int, int], list[Box]] = {}
     for start, end, box, score in rows:
         if not 0 <= start < end <= len(caption):
             raise ValueError(f"the span {start}:{end} lies outside the caption of {len(caption)} characters")
-        clipped = tuple(min(max(float(v), 0.0), 1.0) for v in box)
+        clipped = tuple(min(max(v, 0.0), 1.0) for v in box)
         if score >= min_score and clipped[0] < clipped[2] and clipped[1] < clipped[3]:
             spans.setdefault((start, end), []).append(clipped)
     outer = [s for s in spans if not any(o != s and o[0] <= s[0] and s[1] <= o[1] for o in spans)]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
 sys.path[:0] = [str(ROOT), str(TINY)]
 
-from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig  # noqa: E402
+from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig, pad_left  # noqa: E402
 from load_weights import SENTENCEPIECE, load_checkpoint, save_checkpoint  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
@@ -42,6 +42,8 @@ def rough(model: torch.nn.Module, seed: int) -> torch.nn.Module:
             noise = torch.randn(p.shape, generator=generator)
             if p.dim() > 1 and "position" not in name and "latent" not in name:
                 noise *= (1.7 if "q_proj" in name or "k_proj" in name else 1.0) / math.sqrt(p[0].numel())
+                if "fc2" in name or "out_proj" in name:
+                    noise *= 4  # let the blocks outweigh the embedding, or the tied output only echoes the input
             elif name.endswith("bias"):
                 noise *= 0.2
             elif p.dim() == 1 and name.endswith("weight"):
@@ -115,9 +117,4 @@ def copy(folder: Path, to: Path, **config_changes) -> Path:
 
 def prompt_batch(tokenizer: Tokenizer, prompts: list[str], images: list[int] | None = None):
     """Prompts of any length -> tokens, image_mask, pad_mask, padded on the left."""
-    rows = [tokenizer.encode_prompt(p, n) for p, n in zip(prompts, images or [1] * len(prompts), strict=True)]
-    T = max(len(ids) for ids, _ in rows)
-    tokens = torch.tensor([[1] * (T - len(ids)) + ids for ids, _ in rows])
-    image_mask = torch.tensor([[False] * (T - len(ids)) + mask for ids, mask in rows])
-    pad_mask = torch.tensor([[True] * (T - len(ids)) + [False] * len(ids) for ids, _ in rows])
-    return tokens, image_mask, pad_mask
+    return pad_left([tokenizer.encode_prompt(p, n) for p, n in zip(prompts, images or [1] * len(prompts), strict=True)])

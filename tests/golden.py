@@ -33,14 +33,20 @@ if __name__ == "__main__":
     inputs = dict(pixel_values=pixels(1), input_ids=tokens, image_embeds_position_mask=image_mask.long())
     with torch.no_grad():
         out = reference(**inputs, labels=tokens)
-    ids = {}
+    ids, probabilities = {}, {}
     for name, options in OPTIONS.items():
-        new = reference.generate(**inputs, attention_mask=torch.ones_like(tokens), do_sample=False, suppress_tokens=[PAD], **options)
-        new = new[0, tokens.shape[1] :].tolist()
+        made = reference.generate(
+            **inputs, attention_mask=torch.ones_like(tokens), do_sample=False, suppress_tokens=[PAD],
+            output_logits=True, return_dict_in_generate=True, **options,
+        )  # fmt: skip
+        new = made.sequences[0, tokens.shape[1] :].tolist()
         ids[name] = new[: new.index(EOS) + 1] if EOS in new else new
+        if "num_beams" not in options:
+            steps = zip(made.logits, ids[name], strict=False)
+            probabilities[name] = [logits[0].softmax(-1)[token].item() for logits, token in steps]
     record = {
         "image_embeds": out.image_embeds[0, 0, :8].tolist(), "logits": out.logits[0, -1, :8].tolist(),
-        "loss": out.loss.item(), "options": OPTIONS, "ids": ids,
+        "loss": out.loss.item(), "options": OPTIONS, "ids": ids, "probabilities": probabilities,
     }  # fmt: skip
     Path(GOLDEN).write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {GOLDEN}")

@@ -5,13 +5,12 @@ import re
 
 import pytest
 import torch
-from conftest import HAS_TRANSFORMERS, SMALL, TINY, VOCAB, needs_transformers, prompt_batch, rough
+from conftest import SMALL, TINY, VOCAB, needs_transformers, prompt_batch, rough
 from PIL import Image
 from test_model import PROMPTS, pixels
 
-from kosmos2 import EOS, Kosmos2, cells_in_common, preprocess_image, rank_boxes, record
+from kosmos2 import EOS, Kosmos2, cells_in_common, pad_left, preprocess_image, rank_boxes, record
 from load_weights import SENTENCEPIECE, load_checkpoint
-from tokenizer import parse
 
 LINK = "<phrase>(?:(?!</?phrase>|<object>).)+</phrase>|<object>(?:P(?:</delimiter_of_multi_objects/>P)*)</object>".replace(
     "P", r"<patch_index_\d{4}><patch_index_\d{4}>"
@@ -116,12 +115,18 @@ def test_ranked_boxes(tiny):
     picture = preprocess_image(Image.open(TINY / "scene.png"), model.config.vision.image_size)[None]
     tokens, image_mask, _ = prompt_batch(tokenizer, ["<grounding><phrase> a star</phrase><object>"])
     locations = range(tokenizer.first_location, tokenizer.vocab_size)
-    boxes = rank_boxes(model.start(tokens, picture, None, image_mask, max_new_tokens=3), locations, K=5)
+    boxes = rank_boxes(model.start(tokens, picture, None, image_mask, max_new_tokens=2), locations, 5)
     scores = [score for score, *_ in boxes]
     assert 1 <= len(boxes) <= 5 and scores == sorted(scores, reverse=True) and 0 < scores[0] <= 1
     assert all(cells_in_common(a[1:], b[1:], 32) < 0.5 for a in boxes for b in boxes if a is not b)
     greedy = model.generate(tokens, picture, None, image_mask, max_new_tokens=2, constraint=tokenizer.well_formed)[0]
     assert scores[0] >= math.sqrt(math.prod(greedy.probabilities)) * (1 - 1e-5)
+
+
+def test_ranking_wants_room_and_one_row(small):
+    for rows, length in ((1, 1), (2, 5)):
+        with pytest.raises(ValueError, match="one prompt"):
+            rank_boxes(small.start(torch.full((rows, 4), 9), max_new_tokens=length), range(10, 14), 2)
 
 
 def test_cells_in_common():
@@ -143,15 +148,31 @@ def test_a_prefix_read_once_changes_nothing(small, small_tokenizer, monkeypatch)
     ids, mask = small_tokenizer.encode_prompt("", 1)
     past = small.start(torch.tensor([ids]), pixels(1), None, torch.tensor([mask]), max_new_tokens=0)
     monkeypatch.setattr(Kosmos2, "encode_image", None)
-    rows = [small_tokenizer.encode(q, add_bos=False) for q in questions]
-    T = max(map(len, rows))
-    tokens = torch.tensor([[1] * (T - len(r)) + r for r in rows])
-    pad_mask = torch.tensor([[True] * (T - len(r)) + [False] * len(r) for r in rows])
+    tokens, _, pad_mask = pad_left([(small_tokenizer.encode(q, add_bos=False), []) for q in questions])
     for _ in range(2):  # and can be used again
         assert small.start(tokens, pad_mask=pad_mask, past=past, max_new_tokens=12, no_repeat_ngram_size=3).finish() == alone
 
 
 # ---------------------------------------------------------------------------------------- looking inside
+
+
+def test_a_past_that_went_on_is_refused(small):
+    past = small.start(torch.full((1, 4), 9), max_new_tokens=2)
+    past.finish()
+    with pytest.raises(ValueError, match="generated nothing"):
+        small.start(torch.full((1, 4), 9), past=past)
+
+
+def test_a_generation_ends_once(small):
+    state = small.start(torch.full((1, 4), 9), max_new_tokens=3, min_new_tokens=3)
+    assert len(state.finish()[0]) == len(state.finish()[0]) == 3
+
+
+def test_a_rule_that_leaves_nothing_is_dropped(small, small_tokenizer):
+    """Nothing whole can follow an open phrase in one token; something that is not <s> or <pad> comes all the same."""
+    ids = small_tokenizer.encode("<phrase>", add_bos=True)
+    new = small.generate(torch.tensor([ids]), max_new_tokens=1, constraint=small_tokenizer.well_formed)[0]
+    assert new == small.generate(torch.tensor([ids]), max_new_tokens=1)[0]
 
 
 def test_recordings(small, small_tokenizer):
@@ -186,7 +207,6 @@ def test_recordings(small, small_tokenizer):
 @pytest.mark.parametrize("size", [(56, 42), (70, 70), (42, 42), (100, 31)])
 def test_interpolated_positions_equal_the_reference(size, tmp_path):
     """transformers' Kosmos2Model can, its generating class ignores the request."""
-    assert HAS_TRANSFORMERS
     from transformers import Kosmos2Config as ReferenceConfig
     from transformers import Kosmos2ForConditionalGeneration
 
@@ -212,4 +232,3 @@ def test_interpolated_positions_equal_the_reference(size, tmp_path):
     assert (ours - theirs).abs().max() / theirs.abs().max() < 2e-5
     with pytest.raises(ValueError, match="at least 14"):
         model.encode_image(torch.zeros(1, 3, 13, 42), interpolate=True)
-    assert parse("")[1] == []

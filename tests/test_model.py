@@ -46,6 +46,8 @@ def test_golden_values(small, small_tokenizer):
     for name, options in golden["options"].items():
         new = small.generate(tokens, pixels=pixels(1), image_mask=image_mask, **options)
         assert new[0] == golden["ids"][name], name
+        if name in golden["probabilities"]:
+            assert new[0].probabilities == pytest.approx(golden["probabilities"][name], rel=1e-3)
 
 
 def test_shapes_and_sizes_of_the_published_model():
@@ -53,11 +55,10 @@ def test_shapes_and_sizes_of_the_published_model():
         model = Kosmos2(Kosmos2Config())
         parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
         assert parameters == {"vision": 303_179_776, "resampler": 19_015_680, "decoder": 1_342_289_920}
-        tokens, image_mask = torch.zeros(1, 71, dtype=torch.long), torch.zeros(1, 71, dtype=torch.bool)
+        tokens = torch.zeros(1, 71, dtype=torch.long)
         assert model.encode_image(torch.zeros(2, 3, 224, 224)).shape == (2, 64, 2048)
         x = model.decoder.embed_tokens(tokens)
         assert model.decoder.unembed(model.decoder(x, tokens)).shape == (1, 71, 65037)
-        assert image_mask.shape == tokens.shape
 
 
 def test_positions_begin_at_two_and_skip_padding():
@@ -113,7 +114,8 @@ def test_gradients_reach_every_parameter(small_tokenizer):
     model = Kosmos2(SMALL)
     tokens, image_mask, _ = prompt_batch(small_tokenizer, PROMPTS[:1])
     model(tokens, pixels=pixels(1), image_mask=image_mask, labels=tokens)[1].backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # A bias of the keys shifts all scores of a query alike, and softmax does not care.
+    without = [n for n, p in model.named_parameters() if "k_proj.bias" not in n and not p.grad.abs().sum() > 0]
     assert without == []
 
 
@@ -127,6 +129,9 @@ def test_gradients_reach_every_parameter(small_tokenizer):
         (dict(image_embeds=torch.zeros(1, 5, 48)), "not both"),
         (dict(tokens=torch.full((1, 9), 10**6)), "token ids"),
         (dict(tokens=torch.zeros(9, dtype=torch.long)), "tokens have shape"),
+        (dict(pixels=None, image_embeds=torch.zeros(1, 5, 96)), "image_embeds have shape"),
+        (dict(image_mask=torch.zeros(1, 3, dtype=torch.bool)), "image_mask has shape"),
+        (dict(pad_mask=torch.zeros(1, 3, dtype=torch.bool)), "pad_mask has shape"),
     ],
 )
 def test_what_does_not_fit_is_refused(small, small_tokenizer, change, words):
@@ -158,6 +163,8 @@ def test_the_cache_changes_nothing_at_any_step(small, small_tokenizer, left_padd
         with torch.no_grad():
             logits = small(grown, pixels=images, image_mask=grown_mask, pad_mask=grown_pad)[:, -1]
         assert logits.argmax(-1).tolist() == [row[step] for row in new]
+        wanted = logits.softmax(-1).amax(-1)
+        torch.testing.assert_close(torch.tensor([row.probabilities[step] for row in new]), wanted, rtol=1e-4, atol=1e-6)
         column = torch.tensor([[row[step]] for row in new])
         grown = torch.cat([grown, column], dim=1)
         grown_mask, grown_pad = (torch.cat([m, torch.zeros_like(column, dtype=bool)], 1) for m in (grown_mask, grown_pad))

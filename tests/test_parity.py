@@ -128,6 +128,21 @@ def test_generated_ids(both, length, options, end_often):
         reference.get_input_embeddings().weight.data[EOS] = before
 
 
+def test_probabilities_at_every_step(both):
+    """Ids can agree by luck, where a random model repeats itself; the probabilities of 48 tokens in a row cannot."""
+    reference, model, tokenizer = both
+    pixels, tokens, image_mask, _ = batch(model, tokenizer, PROMPTS[:1])
+    ours = model.generate(tokens, pixels, None, image_mask, max_new_tokens=48, min_new_tokens=48)[0]
+    theirs = reference.generate(
+        pixel_values=pixels, input_ids=tokens, image_embeds_position_mask=image_mask.long(), do_sample=False,
+        attention_mask=torch.ones_like(tokens), max_new_tokens=48, min_new_tokens=48, suppress_tokens=[PAD],
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    assert ours == theirs.sequences[0, tokens.shape[1] :].tolist()
+    wanted = [logits[0].softmax(-1)[token].item() for logits, token in zip(theirs.logits, ours, strict=True)]
+    assert ours.probabilities == pytest.approx(wanted, rel=1e-4)
+
+
 def test_left_padded_rows_decode_as_they_do_alone(both):
     """transformers 5.23 shifts the positions of padded rows while it decodes; without its cache it does not."""
     reference, model, tokenizer = both

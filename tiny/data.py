@@ -10,13 +10,13 @@ import random
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scenes import Example, Scene, captions, tasks
 
 from kosmos2 import BOS, EOS, FIRST_POSITION, PAD, Kosmos2Config, preprocess_image
 from tokenizer import Tokenizer, grit_to_text, plain
 
-# How many examples of each task a scene contributes at most.
+# How many examples of each task a scene contributes at most; a fraction is a chance of one more.
 MIXTURE = {
     "caption": 1, "detail": 0.6, "plain caption": 0.2, "plain detail": 0.2,
     "ground": 2, "ground several": 2, "refer": 2, "refer relation": 3, "describe box": 2,
@@ -49,7 +49,9 @@ class Row:
         self.texts += [number] * len(text)
         if not prompt:  # the picture itself asks for the first token
             self.targets[self.prefix - 1] = answer[0]
-        self.targets += [-100] * (len(prompt) - 1) + answer[0 if prompt else 1 :] + [-100]
+            self.targets += [*answer[1:], -100]
+        else:
+            self.targets += [-100] * (len(prompt) - 1) + answer + [-100]
 
 
 def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
@@ -115,24 +117,31 @@ class Grit:
         if not path.is_file():
             raise FileNotFoundError(f"there is no training data at {path}")
         self.records = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                record = json.loads(line)
-                self.records.append((self.folder / record["image"], grit_to_text(record)))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: not a GRIT record with an image ({error})") from None
+        room = config.text.max_positions - config.latent_query_num - 4  # <s>, <image>, </image>, </s>
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    record = json.loads(line)
+                    ids = tokenizer.encode_caption(grit_to_text(record))
+                    self.records.append((self.folder / record["image"], ids))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f"{path}, line {number}: not a GRIT record with an image ({error})") from None
+                if len(ids) > room:
+                    raise ValueError(f"{path}, line {number}: a text of {len(ids)} tokens; there is room for {room}")
         if not self.records:
             raise ValueError(f"{path} holds no records")
+        self.epoch, self.order = -1, []
 
     def row(self, n: int) -> Row:
         epoch, at = divmod(n, len(self.records))
-        order = list(range(len(self.records)))
-        random.Random(f"{self.seed} {epoch}").shuffle(order)
-        path, text = self.records[order[at]]
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, list(range(len(self.records)))
+            random.Random(f"{self.seed} {epoch}").shuffle(self.order)
+        path, ids = self.records[self.order[at]]
         with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture)
             row = Row(self.tokenizer, preprocess_image(picture, self.config.vision.image_size))
-        room = self.config.text.max_positions - row.prefix - 1
-        row.add([], [*self.tokenizer.encode_caption(text)[:room], EOS], 1)
+        row.add([], [*ids, EOS], 1)
         return row
 
 

@@ -25,7 +25,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from scenes import COLORS, NUMBERS, SHAPES, Example, Scene, plural, resolve, tasks  # noqa: E402
 
-from kosmos2 import PAD, Kosmos2, preprocess_image  # noqa: E402
+from kosmos2 import Kosmos2, pad_left, preprocess_image  # noqa: E402
 from load_weights import load_checkpoint  # noqa: E402
 from tokenizer import Tokenizer, parse  # noqa: E402
 
@@ -82,15 +82,8 @@ def answers(model: Kosmos2, tokenizer: Tokenizer, questions: list[tuple[Scene, E
         part = questions[at : at + batch]
         pixels = torch.stack([preprocess_image(s.draw(), model.config.vision.image_size) for s, _ in part])
         prompts = [tokenizer.encode_prompt(example.prompt) for _, example in part]
-        longest = max(len(ids) for ids, _ in prompts)
-        pad = [longest - len(ids) for ids, _ in prompts]
-        new = model.generate(
-            torch.tensor([[PAD] * n + ids for n, (ids, _) in zip(pad, prompts, strict=True)], device=device),
-            pixels=pixels.to(device),
-            image_mask=torch.tensor([[False] * n + m for n, (_, m) in zip(pad, prompts, strict=True)], device=device),
-            pad_mask=torch.tensor([[True] * n + [False] * (longest - n) for n in pad], device=device),
-            max_new_tokens=110,
-        )
+        tokens, image_mask, pad_mask = pad_left(prompts, device)
+        new = model.generate(tokens, pixels.to(device), None, image_mask, pad_mask, max_new_tokens=110)
         replies += [tokenizer.decode(ids) for ids in new]
     return replies
 
@@ -137,15 +130,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(HERE))
     parser.add_argument("--scenes", type=int, default=500)
-    parser.add_argument("--most", type=int, default=5, help="shapes in a scene, at most")
+    parser.add_argument("--most", type=int, default=5, choices=range(1, 6), help="shapes in a scene, at most")
     args = parser.parse_args()
     model, tokenizer = load_checkpoint(args.checkpoint)
     found = evaluate(model, tokenizer, args.scenes, HELD_OUT, args.most)
     print(f"| task ({args.scenes} held-out scenes of 1 to {args.most} shapes) | hits | of |\n|---|---|---|")
     for title, names in TABLE.items():
-        count = sum(found[name][1] for name in names)
-        hits = sum(found[name][0] * found[name][1] for name in names)
-        print(f"| {title} | {hits / count:.3f} | {count} |")
+        asked = [found[name] for name in names if name in found]
+        if count := sum(count for _, count in asked):
+            print(f"| {title} | {sum(share * count for share, count in asked) / count:.3f} | {count} |")
     return 0
 
 

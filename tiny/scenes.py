@@ -110,8 +110,7 @@ class Shape:
         """Which ninth of the picture its center is in; None too close to a border to say."""
         if any(abs(c - border) < 0.03 for c in self.center for border in (1 / 3, 2 / 3)):
             return None
-        x, y = (int(c * 3) for c in self.center)
-        return " ".join(w for w in (("top", "", "bottom")[y], ("left", "", "right")[x]) if w) or "middle"
+        return nearest_place(self)
 
     @property
     def name(self) -> str:
@@ -156,7 +155,7 @@ class Scene:
         return cls(tuple(shapes), rng.choice(BACKGROUNDS), seed)
 
     def draw(self, size: int = 224) -> Image.Image:
-        """The picture, size x size, its colours a little different every time."""
+        """The picture, size x size, its colours a little different from scene to scene."""
         rng = random.Random(self.seed)
 
         def shade(color, by):
@@ -229,6 +228,7 @@ def article(words: str) -> str:
 
 
 def nearest_place(shape: Shape) -> str:
+    """The ninth of the picture that a shape's center is in, however close to a border."""
     x, y = (min(int(c * 3), 2) for c in shape.center)
     return " ".join(w for w in (("top", "", "bottom")[y], ("left", "", "right")[x]) if w) or "middle"
 

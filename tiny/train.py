@@ -1,12 +1,12 @@
 """Train a Kosmos-2: the small one that comes with this repository from nothing, or any one on GRIT data.
 
     python tiny/train.py --out runs/tiny              from nothing, on scenes; about an hour on two cores
-    python tiny/train.py --out runs/tiny --steps 50   a minute, to see it move
+    python tiny/train.py --out runs/short --steps 50  a minute, to see it move
     python tiny/train.py --out runs/mine --checkpoint WEIGHTS --data grit.jsonl --train resampler --lr 1e-4
     torchrun --nproc-per-node 8 tiny/train.py ...     the same on many processes
 
-Writes checkpoint.pt (what a run resumes from), log.jsonl, loss.png, and at the end the model in the
-published layout. Everything about the data follows from the step number: a resumed run sees what the
+Writes checkpoint.pt (what a run resumes from), and at the end the model in the published layout, log.jsonl
+and loss.png. Everything about the data follows from the step number: a resumed run sees what the
 uninterrupted one would have seen, and so do any number of processes together.
 
 What makes so small a model learn to see in an hour, each found by measuring:
@@ -100,7 +100,10 @@ def sincos_2d(rows: int, columns: int, width: int) -> torch.Tensor:
 
 @torch.no_grad()
 def init_weights(model: Kosmos2, first_location: int, seed: int = 0) -> None:
-    """Fan-in scaling everywhere; the three exceptions are named in the module's docstring."""
+    """Fan-in scaling everywhere, halved for the last matrix of each residual branch, and biases of zero.
+
+    The three exceptions are named in the module's docstring.
+    """
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
@@ -214,9 +217,11 @@ class Run:
         if self.args.checkpoint:
             return load_checkpoint(self.args.checkpoint)
         words = self.folder / SENTENCEPIECE
-        if not words.exists():
-            print("making the vocabulary", file=sys.stderr)
+        if self.rank == 0 and not words.exists():
+            self.say("making the vocabulary\n")
             train_vocabulary(words)
+        if self.world > 1:
+            dist.barrier()
         tokenizer = Tokenizer(words, CONFIG.latent_query_num)
         model = Kosmos2(replace(CONFIG, text=replace(CONFIG.text, vocab_size=tokenizer.vocab_size)))
         init_weights(model, tokenizer.first_location, self.args.seed)
@@ -283,7 +288,8 @@ class Run:
 
     def train(self) -> None:
         args = self.args
-        steps = Steps(self.source, self.step, args.steps, args.batch, args.accumulate, self.rank, self.world)
+        last_step = max(args.steps, self.step)  # nothing is left to do where an earlier run went further
+        steps = Steps(self.source, self.step, last_step, args.batch, args.accumulate, self.rank, self.world)
         loader = torch.utils.data.DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=8)
         recent, clock = [], time.perf_counter()
         for micro_batches in loader:
@@ -365,7 +371,7 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
     p.add_argument("--fp32", action="store_true", help="compute in float32 instead of bfloat16 autocast")
     p.add_argument("--recompute", action="store_true", help="save memory: recompute activations in the backward pass")
-    p.add_argument("--seed", type=int, default=0, help="of the weights and of the data's order")
+    p.add_argument("--seed", type=int, default=0, choices=range(10), help="of the weights and of the data's order")
     p.add_argument("--log-every", type=int, default=20, metavar="STEPS")
     p.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="accuracy is measured every fourth time")
     p.add_argument("--scenes", type=int, default=60, help="held-out scenes to measure on while training")
