@@ -66,20 +66,25 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     where.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
     where.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default: 8)")
     out = p.add_argument_group("what to write")
-    out.add_argument("--output", type=Path, metavar="FILE_OR_DIR", help="the picture with its boxes, or a folder for them")
+    out.add_argument("--output", type=Path, metavar="FILE_OR_DIR", help="the picture with its boxes, or a folder for them (default: STEM.boxes.png for a single picture)")
     out.add_argument("--scores", action="store_true", help="write on the picture how sure the model is of each box")
     out.add_argument("--json", action="store_true", help="one JSON object a line instead of the sentence")
     args = p.parse_args(argv)
     if args.prompt is not None and (args.text is not None or args.task != "caption"):
         p.error("--prompt takes the place of --task and --text; give one or the other")
     if args.prompt is None:
-        if args.task in ("ground", "vqa") and not all(text.strip() for text in args.text or [""]):
-            p.error(f"--task {args.task} needs --text, the {'question' if args.task == 'vqa' else 'phrase to find'}")
+        if (args.text or args.task in ("ground", "vqa")) and not all(text.strip() for text in args.text or [""]):
+            p.error(f"--task {args.task} needs --text that is not empty, {'a question' if args.task == 'vqa' else 'a phrase'}")
         if args.task == "refer" and not args.text and not args.box:
             p.error("--task refer needs --box (to be put into words) or --text (an expression, to be found)")
         if args.task in ("caption", "detail") and args.text is not None:
             p.error(f"--task {args.task} takes no --text")
-    if args.top_boxes is not None and (args.top_boxes < 1 or args.prompt is not None or args.task not in ("ground", "refer") or not args.text):
+    if args.text and args.box and args.task in ("ground", "refer"):
+        p.error("--text asks for a box and --box gives one; use one of them, or --prompt")
+    if any(tag in text for text in args.text or [] for tag in ("<image>", "</image>")):
+        p.error("--text cannot hold pictures; use --prompt")
+    findable = args.task in ("ground", "refer") and args.text and args.prompt is None
+    if args.top_boxes is not None and not (findable and args.top_boxes > 0):
         p.error("--top-boxes wants a number above zero and --task ground or refer with --text")
     if args.batch_size < 1:
         p.error("--batch-size must be at least 1")
@@ -122,10 +127,15 @@ def run(args: argparse.Namespace) -> int:
     """Load, ask about every picture, write; returns the exit status."""
     started = time.perf_counter()
     paths = find_pictures(args.images) if args.images else [HERE / "tiny" / "scene.png"]
+    if len(paths) == 1:
+        open_picture(paths[0])  # a mistake in its name should not cost the time of loading a model
+    if args.temperature == 0 and (args.top_k or args.top_p or args.seed is not None):
+        print("sample: at --temperature 0 nothing is drawn: --top-k, --top-p and --seed do nothing", file=sys.stderr)
     asker = Asker(args)
     print(f"loaded {args.checkpoint} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     groups = [paths] if asker.prompts[0].count("<image>") > 1 else [[path] for path in paths]
-    names, failed = output_names(args, paths), []
+    asker.live = len(paths) == len(asker.prompts) == 1 and sys.stdout.isatty() and not args.json
+    names, failed = output_names(args, [group[-1] for group in groups]), []
     for at in range(0, len(groups), args.batch_size):
         if len(groups) > args.batch_size:
             print(f"picture {at + 1} of {len(groups)}", file=sys.stderr)
@@ -139,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
                 failed += group
         for (group, pictures, _), answers in zip(batch, asker.ask(batch), strict=True):
             try:
-                write_answers(args, group[-1], pictures[-1], answers, names[group[-1]])
+                write_answers(args, group[-1], pictures[-1], answers, names[group[-1]], printed=asker.live)
             except OSError as error:
                 if isinstance(error, BrokenPipeError):
                     raise
@@ -156,13 +166,20 @@ class Asker:
     def __init__(self, args: argparse.Namespace):
         import torch
 
+        from kosmos2 import GenerationOptions
         from load_weights import load_checkpoint
 
-        device = args.device
-        if device == "auto":
-            mps = torch.backends.mps.is_available()
-            device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        self.args, self.device = args, torch.device(device)
+        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        device = next(name for name, there in here.items() if there) if args.device == "auto" else args.device
+        self.args, self.device, self.live = args, torch.device(device), False
+        if not here.get(self.device.type, True):
+            raise ValueError(f"--device {device}: this torch finds no such device here; use cpu")
+        options = dict(
+            max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens, temperature=args.temperature,
+            top_k=args.top_k, top_p=args.top_p, num_beams=args.num_beams, seed=args.seed,
+            no_repeat_ngram_size=args.no_repeat_ngram_size or 0,
+        )  # fmt: skip
+        GenerationOptions(**options)  # refuses what is out of range, before a model is loaded
         self.model, self.tokenizer = load_checkpoint(args.checkpoint, args.precision, self.device, args.tokenizer)
         template, self.keep_prompt = TASKS[args.task]
         if args.task == "refer" and args.text:
@@ -170,13 +187,9 @@ class Asker:
         self.prompts = [template.replace("{text}", text.strip()) for text in args.text or [""]]
         if args.prompt is not None:
             self.prompts, self.keep_prompt = [args.prompt], True
-        block = args.no_repeat_ngram_size
-        self.options = dict(
-            max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens, temperature=args.temperature,
-            top_k=args.top_k, top_p=args.top_p, num_beams=args.num_beams, seed=args.seed,
-            no_repeat_ngram_size=self.model.config.text.no_repeat_ngram_size if block is None else block,
-            constraint=None if args.free_markup else self.tokenizer.well_formed,
-        )  # fmt: skip
+        if args.no_repeat_ngram_size is None:
+            options["no_repeat_ngram_size"] = self.model.config.text.no_repeat_ngram_size
+        self.options = options | dict(constraint=None if args.free_markup else self.tokenizer.well_formed)
 
     def encode(self, pictures) -> list[tuple[list[int], list[bool]]]:
         """Every prompt about these pictures as (ids, image_mask); boxes in pixels are those of the last."""
@@ -189,7 +202,7 @@ class Asker:
         """[(paths, pictures, prompts)] -> for each the answers: raw text, sentence, entities."""
         import torch
 
-        from kosmos2 import preprocess_image
+        from kosmos2 import pad_left, preprocess_image
 
         if not batch:
             return []
@@ -204,31 +217,35 @@ class Asker:
         if len(self.prompts) > 1:
             return [self.ask_much(e[None], prompts) for e, (_, _, prompts) in zip(embeds, batch, strict=True)]
         rows = [prompts[0] for _, _, prompts in batch]
-        tokens, image_mask, pad_mask = self.pad(rows)
+        tokens, image_mask, pad_mask = pad_left(rows, self.device)
         new = self.generate(tokens, image_embeds=embeds, image_mask=image_mask, pad_mask=pad_mask)
         return [[self.answer(ids, ids_new)] for (ids, _), ids_new in zip(rows, new, strict=True)]
 
     def ask_much(self, embeds, prompts) -> list[dict]:
         """Many questions about one picture: its tokens go through the decoder once."""
+        from kosmos2 import pad_left
+
         past = self.read_picture(embeds)
         P = len(past.prompts[0])
-        tokens, _, pad_mask = self.pad([(ids[P:], mask[P:]) for ids, mask in prompts])
+        tokens, _, pad_mask = pad_left([(ids[P:], mask[P:]) for ids, mask in prompts], self.device)
         new = self.generate(tokens, pad_mask=pad_mask, past=past)
         return [self.answer(ids, ids_new) for (ids, _), ids_new in zip(prompts, new, strict=True)]
 
     def read_picture(self, embeds):
-        tokens, image_mask, _ = self.pad([self.tokenizer.encode_prompt("", 1)])
+        from kosmos2 import pad_left
+
+        tokens, image_mask, _ = pad_left([self.tokenizer.encode_prompt("", 1)], self.device)
         return self.model.start(tokens, image_embeds=embeds, image_mask=image_mask, max_new_tokens=0)
 
     def rank(self, embeds, ids: list[int]) -> dict:
         """The likeliest boxes for the phrase that a prompt ends in, best first."""
-        from kosmos2 import rank_boxes
+        from kosmos2 import pad_left, rank_boxes
         from tokenizer import Entity, parse, tokens_to_box
 
         past = self.read_picture(embeds)
-        tokens, _, _ = self.pad([(ids[len(past.prompts[0]) :] + [self.tokenizer.special["<object>"]], [])])
+        tokens, _, _ = pad_left([(ids[len(past.prompts[0]) :] + [self.tokenizer.special["<object>"]], [])], self.device)
         locations = range(self.tokenizer.first_location, self.tokenizer.vocab_size)
-        state = self.model.start(tokens, past=past, max_new_tokens=3)
+        state = self.model.start(tokens, past=past, max_new_tokens=2)
         boxes = rank_boxes(state, locations, self.args.top_boxes)
         raw = self.tokenizer.decode(ids)
         text, _ = parse(raw)
@@ -236,40 +253,29 @@ class Asker:
         places, scores = [tokens_to_box(ul, lr) for _, ul, lr in boxes], [score for score, _, _ in boxes]
         return {"text": text, "raw": raw.strip(), "entities": [Entity(text, (0, len(text)), places, scores)]}
 
-    def pad(self, rows):
-        """[(ids, image_mask)] -> tokens, image_mask and pad_mask (B, T), padded on the left."""
-        import torch
-
-        T = max(len(ids) for ids, _ in rows)
-        tokens = [[1] * (T - len(ids)) + ids for ids, _ in rows]
-        image_mask = [[False] * (T - len(mask)) + mask for _, mask in rows]
-        pad_mask = [[True] * (T - len(ids)) + [False] * len(ids) for ids, _ in rows]
-        tokens, image_mask, pad_mask = (torch.tensor(t, device=self.device) for t in (tokens, image_mask, pad_mask))
-        return tokens, image_mask, pad_mask if pad_mask.any() else None
-
     def answer(self, ids: list[int], new) -> dict:
         raw = self.tokenizer.decode(ids + list(new))
         text, entities = self.tokenizer.read(ids if self.keep_prompt else [], new)
         return {"text": text, "raw": raw.strip(), "entities": entities}
 
     def generate(self, tokens, **inputs):
-        """New ids for every row; timings on stderr; a single picture's text as it comes, on a terminal."""
+        """New ids for every row; timings on stderr; where self.live, the one text as it comes."""
         from kosmos2 import beam_search
 
         clock = [time.perf_counter()]
         state = self.model.start(tokens, **inputs, **self.options)
         if self.args.num_beams > 1:
             new = beam_search(state)
-            seconds = time.perf_counter() - clock[0]
+            seconds, self.live = time.perf_counter() - clock[0], False  # its text is known only now
             print(f"{self.vision}, {sum(map(len, new))} tokens by beam search in {seconds:.2f} s", file=sys.stderr)
             return new
-        live, printed = len(tokens) == 1 and sys.stdout.isatty() and not self.args.json, ""
+        printed = ""
         for _ in state:
             clock.append(time.perf_counter())
-            if live:
+            if self.live:
                 printed = self.show(tokens[0].tolist(), state.results[0], printed)
-        if live:
-            sys.stdout.write("\r")  # the whole sentence is printed over it
+        if self.live:
+            print(flush=True)
         first = clock[1] - clock[0] if len(clock) > 1 else 0.0
         rate = (len(clock) - 2) / (clock[-1] - clock[1]) if len(clock) > 2 else 0.0
         print(f"{self.vision}, first token {first * 1000:.0f} ms, then {rate:.0f} tokens/s", file=sys.stderr)
@@ -290,6 +296,8 @@ def in_unit(box: tuple, size: tuple[int, int]) -> tuple:
     """A box in 0..1, in pixels of a picture of this (width, height), or location indices -> in 0..1 or indices."""
     if len(box) == 2 or max(box) <= 1:
         return box
+    if any(0 < v < 1 for v in box):
+        raise ValueError(f"box {box} mixes 0..1 and pixels")
     (width, height), (x1, y1, x2, y2) = size, box
     if x2 > width or y2 > height:
         raise ValueError(f"box {box} reaches beyond the picture, which is {width} x {height} pixels")
@@ -306,7 +314,7 @@ def find_pictures(given: list[Path]) -> list[Path]:
     found = []
     for path in given:
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES and not p.stem.endswith(".boxes"))
             if not inside:
                 raise ValueError(f"folder {path} holds no pictures ({', '.join(sorted(PICTURES))})")
             found += inside
@@ -345,10 +353,14 @@ def output_names(args: argparse.Namespace, paths: list[Path]) -> dict[Path, Path
         if len(paths) > 1 or args.json:
             return dict.fromkeys(paths)
         return {paths[0]: Path(f"{paths[0].stem}.boxes.png")}
-    if len(paths) == 1 and args.output.suffix.lower() in PICTURES and not args.output.is_dir():
+    if args.output.suffix and not args.output.is_dir():
+        if len(paths) > 1:
+            raise ValueError(f"--output {args.output} is one file for {len(paths)} pictures; give a folder")
+        if args.output.suffix.lower() not in PICTURES:
+            raise ValueError(f"--output {args.output}: pictures are written as {', '.join(sorted(PICTURES))}")
+        if args.output.exists() and paths[0].exists() and args.output.samefile(paths[0]):
+            raise ValueError(f"--output {args.output} is the picture itself; give another name")
         return {paths[0]: args.output}
-    if args.output.suffix.lower() in PICTURES and not args.output.is_dir():
-        raise ValueError(f"--output {args.output} is one file for {len(paths)} pictures; give a folder")
     args.output.mkdir(parents=True, exist_ok=True)
     names: dict[Path, Path | None] = {}
     for path in paths:  # two pictures of one stem, a.png and a.jpg, get two files
@@ -358,15 +370,16 @@ def output_names(args: argparse.Namespace, paths: list[Path]) -> dict[Path, Path
     return names
 
 
-def write_answers(args: argparse.Namespace, path: Path, picture, answers: list[dict], name: Path | None) -> None:
-    """The sentences or the JSON lines to stdout, the picture with all boxes to its file."""
+def write_answers(args, path: Path, picture, answers: list[dict], name: Path | None, printed: bool) -> None:
+    """The sentences or the JSON lines to stdout, unless they are there; the picture with all boxes to its file."""
     width, height = picture.size
     many = len(args.images) > 1 or path.parent in args.images
     for answer in answers:
         if args.json:
             print(json.dumps({"image": str(path), **as_json(answer, width, height)}, ensure_ascii=False), flush=True)
             continue
-        print(f"{path}: {answer['text']}" if many else answer["text"], flush=True)
+        if not printed:
+            print(f"{path}: {answer['text']}" if many else answer["text"], flush=True)
         if args.top_boxes:
             for x1, y1, x2, y2, score in ((*b, s) for e in answer["entities"] for b, s in zip(e.boxes, e.scores, strict=True)):
                 corners = f"{x1 * width:.0f},{y1 * height:.0f},{x2 * width:.0f},{y2 * height:.0f}"

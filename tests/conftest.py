@@ -86,18 +86,6 @@ def tiny():
 
 
 @pytest.fixture
-def reference():
-    """The module that sets up the official tokenizer for comparisons; its folder is in KOSMOS2_REFERENCE."""
-    folder = os.environ.get("KOSMOS2_REFERENCE")
-    if not folder or not HAS_TRANSFORMERS:
-        pytest.skip("KOSMOS2_REFERENCE names no folder with the official sentencepiece model, or no transformers")
-    spec = importlib.util.spec_from_file_location("reference", Path(folder) / "reference.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
 def official_words() -> Path:
     """The official sentencepiece model."""
     folder = os.environ.get("KOSMOS2_REFERENCE")
