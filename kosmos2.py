@@ -417,10 +417,15 @@ FIRST_POSITION = 2  # inherited from fairseq: there, position 1 belongs to paddi
 
 def token_positions(tokens: Tensor, pad_mask: Tensor | None = None) -> Tensor:
     """The position of every token (B, T): 2, 3, 4, ... counted over the tokens that are not padding."""
-    if pad_mask is not None and pad_mask.shape != tokens.shape:
-        raise ValueError(f"pad_mask has shape {tuple(pad_mask.shape)}, tokens {tuple(tokens.shape)}")
+    check_mask("pad_mask", pad_mask, tokens)
     real = torch.ones_like(tokens) if pad_mask is None else (~pad_mask).long()
     return real.cumsum(dim=1) + FIRST_POSITION - 1
+
+
+def check_mask(name: str, mask: Tensor | None, tokens: Tensor) -> None:
+    """ValueError for a mask that is not bool (B, T) like the tokens it speaks of."""
+    if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
+        raise ValueError(f"{name} is {mask.dtype} {tuple(mask.shape)}; wanted is bool {tuple(tokens.shape)}")
 
 
 def causal_mask(T: int, S: int, pad_mask: Tensor | None = None, device=None) -> Tensor | None:
@@ -520,8 +525,7 @@ class Kosmos2(nn.Module):
         Q, D = self.config.latent_query_num, self.config.text.width
         if image_embeds is not None and tuple(image_embeds.shape[1:]) != (Q, D):
             raise ValueError(f"image_embeds have shape {tuple(image_embeds.shape)}; this model wants (I, {Q}, {D})")
-        if image_mask is not None and image_mask.shape != tokens.shape:
-            raise ValueError(f"image_mask has shape {tuple(image_mask.shape)}, tokens {tuple(tokens.shape)}")
+        check_mask("image_mask", image_mask, tokens)
         slots = 0 if image_mask is None else int(image_mask.sum())
         filled = 0 if image_embeds is None else len(image_embeds) * Q
         if slots != filled:
@@ -708,6 +712,7 @@ class Generation:
     """
 
     def __init__(self, model, tokens, pixels, image_embeds, image_mask, pad_mask, options, past=None):
+        check_mask("pad_mask", pad_mask, tokens)
         if pad_mask is not None and not pad_mask.any():
             pad_mask = None
         if pad_mask is not None and pad_mask[:, -1].any():

@@ -130,8 +130,9 @@ def test_gradients_reach_every_parameter(small_tokenizer):
         (dict(tokens=torch.full((1, 9), 10**6)), "token ids"),
         (dict(tokens=torch.zeros(9, dtype=torch.long)), "tokens have shape"),
         (dict(pixels=None, image_embeds=torch.zeros(1, 5, 96)), "image_embeds have shape"),
-        (dict(image_mask=torch.zeros(1, 3, dtype=torch.bool)), "image_mask has shape"),
-        (dict(pad_mask=torch.zeros(1, 3, dtype=torch.bool)), "pad_mask has shape"),
+        (dict(image_mask=torch.zeros(1, 3, dtype=torch.bool)), "image_mask is"),
+        (dict(pad_mask=torch.zeros(1, 3, dtype=torch.bool)), "pad_mask is"),
+        (dict(pad_mask=torch.zeros(1, 11, dtype=torch.long)), "wanted is bool"),
     ],
 )
 def test_what_does_not_fit_is_refused(small, small_tokenizer, change, words):
