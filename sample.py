@@ -5,19 +5,23 @@
     python sample.py photo.jpg --task ground --text "a snowman"
     python sample.py photo.jpg --task vqa --text "What is special about this image?" --text "Where is the fire?"
     python sample.py photo.jpg --task refer --box 120,40,380,300
-    python sample.py folder --json > captions.jsonl
+    python sample.py folder --results captions.jsonl          many pictures; --resume goes on after a stop
 
 Progress, timings and errors go to stderr. Exit status: 0 done, 1 something could not be read or run (the
-other pictures are still done), 2 usage, 130 interrupted.
+other pictures are still done), 2 usage, 130 interrupted. Under torchrun the pictures are shared out.
 """
 
 import argparse
 import json
 import os
+import re
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -26,13 +30,21 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 TASKS = {
     "caption": ("<grounding>An image of", True),
     "detail": ("<grounding>Describe this image in detail:", False),
+    "plain": ("An image of", True),
     "ground": ("<grounding><phrase> {text}</phrase>", True),
     "refer": ("<grounding><phrase> It</phrase> is", True),
     "vqa": ("<grounding> Question: {text} Answer:", False),
+    "answer": ("Question: {text} Answer:", False),
+    "context": ("<image> {text}<image>", False),
+    "text": ("{text}", True),
 }
+NEEDED = {
+    "ground": "a phrase", "vqa": "a question", "answer": "a question", "text": "the beginning of a text",
+    "context": "what to say about a picture, for each picture but the last",
+}  # fmt: skip
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,16 +81,27 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     out.add_argument("--output", type=Path, metavar="FILE_OR_DIR", help="the picture with its boxes, or a folder for them (default: STEM.boxes.png for a single picture)")
     out.add_argument("--scores", action="store_true", help="write on the picture how sure the model is of each box")
     out.add_argument("--json", action="store_true", help="one JSON object a line instead of the sentence")
+    out.add_argument("--results", type=Path, metavar="JSONL", help="write these lines to a file, each as it is done")
+    out.add_argument("--resume", action="store_true", help="go on with a --results file: skip the pictures it holds")
+    return p
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    """The command line; what contradicts itself ends in a line on stderr and exit status 2."""
+    p = make_parser()
     args = p.parse_args(argv)
     if args.prompt is not None and (args.text is not None or args.task != "caption"):
         p.error("--prompt takes the place of --task and --text; give one or the other")
     if args.prompt is None:
-        if (args.text or args.task in ("ground", "vqa")) and not all(text.strip() for text in args.text or [""]):
-            p.error(f"--task {args.task} needs --text that is not empty, {'a question' if args.task == 'vqa' else 'a phrase'}")
+        needed = NEEDED.get(args.task)
+        if (args.text or needed) and not all(text.strip() for text in args.text or [""]):
+            p.error(f"--task {args.task} needs --text that is not empty: {needed or 'an expression'}")
         if args.task == "refer" and not args.text and not args.box:
             p.error("--task refer needs --box (to be put into words) or --text (an expression, to be found)")
-        if args.task in ("caption", "detail") and args.text is not None:
+        if args.task in ("caption", "detail", "plain") and args.text is not None:
             p.error(f"--task {args.task} takes no --text")
+        if args.task == "text" and (args.images or args.box):
+            p.error("--task text goes without pictures and boxes")
     if args.text and args.box and args.task in ("ground", "refer"):
         p.error("--text asks for a box and --box gives one; use one of them, or --prompt")
     if any(tag in text for text in args.text or [] for tag in ("<image>", "</image>")):
@@ -88,6 +111,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         p.error("--top-boxes wants a number above zero and --task ground or refer with --text")
     if args.batch_size < 1:
         p.error("--batch-size must be at least 1")
+    if args.resume and args.results is None:
+        p.error("--resume needs --results, the file to go on with")
     return args
 
 
@@ -101,6 +126,19 @@ def box_argument(text: str) -> tuple:
     if len(values) != 4 or any(v != v for v in values):
         raise argparse.ArgumentTypeError(f"{text!r} is not x1,y1,x2,y2 (0..1 or pixels) or two location indices")
     return tuple(float(v) for v in values)
+
+
+def make_prompts(args: argparse.Namespace) -> list[str]:
+    """What to ask about every picture, or in --task context about all of them together."""
+    if args.prompt is not None:
+        return [args.prompt]
+    template, texts = TASKS[args.task][0], [text.strip() for text in args.text or [""]]
+    if args.task == "refer" and args.text:
+        template = TASKS["ground"][0]
+    if args.task == "context":
+        it = "<grounding><phrase> It</phrase> is" if args.box else ""
+        return ["".join(f"<image>{it} {text}" for text in texts) + f"<image>{it}"]
+    return [template.replace("{text}", text) for text in texts]
 
 
 def main(argv=None) -> int:
@@ -119,51 +157,174 @@ def main(argv=None) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Asking
+# The run
 # ----------------------------------------------------------------------------------------------------
+
+
+class Question(NamedTuple):
+    """One row of a batch: the pictures that are shown together, and everything that is asked about them."""
+
+    paths: list[Path]
+    pictures: list  # of PIL, upright, RGB
+    prompts: list[tuple[list[int], list[bool]]]  # (ids, image_mask) of each
+
+    @property
+    def path(self) -> Path | None:
+        """The picture that the answers are about: the last."""
+        return self.paths[-1] if self.paths else None
 
 
 def run(args: argparse.Namespace) -> int:
     """Load, ask about every picture, write; returns the exit status."""
     started = time.perf_counter()
+    prompts = make_prompts(args)
     paths = find_pictures(args.images) if args.images else [HERE / "tiny" / "scene.png"]
-    if len(paths) == 1:
-        open_picture(paths[0])  # a mistake in its name should not cost the time of loading a model
+    together = prompts[0].count("<image>") > 1
+    groups = [[]] if args.task == "text" else [paths] if together else [[path] for path in paths]
+    if len(groups) == 1:
+        for path in groups[0]:
+            open_picture(path)  # a mistake in its name should not cost the time of loading a model
     if args.temperature == 0 and (args.top_k or args.top_p or args.seed is not None):
         print("sample: at --temperature 0 nothing is drawn: --top-k, --top-p and --seed do nothing", file=sys.stderr)
-    asker = Asker(args)
+    names = output_names(args, [group[-1] for group in groups if group])
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    results = Results(args, prompts, rank, world) if args.results else None
+    groups = groups[rank::world]
+    if results is not None:
+        groups = [group for group in groups if str(group[-1] if group else None) not in results.done]
+    asker = Asker(args, prompts)
     print(f"loaded {args.checkpoint} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-    groups = [paths] if asker.prompts[0].count("<image>") > 1 else [[path] for path in paths]
-    asker.live = len(paths) == len(asker.prompts) == 1 and sys.stdout.isatty() and not args.json
-    names, failed = output_names(args, [group[-1] for group in groups]), []
-    for at in range(0, len(groups), args.batch_size):
-        if len(groups) > args.batch_size:
-            print(f"picture {at + 1} of {len(groups)}", file=sys.stderr)
-        batch = []
-        for group in groups[at : at + args.batch_size]:
+    asker.live = len(groups) == len(prompts) == 1 and sys.stdout.isatty() and not (args.json or results)
+    progress, failed = Progress(len(groups)), []
+    for asked, errors in read_ahead(groups, asker.encode, args.batch_size):
+        for group, error in errors:
+            progress.note(f"sample: {error}")
+            failed += group
+        for question, answers in zip(asked, asker.ask(asked), strict=True):
+            name = names.get(question.path)
             try:
-                pictures = [open_picture(path) for path in group]
-                batch.append((group, pictures, asker.encode(pictures)))
-            except (OSError, ValueError) as error:
-                print(f"sample: {error}", file=sys.stderr)
-                failed += group
-        for (group, pictures, _), answers in zip(batch, asker.ask(batch), strict=True):
-            try:
-                write_answers(args, group[-1], pictures[-1], answers, names[group[-1]], printed=asker.live)
+                write_answers(args, question, answers, prompts, name, results, printed=asker.live)
             except OSError as error:
-                if isinstance(error, BrokenPipeError):
+                if isinstance(error, BrokenPipeError) or (results and not name):
                     raise
-                print(f"sample: cannot write {names[group[-1]]}: {error.strerror or error}", file=sys.stderr)
-                failed += group
+                progress.note(f"sample: cannot write {name}: {error.strerror or error}")
+                failed += question.paths
+        progress.show(len(asked) + len(errors), asker.timings)
     if failed and len(paths) > 1:
         print(f"sample: {len(failed)} of {len(paths)} failed: {', '.join(map(str, failed))}", file=sys.stderr)
     return 1 if failed else 0
 
 
-class Asker:
-    """A model, its tokenizer and the questions of this run."""
+def read_ahead(groups: list[list[Path]], encode, batch_size: int):
+    """Groups of pictures -> batches of ([Question], [(group, error)]), the next one opened while this one is asked."""
 
-    def __init__(self, args: argparse.Namespace):
+    def read(group):
+        pictures = [open_picture(path) for path in group]
+        return Question(group, pictures, encode(pictures))
+
+    def collect(reading):
+        asked, errors = [], []
+        for group, future in reading:
+            try:
+                asked.append(future.result())
+            except (OSError, ValueError) as error:
+                errors.append((group, error))
+        return asked, errors
+
+    with ThreadPoolExecutor(2) as pool:
+        waiting: deque = deque()
+        for at in range(0, len(groups), batch_size):
+            waiting.append([(group, pool.submit(read, group)) for group in groups[at : at + batch_size]])
+            if len(waiting) > 1:
+                yield collect(waiting.popleft())
+        while waiting:
+            yield collect(waiting.popleft())
+
+
+class Progress:
+    """Where the run is, on stderr: the timings of a single batch, a bar over many."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.started = total, 0, time.perf_counter()
+        self.bar = sys.stderr.isatty()
+
+    def note(self, line: str) -> None:
+        print(("\r\033[K" if self.bar else "") + line, file=sys.stderr)
+
+    def show(self, pictures: int, timings: str) -> None:
+        self.done += pictures
+        if self.done == pictures == self.total:
+            self.note(timings)
+            return
+        a_minute = 60 * self.done / (time.perf_counter() - self.started)
+        filled = 30 * self.done // self.total
+        left = (self.total - self.done) / a_minute
+        line = f"[{'#' * filled}{'.' * (30 - filled)}] {self.done}/{self.total}  {a_minute:.0f} a minute, {left:.1f} min left"
+        end = "" if self.bar and self.done < self.total else "\n"
+        print(("\r\033[K" if self.bar else "") + line, end=end, file=sys.stderr, flush=True)
+
+
+class Results:
+    """The --results file, a line for every answer, written when it is there; and which pictures it holds.
+
+    Each process of a torchrun writes a file of its own, NAME.rank.jsonl; all are read when a run goes on.
+    """
+
+    def __init__(self, args: argparse.Namespace, prompts: list[str], rank: int, world: int):
+        path = args.results
+        self.path = path.with_suffix(f".{rank}{path.suffix}") if world > 1 else path
+        for file in {path, self.path}:
+            if file.exists() and not args.resume:
+                raise ValueError(f"{file} exists; --resume goes on with it, another name starts anew")
+        self.done: set[str] = set()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for file in [path, *path.parent.glob(f"{path.stem}.*{path.suffix}")]:
+            if args.resume and file.exists():
+                whole, images = finished(file, prompts)
+                self.done |= images
+                if file == self.path:
+                    os.truncate(file, whole)  # the rest was cut off by the stop
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+
+    def write(self, lines: list[str]) -> None:
+        """The lines of one picture, all at once."""
+        self.file.write("".join(line + "\n" for line in lines))
+        self.file.flush()
+
+
+def finished(file: Path, prompts: list[str]) -> tuple[int, set[str]]:
+    """(bytes up to the last finished picture, the finished pictures) of a results file.
+
+    ValueError for a file that is something else, or answers other prompts.
+    """
+    whole, at, images, current = 0, 0, set(), []
+    for line in file.read_bytes().splitlines(keepends=True):
+        at += len(line)
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+            current.append(row["prompt"])
+            image = str(row["image"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file} is not a results file: {line[:60]!r}") from None
+        if current != prompts[: len(current)]:
+            raise ValueError(f"{file} holds answers to {current[-1]!r}; give another --results for other prompts")
+        if len(current) == len(prompts):
+            whole, current = at, []
+            images.add(image)
+    return whole, images
+
+
+# ----------------------------------------------------------------------------------------------------
+# Asking
+# ----------------------------------------------------------------------------------------------------
+
+
+class Asker:
+    """A model, its tokenizer and the prompts of this run."""
+
+    def __init__(self, args: argparse.Namespace, prompts: list[str]):
         import torch
 
         from kosmos2 import GenerationOptions
@@ -171,7 +332,10 @@ class Asker:
 
         here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         device = next(name for name, there in here.items() if there) if args.device == "auto" else args.device
-        self.args, self.device, self.live = args, torch.device(device), False
+        self.args, self.prompts, self.live, self.timings = args, prompts, False, ""
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None and "LOCAL_RANK" in os.environ:
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if not here.get(self.device.type, True):
             raise ValueError(f"--device {device}: this torch finds no such device here; use cpu")
         options = dict(
@@ -181,45 +345,59 @@ class Asker:
         )  # fmt: skip
         GenerationOptions(**options)  # refuses what is out of range, before a model is loaded
         self.model, self.tokenizer = load_checkpoint(args.checkpoint, args.precision, self.device, args.tokenizer)
-        template, self.keep_prompt = TASKS[args.task]
-        if args.task == "refer" and args.text:
-            template = TASKS["ground"][0]
-        self.prompts = [template.replace("{text}", text.strip()) for text in args.text or [""]]
-        if args.prompt is not None:
-            self.prompts, self.keep_prompt = [args.prompt], True
+        self.keep_prompt = args.prompt is not None or TASKS[args.task][1]
         if args.no_repeat_ngram_size is None:
             options["no_repeat_ngram_size"] = self.model.config.text.no_repeat_ngram_size
         self.options = options | dict(constraint=None if args.free_markup else self.tokenizer.well_formed)
 
     def encode(self, pictures) -> list[tuple[list[int], list[bool]]]:
-        """Every prompt about these pictures as (ids, image_mask); boxes in pixels are those of the last."""
-        boxes = self.args.box
-        if boxes is not None:
-            boxes = [in_unit(box, pictures[-1].size) for box in boxes]
-        return [self.tokenizer.encode_prompt(prompt, len(pictures), boxes) for prompt in self.prompts]
+        """Every prompt about these pictures as (ids, image_mask)."""
+        return [self.tokenizer.encode_prompt(p, len(pictures), self.boxes_in(p, pictures)) for p in self.prompts]
 
-    def ask(self, batch) -> list[list[dict]]:
-        """[(paths, pictures, prompts)] -> for each the answers: raw text, sentence, entities."""
+    def boxes_in(self, prompt: str, pictures) -> list[tuple] | None:
+        """The boxes given for the phrases of a prompt; those in pixels are in the picture in front of the phrase."""
+        if self.args.box is None:
+            return None
+        phrases = [match.start() for match in re.finditer("<phrase>", prompt)]
+        owners = [max(prompt[:at].count("<image>") - 1, 0) for at in phrases]
+        pairs = zip_longest(self.args.box, owners[: len(self.args.box)], fillvalue=0)
+        return [in_unit(box, pictures[min(owner, len(pictures) - 1)].size) for box, owner in pairs]
+
+    def ask(self, questions: list[Question]) -> list[list[dict]]:
+        """For each question its answers: raw text, sentence, entities."""
+        if not questions:
+            return []
+        embeds = self.look([picture for q in questions for picture in q.pictures])
+        if self.args.top_boxes:
+            return [[self.rank(e[None], ids) for ids, _ in q.prompts] for e, q in zip(embeds, questions, strict=True)]
+        if embeds is None:  # text alone
+            return [self.ask_at_once(q.prompts) for q in questions]
+        if len(self.prompts) > 1:
+            return [self.ask_much(e[None], q.prompts) for e, q in zip(embeds, questions, strict=True)]
+        return [[answer] for answer in self.ask_at_once([q.prompts[0] for q in questions], embeds)]
+
+    def look(self, pictures: list):
+        """Pictures -> their embeddings, None for none."""
         import torch
 
-        from kosmos2 import pad_left, preprocess_image
+        from kosmos2 import preprocess_image
 
-        if not batch:
-            return []
-        started = time.perf_counter()
-        size = self.model.config.vision.image_size
-        pixels = torch.stack([preprocess_image(p, size) for _, pictures, _ in batch for p in pictures])
+        started, self.vision = time.perf_counter(), "no picture"
+        if not pictures:
+            return None
+        pixels = torch.stack([preprocess_image(p, self.model.config.vision.image_size) for p in pictures])
         with torch.inference_mode():
             embeds = self.model.encode_image(pixels.to(self.device))
         self.vision = f"vision {(time.perf_counter() - started) * 1000:.0f} ms"
-        if self.args.top_boxes:
-            return [[self.rank(e[None], ids) for ids, _ in prompts] for e, (_, _, prompts) in zip(embeds, batch, strict=True)]
-        if len(self.prompts) > 1:
-            return [self.ask_much(e[None], prompts) for e, (_, _, prompts) in zip(embeds, batch, strict=True)]
-        rows = [prompts[0] for _, _, prompts in batch]
-        tokens, image_mask, pad_mask = pad_left(rows, self.device)
+        return embeds
+
+    def ask_at_once(self, prompts, embeds=None) -> list[dict]:
+        """Prompts, each a row of a batch, with the embeddings of all their pictures."""
+        from kosmos2 import pad_left
+
+        tokens, image_mask, pad_mask = pad_left(prompts, self.device)
         new = self.generate(tokens, image_embeds=embeds, image_mask=image_mask, pad_mask=pad_mask)
-        return [[self.answer(ids, ids_new)] for (ids, _), ids_new in zip(rows, new, strict=True)]
+        return [self.answer(ids, ids_new) for (ids, _), ids_new in zip(prompts, new, strict=True)]
 
     def ask_much(self, embeds, prompts) -> list[dict]:
         """Many questions about one picture: its tokens go through the decoder once."""
@@ -249,17 +427,23 @@ class Asker:
         boxes = rank_boxes(state, locations, self.args.top_boxes)
         raw = self.tokenizer.decode(ids)
         text, _ = parse(raw)
-        print(f"{self.vision}, ranked {len(boxes)} boxes", file=sys.stderr)
+        self.timings = f"{self.vision}, ranked {len(boxes)} boxes"
         places, scores = [tokens_to_box(ul, lr) for _, ul, lr in boxes], [score for score, _, _ in boxes]
         return {"text": text, "raw": raw.strip(), "entities": [Entity(text, (0, len(text)), places, scores)]}
 
     def answer(self, ids: list[int], new) -> dict:
+        """The sentence: what was generated, after what the prompt says about the last picture if that begins it."""
         raw = self.tokenizer.decode(ids + list(new))
-        text, entities = self.tokenizer.read(ids if self.keep_prompt else [], new)
+        text, entities = self.tokenizer.read(self.kept(ids), new)
         return {"text": text, "raw": raw.strip(), "entities": entities}
 
+    def kept(self, prompt: list[int]) -> list[int]:
+        closing = self.tokenizer.special["</image>"]
+        last = max((at for at, i in enumerate(prompt) if i == closing), default=-1)
+        return prompt[last + 1 :] if self.keep_prompt else []
+
     def generate(self, tokens, **inputs):
-        """New ids for every row; timings on stderr; where self.live, the one text as it comes."""
+        """New ids for every row; where self.live, the one text is printed as it comes."""
         from kosmos2 import beam_search
 
         clock = [time.perf_counter()]
@@ -267,7 +451,7 @@ class Asker:
         if self.args.num_beams > 1:
             new = beam_search(state)
             seconds, self.live = time.perf_counter() - clock[0], False  # its text is known only now
-            print(f"{self.vision}, {sum(map(len, new))} tokens by beam search in {seconds:.2f} s", file=sys.stderr)
+            self.timings = f"{self.vision}, {sum(map(len, new))} tokens by beam search in {seconds:.2f} s"
             return new
         printed = ""
         for _ in state:
@@ -278,15 +462,14 @@ class Asker:
             print(flush=True)
         first = clock[1] - clock[0] if len(clock) > 1 else 0.0
         rate = (len(clock) - 2) / (clock[-1] - clock[1]) if len(clock) > 2 else 0.0
-        print(f"{self.vision}, first token {first * 1000:.0f} ms, then {rate:.0f} tokens/s", file=sys.stderr)
+        self.timings = f"{self.vision}, first token {first * 1000:.0f} ms, then {rate:.0f} tokens/s"
         return state.results
 
     def show(self, prompt: list[int], new: list[int], printed: str) -> str:
         """Print what the newest token added to the sentence."""
-        from tokenizer import IMAGE_CLOSE, plain
+        from tokenizer import plain
 
-        text = self.tokenizer.decode(prompt + new if self.keep_prompt else new)
-        text = plain(text.rsplit(IMAGE_CLOSE, 1)[-1]).lstrip()
+        text = plain(self.tokenizer.decode(self.kept(prompt) + new)).lstrip()
         sys.stdout.write(text[len(printed) :])
         sys.stdout.flush()
         return text
@@ -350,7 +533,7 @@ def open_picture(path: Path):
 def output_names(args: argparse.Namespace, paths: list[Path]) -> dict[Path, Path | None]:
     """Where the picture with boxes of every input goes; None for nowhere."""
     if args.output is None:
-        if len(paths) > 1 or args.json:
+        if len(paths) != 1 or args.json or args.results:
             return dict.fromkeys(paths)
         return {paths[0]: Path(f"{paths[0].stem}.boxes.png")}
     if args.output.suffix and not args.output.is_dir():
@@ -370,26 +553,30 @@ def output_names(args: argparse.Namespace, paths: list[Path]) -> dict[Path, Path
     return names
 
 
-def write_answers(args, path: Path, picture, answers: list[dict], name: Path | None, printed: bool) -> None:
-    """The sentences or the JSON lines to stdout, unless they are there; the picture with all boxes to its file."""
-    width, height = picture.size
-    many = len(args.images) > 1 or path.parent in args.images
-    for answer in answers:
-        if args.json:
-            print(json.dumps({"image": str(path), **as_json(answer, width, height)}, ensure_ascii=False), flush=True)
-            continue
-        if not printed:
+def write_answers(args, question, answers: list[dict], prompts: list[str], name, results, printed: bool) -> None:
+    """The sentences or the JSON lines to where they go, unless they are there; the picture with all boxes to its file."""
+    path, picture = question.path, question.pictures[-1] if question.pictures else None
+    rows = [as_json(path, prompt, answer, picture) for prompt, answer in zip(prompts, answers, strict=True)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    if args.json:
+        print("\n".join(lines), flush=True)
+    elif not printed and results is None:
+        many = len(args.images) > 1 or (path is not None and path.parent in args.images)
+        for answer, row in zip(answers, rows, strict=True):
             print(f"{path}: {answer['text']}" if many else answer["text"], flush=True)
-        if args.top_boxes:
-            for x1, y1, x2, y2, score in ((*b, s) for e in answer["entities"] for b, s in zip(e.boxes, e.scores, strict=True)):
-                corners = f"{x1 * width:.0f},{y1 * height:.0f},{x2 * width:.0f},{y2 * height:.0f}"
-                print(f"  {score:.3f}  {corners}", flush=True)
+            boxes = [pair for e in row["entities"] for pair in zip(e["pixel_boxes"], e["scores"], strict=True)]
+            for corners, score in boxes if args.top_boxes else []:
+                print(f"  {score:.3f}  {','.join(f'{v:.0f}' for v in corners)}", flush=True)
     if name is not None:
         save_picture(draw_answers(picture, answers, args.scores or bool(args.top_boxes)), name)
         print(f"wrote {name}", file=sys.stderr)
+    if results is not None:  # last: what is in there is done
+        results.write(lines)
 
 
-def as_json(answer: dict, width: int, height: int) -> dict:
+def as_json(path: Path | None, prompt: str, answer: dict, picture) -> dict:
+    """A line of --json and --results. Boxes in 0..1, and in pixels of the picture as it is shown (upright)."""
+    width, height = picture.size if picture is not None else (1, 1)
     entities = [
         {
             "phrase": e.phrase,
@@ -400,7 +587,8 @@ def as_json(answer: dict, width: int, height: int) -> dict:
         }
         for e in answer["entities"]
     ]
-    return {"text": answer["text"], "raw": answer["raw"], "entities": entities}
+    image = None if path is None else str(path)
+    return {"image": image, "prompt": prompt, "text": answer["text"], "raw": answer["raw"], "entities": entities}
 
 
 def save_picture(picture, name: Path) -> None:

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY, copy
 from PIL import Image, ImageDraw
+from scenes import Scene, Shape
 
 import sample as script
 from kosmos2 import Kosmos2
@@ -47,6 +49,7 @@ def test_without_arguments():
         (["--task", "ground", "--text", "a star"], "a star"), (["--task", "refer", "--box", "0.1,0.1,0.4,0.4"], "It is the"),
         (["--task", "refer", "--text", "the star"], "the star"),
         (["--task", "vqa", "--text", "How many shapes are there?"], ""),
+        (["--task", "plain"], "An image of"), (["--task", "answer", "--text", "How many shapes are there?"], "five"),
         (["--prompt", "Question: How many shapes are there? Answer:"], "Question: How many shapes are there? Answer:"),
         (["--prompt", "An image of"], "An image of"), (["--num-beams", "3"], "An image of"),
         (["--temperature", "0.7", "--top-p", "0.9", "--top-k", "20", "--seed", "1"], "An image of"),
@@ -58,6 +61,68 @@ def test_tasks_and_options(capsys, arguments, beginning):
     status, out, err = run(capsys, SCENE, *arguments)
     assert status == 0, err
     assert out.startswith(beginning) and out.strip() and out.count("\n") == 1
+
+
+def test_text_alone(capsys):
+    status, out, err = run(capsys, "--task", "text", "--text", "An image of a", "--text", "An image of two")
+    assert status == 0 and os.listdir() == [] and "no picture" in err
+    assert [line[:13] for line in out.splitlines()] == ["An image of a", "An image of t"]
+
+
+def test_an_example_says_what_is_asked(capsys, tmp_path):
+    """Two pictures in one prompt: the same box is described as the box of the first picture was."""
+    Scene((Shape("heart", "green", (0.7, 0.3), 0.35),), (204, 204, 204), 1).draw().resize((300, 200)).save("first.png")
+    Scene((Shape("star", "red", (0.4, 0.5), 0.35),), (204, 204, 204), 2).draw().save("second.png")
+    said = {}
+    for words in ("green.", "a heart."):
+        arguments = ["--task", "context", "--text", words, "--box", "158,25,263,95", "--box", "0.225,0.325,0.575,0.675"]
+        status, said[words], err = run(capsys, "first.png", "second.png", *arguments)
+        assert status == 0, err
+    assert said == {"green.": "red.\n", "a heart.": "a star.\n"}
+    status, out, _ = run(capsys, "first.png", "second.png", "--task", "context", "--text", "heart.", "--json")
+    row = json.loads(out)
+    assert status == 0 and row["image"] == "second.png" and row["prompt"] == "<image> heart.<image>" and row["text"] == "star."
+    assert run(capsys, "first.png", "--task", "context", "--text", "heart.")[0] == 1
+
+
+def test_results_and_resume(capsys, tmp_path):
+    """A run that was cut in the middle of a line goes on where it stopped, and gives what one run gives."""
+    folder, whole, cut = tmp_path / "pictures", tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    folder.mkdir()
+    for i in range(5):
+        Image.open(SCENE).rotate(90 * i).save(folder / f"{i}.png")
+    ask = [folder, "--task", "answer", "--text", "What color is the star?", "--text", "How many shapes are there?", "--batch-size", 2]
+    status, out, _ = run(capsys, *ask, "--results", whole)
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert status == 0 and out == "" and len(rows) == 10 and [Path(r["image"]).stem for r in rows[::2]] == list("01234")
+    for keep in (0, 3, 1500, len(whole.read_bytes()) - 1):
+        cut.write_bytes(whole.read_bytes()[:keep])
+        assert run(capsys, *ask, "--results", cut)[0] == 1  # would overwrite it
+        assert run(capsys, *ask, "--results", cut, "--resume")[0] == 0
+        assert cut.read_text() == whole.read_text()
+    status, _, err = run(capsys, folder, "--results", whole, "--resume")
+    assert status == 1 and "other prompts" in err and whole.read_text() == cut.read_text()
+    (tmp_path / "notes.txt").write_text("dear diary\n")
+    assert run(capsys, *ask, "--results", tmp_path / "notes.txt", "--resume")[0] == 1
+
+
+def test_processes_share_the_pictures(capsys, tmp_path, monkeypatch):
+    """Each of torchrun's ranks writes its own file; a later run with any number of them skips what is in any."""
+    folder, results = tmp_path / "pictures", tmp_path / "out.jsonl"
+    folder.mkdir()
+    for i in range(5):
+        Image.open(SCENE).save(folder / f"{i}.png")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run(capsys, folder, "--results", results)[0] == 0
+    found = [[json.loads(line)["image"] for line in (tmp_path / f"out.{rank}.jsonl").read_text().splitlines()] for rank in (0, 1)]
+    assert [[Path(name).stem for name in part] for part in found] == [["0", "2", "4"], ["1", "3"]]
+    Image.open(SCENE).save(folder / "5.png")
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name)
+    assert run(capsys, folder, "--results", results, "--resume")[0] == 0
+    assert [Path(json.loads(line)["image"]).stem for line in results.read_text().splitlines()] == ["5"]
 
 
 def test_json(capsys):

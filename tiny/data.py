@@ -2,7 +2,7 @@
 
 A row is `<s> <image> slots </image>`, then one or several texts. Each text sees the picture and itself, and
 its positions continue those of the picture, as if it stood alone; so a picture that is encoded once can
-teach many sentences. `Scenes` makes rows from the small world of scenes.py, `Grit` from any GRIT-format file.
+teach many sentences. A text may hold a second picture. `Scenes` makes rows from the small world of scenes.py, `Grit` from any GRIT-format file.
 """
 
 import json
@@ -11,18 +11,19 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from scenes import Example, Scene, captions, tasks
+from scenes import Example, Scene, tasks
 
-from kosmos2 import BOS, EOS, FIRST_POSITION, PAD, Kosmos2Config, preprocess_image
-from tokenizer import Tokenizer, grit_to_text, plain
+from kosmos2 import EOS, FIRST_POSITION, PAD, Kosmos2Config, preprocess_image
+from tokenizer import Tokenizer, grit_to_text
 
 # How many examples of each task a scene contributes at most; a fraction is a chance of one more.
 MIXTURE = {
-    "caption": 1, "detail": 0.6, "plain caption": 0.2, "plain detail": 0.2,
-    "ground": 2, "ground several": 2, "refer": 2, "refer relation": 3, "describe box": 2,
-    "color": 0.5, "shape": 0.5, "where": 0.6, "relation": 0.6, "count": 0.7, "yes or no": 0.7,
-    "color grounded": 0.5, "shape grounded": 0.5, "where grounded": 0.5, "relation grounded": 1,
-    "count grounded": 0.7, "yes or no grounded": 0.7, "color of box": 0.6, "shape in box": 0.6,
+    "caption": 1, "detail": 0.8, "plain caption": 0.3, "plain detail": 0.2,
+    "ground": 1.5, "ground several": 2, "refer": 2, "refer relation": 2, "describe box": 2,
+    "color": 0.5, "shape": 0.7, "where": 0.5, "relation": 0.5, "count": 0.7, "yes or no": 0.7,
+    "color grounded": 0.5, "shape grounded": 0.7, "where grounded": 0.5, "relation grounded": 0.8,
+    "count grounded": 0.7, "yes or no grounded": 0.7, "color of box": 0.5, "shape in box": 0.8,
+    "example of a box": 0.25, "example of a picture": 0.1, "text alone": 0.3,
 }  # fmt: skip
 
 ALONE, EMPTY = -1, -2  # numbers of texts: 0 is the picture, 1, 2, … what is said about it
@@ -35,16 +36,21 @@ class Row:
     """
 
     def __init__(self, tokenizer: Tokenizer, pixels: torch.Tensor):
-        self.pixels = pixels
-        self.tokens, _ = tokenizer.encode_prompt("", 1)
+        self.pixels = [pixels]
+        self.tokens, self.image_mask = tokenizer.encode_prompt("", 1)
         self.prefix = len(self.tokens)
         self.positions = list(range(self.prefix))
         self.texts, self.targets = [0] * self.prefix, [-100] * self.prefix
 
-    def add(self, prompt: list[int], answer: list[int], number: int) -> None:
-        """A text about the picture, or ALONE; only what follows the prompt is asked for."""
+    def add(self, prompt: list[int], answer: list[int], number: int, image_mask=(), pixels=()) -> None:
+        """A text about the picture, or ALONE; only what follows the prompt is asked for.
+
+        image_mask marks the slots of further pictures in the prompt.
+        """
         text, first = prompt + answer, 0 if number == ALONE else self.prefix
+        self.pixels += pixels
         self.tokens += text
+        self.image_mask += [*image_mask] + [False] * (len(text) - len(image_mask))
         self.positions += range(first, first + len(text))
         self.texts += [number] * len(text)
         if not prompt:  # the picture itself asks for the first token
@@ -62,7 +68,8 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
         return torch.tensor([getattr(row, name) + [fill] * (T - len(row.tokens)) for row in rows])
 
     return {
-        "pixels": torch.stack([row.pixels for row in rows]),
+        "pixels": torch.stack([picture for row in rows for picture in row.pixels]),
+        "image_mask": stack("image_mask", False),
         "tokens": stack("tokens", PAD),
         "positions": stack("positions", 0) + FIRST_POSITION,
         "texts": stack("texts", EMPTY),
@@ -80,16 +87,21 @@ class Scenes:
         scene, rng = Scene.random(self.first + n), random.Random(self.first + n)
         row = Row(self.tokenizer, preprocess_image(scene.draw(), self.size))
         for number, example in enumerate(choose(tasks(scene, rng), rng), start=1):
-            prompt = self.tokenizer.encode(example.prompt, add_bos=False)
+            prompt, image_mask = encode_example(self.tokenizer, example)
+            if not example.alone:
+                prompt, image_mask = prompt[row.prefix :], image_mask[row.prefix :]
             answer = [*self.tokenizer.encode_caption(example.answer), EOS]
             if len(row.tokens) + len(prompt) + len(answer) <= self.length:
-                row.add(prompt, answer, number)
-        if rng.random() < 0.3:  # a sentence without a picture
-            brief = captions(scene)[0]
-            text = [*self.tokenizer.encode_caption(plain(brief.prompt + brief.answer)), EOS]
-            if len(row.tokens) + 1 + len(text) <= self.length:
-                row.add([BOS], text, ALONE)
+                others = [preprocess_image(example.second.draw(), self.size)] if example.second else []
+                row.add(prompt, answer, ALONE if example.alone else number, image_mask, others)
         return row
+
+
+def encode_example(tokenizer: Tokenizer, example: Example) -> tuple[list[int], list[bool]]:
+    """Its prompt, the picture in front, as (ids, image_mask)."""
+    if example.alone:
+        return tokenizer.encode_prompt(example.prompt, 0)
+    return tokenizer.encode_prompt(f"<image>{example.prompt}", 1 if example.second is None else 2)
 
 
 def choose(examples: list[Example], rng: random.Random) -> list[Example]:

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,7 @@ BACKGROUNDS = [(196, 214, 226), (222, 206, 186), (205, 219, 196), (216, 202, 222
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 LARGE, SMALL = 0.30, 0.24  # of the picture's side: what lies between has no size word
+SECOND = 50_000_000  # from a scene's seed to that of the other picture in its two-picture prompts
 MARGIN = 0.10  # two centres closer than this along an axis are neither left nor right, above nor below
 
 
@@ -308,6 +310,8 @@ class Example:
     prompt: str
     answer: str
     targets: tuple[Shape, ...] = ()  # what the boxes of the answer, or of the prompt, belong to
+    second: "Scene | None" = None  # shown where the prompt says <image>
+    alone: bool = False  # no picture at all
 
 
 def link(phrase: str, shapes, brackets: bool = True) -> str:
@@ -400,9 +404,46 @@ def questions(scene: Scene, rng: random.Random) -> list[Example]:
     return found
 
 
+def in_context(scene: Scene, rng: random.Random) -> list[Example]:
+    """Two pictures in one prompt: what is said about the first is the only hint at what to say about the second.
+
+    Of a box: its color, its shape or its place. Of a picture: the colors or the shapes in it, or their number.
+    """
+    second = Scene.random(scene.seed + SECOND)
+    found = []
+    for say in (lambda s: s.color, lambda s: f"{article(s.shape)} {s.shape}", lambda s: s.place and f"at the {s.place}"):
+        shown, asked = rng.choice(scene.shapes), rng.choice(second.shapes)
+        if say(shown) and say(asked):
+            it = f"{link('It', [shown])} is {say(shown)}.<image><grounding>{link('It', [asked])} is"
+            found.append(Example("example of a box", f"<grounding>{it}", f" {say(asked)}.", (asked,), second))
+    for say in (lambda s: s.color, lambda s: s.shape, None):
+        told = [
+            f" {', '.join(map(say, one.shapes))}." if say else f" {NUMBERS[len(one.shapes)]}." for one in (scene, second)
+        ]
+        found.append(Example("example of a picture", f"{told[0]}<image>", told[1], (), second))
+    return found
+
+
+def unseen(scene: Scene) -> Example:
+    """Text alone: the beginning of the caption, without the picture. Any ending is right that makes a caption."""
+    words = scene.record()["caption"].split(" ")
+    cut = 4 + scene.seed % (len(words) - 4)
+    return Example("text alone", " ".join(words[:cut]), "".join(f" {word}" for word in words[cut:]), alone=True)
+
+
+def is_caption(text: str) -> bool:
+    """Whether some scene has this brief caption, with every article, plural and comma in its place."""
+    counts = {counted([Shape(s, c, (0, 0), 0)] * n): (c, s) for c in COLORS for s in SHAPES for n in range(1, 6)}
+    parts = re.split(", | and ", text.removeprefix("An image of ").removesuffix("."))
+    listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    kinds = {counts.get(part) for part in parts} - {None}
+    return len(kinds) == len(parts) and text == f"An image of {listed}."
+
+
 def tasks(scene: Scene, rng: random.Random) -> list[Example]:
-    """Everything that can be asked about a scene."""
-    return captions(scene) + grounding(scene) + referring(scene, rng) + questions(scene, rng)
+    """Everything that can be asked about a scene, and what can be said without it."""
+    about = captions(scene) + grounding(scene) + referring(scene, rng) + questions(scene, rng)
+    return [*about, *in_context(scene, rng), unseen(scene)]
 
 
 if __name__ == "__main__":

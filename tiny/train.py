@@ -30,6 +30,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+# A batch's number of targets differs from step to step. oneDNN would keep the kernels it makes for a thousand
+# such shapes, and several GB of scratch memory with them.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -137,10 +141,8 @@ class Losses(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pixels, tokens, positions, texts, targets):
+    def forward(self, pixels, image_mask, tokens, positions, texts, targets):
         model, T = self.model, tokens.shape[1]
-        image_mask = torch.zeros_like(tokens, dtype=torch.bool)
-        image_mask[:, 2 : 2 + model.config.latent_query_num] = True
         x = model.embed(tokens, pixels, image_mask=image_mask)  # (B, T, D)
         same = texts[:, :, None] == texts[:, None, :]  # (B, T, T)
         picture = (texts[:, :, None] > 0) & (texts[:, None, :] == 0)
