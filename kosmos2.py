@@ -30,6 +30,7 @@ sub-LN (`Block`), features of unit length (`VisionTransformer`), latents that ar
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -193,6 +194,101 @@ FIXED = [
 # ----------------------------------------------------------------------------------------------------
 
 
+class Linear(nn.Linear):
+    """nn.Linear that uses every core for a few rows, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+FEW_ROWS, MANY_WEIGHTS = 16, 2**20
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear: x (..., K) times weight (N, K) transposed, plus bias (N,).
+
+    A step of decoding multiplies a single row with each weight once, so it takes as long as reading them
+    all. PyTorch's CPU kernel gives such a product to one core, which cannot read as fast as the memory
+    delivers. As a batch of products with slices of the matrix it goes to all cores: twice as fast on two.
+    """
+    rows, (N, K) = x.numel() // x.shape[-1], weight.shape
+    if rows > FEW_ROWS or N * K < MANY_WEIGHTS or x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    slices = max(n for n in range(1, 65) if N % n == 0)
+    columns = x.reshape(rows, K).T.expand(slices, K, rows)
+    y = torch.bmm(weight.view(slices, N // slices, K), columns)  # (slices, N / slices, rows)
+    y = y.reshape(N, rows).T.reshape(*x.shape[:-1], N)
+    return y if bias is None else y + bias
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with weights of 8 or 16 bits, for CPUs; what goes in and comes out is float32.
+
+    Decoding takes as long as reading the weights, so narrower ones decode faster: float16 twice, int8 four
+    times. In int8 the weights of output n are scale[n] * q[n], q from -127 to 127; each row of x is rounded
+    in the same way by a scale of its own, so that it does not depend on its neighbours; sums are exact.
+    PyTorch's fbgemm kernels do it where they are built in, plain arithmetic with the same numbers elsewhere.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None):
+        """weight (N, K): float16; or int8, and then with its scale (N,)."""
+        super().__init__()
+        self.bias, self.scale, self.weight, self.packed = bias, scale, weight, None
+        if hasattr(torch.ops.quantized, KERNEL) and {"x86", "fbgemm"} & set(torch.backends.quantized.supported_engines):
+            with warnings.catch_warnings(action="ignore"):  # PyTorch means to replace these kernels one day
+                if scale is None:
+                    self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+                else:
+                    zero = torch.zeros(len(scale), dtype=torch.long)
+                    weight = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero, 0)
+                    self.packed = torch.ops.quantized.linear_prepack(weight, None)
+            self.weight = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            if self.packed is not None:
+                return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+            return F.linear(x, self.weight.float(), self.bias)
+        largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)  # (..., 1)
+        if self.packed is not None:  # wants to know the step of x and which of 0..255 is its zero
+            y = getattr(torch.ops.quantized, KERNEL)(x / largest, 1 / 127, 128, self.packed)
+        else:
+            y = F.linear((x / largest * 127).round() / 127, self.weight.float()) * self.scale
+        return y * largest if self.bias is None else torch.addcmul(self.bias, y, largest)
+
+
+KERNEL = "linear_with_input_q_dq_qweight_dq_output_fp32"
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (N, K) -> int8 (N, K) and scale (N,), so that weight is close to their product."""
+    scale = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).clamp(min=1e-30) / 127
+    q = torch.empty(weight.shape, dtype=torch.int8)
+    for part, rows, step in zip(q.split(512), weight.split(512), scale[:, None].split(512), strict=True):
+        part.copy_((rows / step).round_())  # in parts that stay in the cache
+    return q, scale
+
+
+class Embedding(nn.Embedding):
+    """Token embeddings that are also the output projection."""
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """x (..., D) -> logits (..., V)."""
+        return linear(x, self.weight)
+
+
+class PackedEmbedding(nn.Module):
+    """The same in 8 or 16 bits: a row for a token, and the whole of it as a PackedLinear."""
+
+    def __init__(self, weight: Tensor, scale: Tensor | None = None):
+        super().__init__()
+        self.weight, self.scale, self.unembed = weight, scale, PackedLinear(weight, None, scale)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = self.weight[tokens].float()
+        return rows if self.scale is None else rows * self.scale[tokens][..., None]
+
+
 class KVCache:
     """The keys and values one attention layer has computed so far, in memory taken once.
 
@@ -227,10 +323,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, sub_ln: bool = False, eps: float = 1e-5):
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
         self.inner_attn_ln = nn.LayerNorm(width, eps) if sub_ln else nn.Identity()
 
     def forward(
@@ -278,8 +374,8 @@ class MLP(nn.Module):
     def __init__(self, width: int, mlp_width: int, activation, sub_ln: bool, eps: float):
         super().__init__()
         self.activation = activation
-        self.fc1 = nn.Linear(width, mlp_width)
-        self.fc2 = nn.Linear(mlp_width, width)
+        self.fc1 = Linear(width, mlp_width)
+        self.fc2 = Linear(mlp_width, width)
         self.ffn_layernorm = nn.LayerNorm(mlp_width, eps) if sub_ln else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -382,7 +478,7 @@ class Resampler(nn.Module):
     def __init__(self, config: Kosmos2Config):
         super().__init__()
         D = config.text.width
-        self.dense = nn.Linear(config.vision.width, D)
+        self.dense = Linear(config.vision.width, D)
         self.latent_query = nn.Parameter(torch.randn(config.latent_query_num, D))
         self.x_attn = Attention(D, config.text.heads)
 
@@ -449,7 +545,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         D, eps = config.width, config.layer_norm_eps
-        self.embed_tokens = nn.Embedding(config.vocab_size, D)
+        self.embed_tokens = Embedding(config.vocab_size, D)
         self.layers = nn.ModuleList(
             Block(D, config.heads, config.mlp_width, F.gelu, sub_ln=True, eps=eps) for _ in range(config.layers)
         )
@@ -470,7 +566,7 @@ class Decoder(nn.Module):
 
     def unembed(self, x: Tensor) -> Tensor:
         """x (..., D) -> logits (..., V)."""
-        return F.linear(x, self.embed_tokens.weight)
+        return self.embed_tokens.unembed(x)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--free-markup", action="store_true", help="let the model write broken boxes, if it wants to")
     where = p.add_argument_group("where to run")
     where.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps")
-    where.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    where.add_argument("--precision", choices=["fp32", "bf16", "fp16", "int8"], default="fp32")
     where.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default: 8)")
     out = p.add_argument_group("what to write")
     out.add_argument("--output", type=Path, metavar="FILE_OR_DIR", help="the picture with its boxes, or a folder for them (default: STEM.boxes.png for a single picture)")

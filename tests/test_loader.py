@@ -195,7 +195,7 @@ def test_weights_that_are_not_finite_are_named(small_folder, tmp_path, value):
 def test_values_too_large_for_half_precision_are_named(small_folder, tmp_path):
     folder = copy(small_folder, tmp_path / "large")
     tensors = published(folder)
-    tensors["image_to_text_projection.dense.bias"][3] = 1e6
+    tensors["image_to_text_projection.dense.weight"][3, 5] = 1e6
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match="fp32 or bf16"):
         load_checkpoint(folder, precision="fp16")
@@ -303,7 +303,7 @@ def test_memory_while_loading(tmp_path):
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "before = peak()\nload_checkpoint(sys.argv[2], sys.argv[3])\nprint(peak() - before)"
     )
-    for precision, most in (("fp32", 1.15), ("bf16", 0.65)):
+    for precision, most in (("fp32", 1.15), ("bf16", 0.65), ("int8", 0.75)):
         run = [sys.executable, "-c", script, str(ROOT), str(tmp_path), precision]
         grown = float(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
         assert grown < most * size, (precision, grown, size)

@@ -1,6 +1,7 @@
 """Score a model on scenes it never saw, task by task, with the measures of the paper.
 
     python tiny/evaluate.py [--checkpoint tiny] [--scenes 500] [--most 5] [--calibration PNG]
+    python tiny/evaluate.py --precision int8          what narrower weights change
 
 | task                      | a hit is                                                                      |
 |---------------------------|-------------------------------------------------------------------------------|
@@ -109,10 +110,24 @@ def ask_about(scenes: int, first_seed: int, most: int = 5, only=None) -> list[tu
 def evaluate(model, tokenizer, scenes: int, first_seed: int, most: int = 5, only=None) -> dict[str, tuple[float, int]]:
     """{task: (share of hits, number of hits and misses)} over the examples of `ask_about`."""
     asked = ask_about(scenes, first_seed, most, only)
+    return shares(tokenizer, asked, answers(model, tokenizer, asked))
+
+
+def shares(tokenizer, asked: list[tuple[Scene, Example]], replies: list[NewTokens]) -> dict[str, tuple[float, int]]:
     hits = defaultdict(list)
-    for (scene, example), reply in zip(asked, answers(model, tokenizer, asked), strict=True):
+    for (scene, example), reply in zip(asked, replies, strict=True):
         hits[example.task] += score(example, tokenizer.decode(reply), scene)
     return {task: (sum(h) / len(h), len(h)) for task, h in hits.items()}
+
+
+def boxes_kept(tokenizer, asked, replies: list[NewTokens], others: list[NewTokens]) -> tuple[float, int]:
+    """(share of the boxes in `replies` that some box of the same answer in `others` overlaps by 0.9, their number)."""
+    kept = []
+    for (_, example), reply, other in zip(asked, replies, others, strict=True):
+        prompt = encode_example(tokenizer, example)[0]
+        ours, theirs = ([e.boxes for e in tokenizer.read(prompt, r)[1] if e.scores[0] is not None] for r in (reply, other))
+        kept += [any(iou(box, b) >= 0.9 for boxes in theirs for b in boxes) for boxes in ours for box in boxes]
+    return sum(kept) / max(len(kept), 1), len(kept)
 
 
 @torch.inference_mode()
@@ -198,20 +213,43 @@ TABLE = {
 }  # fmt: skip
 
 
+def rows(found: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+    """{title of the table: (share, number)}"""
+    together = {}
+    for title, names in TABLE.items():
+        asked = [found[name] for name in names if name in found]
+        if count := sum(count for _, count in asked):
+            together[title] = sum(share * count for share, count in asked) / count, count
+    return together
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(HERE))
     parser.add_argument("--scenes", type=int, default=500)
     parser.add_argument("--most", type=int, default=5, choices=range(1, 6), help="shapes in a scene, at most")
+    parser.add_argument("--precision", choices=["bf16", "fp16", "int8"], help="compare fp32 with this")
     parser.add_argument("--calibration", type=Path, metavar="PNG", help="draw how good boxes are by their score")
     args = parser.parse_args()
     model, tokenizer = load_checkpoint(args.checkpoint)
-    found = evaluate(model, tokenizer, args.scenes, HELD_OUT, args.most)
-    print(f"| task ({args.scenes} held-out scenes of 1 to {args.most} shapes) | hits | of |\n|---|---|---|")
-    for title, names in TABLE.items():
-        asked = [found[name] for name in names if name in found]
-        if count := sum(count for _, count in asked):
-            print(f"| {title} | {sum(share * count for share, count in asked) / count:.3f} | {count} |")
+    asked = ask_about(args.scenes, HELD_OUT, args.most)
+    replies = answers(model, tokenizer, asked)
+    table = rows(shares(tokenizer, asked, replies))
+    title = f"task ({args.scenes} held-out scenes of 1 to {args.most} shapes)"
+    if args.precision:
+        others = answers(load_checkpoint(args.checkpoint, args.precision)[0], tokenizer, asked)
+        theirs = rows(shares(tokenizer, asked, others))
+        print(f"| {title} | fp32 | {args.precision} | of |\n|---|---|---|---|")
+        for task, (share, count) in table.items():
+            print(f"| {task} | {share:.3f} | {theirs[task][0]:.3f} | {count} |")
+        same = sum(list(a) == list(b) for a, b in zip(replies, others, strict=True)) / len(asked)
+        kept, boxes = boxes_kept(tokenizer, asked, replies, others)
+        print(f"| answers with the same ids | | {same:.4f} | {len(asked)} |")
+        print(f"| boxes that keep IoU 0.9 with those of fp32 | | {kept:.4f} | {boxes} |")
+        return 0
+    print(f"| {title} | hits | of |\n|---|---|---|")
+    for task, (share, count) in table.items():
+        print(f"| {task} | {share:.3f} | {count} |")
     phrases = ask_about(args.scenes, HELD_OUT, args.most, {"ground", "refer", "refer relation"})
     for k, share in recall(model, tokenizer, phrases).items():
         print(f"| ranked boxes of a phrase, R@{k} | {share:.3f} | {len(phrases)} |")

@@ -1,0 +1,169 @@
+"""How fast this is, beside transformers and beside what the memory allows. Prints the README's table.
+
+    python tests/benchmark.py CHECKPOINT [--rounds 3]
+
+CHECKPOINT is a folder in the published layout, of the published sizes: the real weights, or random ones. Both
+sides run in one process, in turn, and the table has the medians of the rounds; their ratios can be trusted,
+single times only as far as the machine is quiet. Needs transformers, 16 GB of memory and some ten minutes.
+"""
+
+import argparse
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from kosmos2 import Kosmos2, pad_left  # noqa: E402
+from load_weights import Checkpoint, load_checkpoint  # noqa: E402
+
+TOKENS, BATCH, BATCH_TOKENS = 64, 16, 32
+
+
+def seconds(run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def machine() -> str:
+    name = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} cores ({torch.backends.cpu.get_cpu_capability()}), torch {torch.__version__}"
+
+
+def memory_speed() -> float:
+    """Bytes a second that all cores together read: the best of several sums over 1 GiB."""
+    numbers = torch.ones(2**28)
+    return numbers.numel() * 4 / min(seconds(numbers.sum) for _ in range(5))
+
+
+def decoder_weights(model: Kosmos2) -> int:
+    """How many weights a new token needs: those of the matrices of all blocks, and the output projection."""
+    text = model.config.text
+    return text.layers * (4 * text.width**2 + 2 * text.width * text.mlp_width) + text.vocab_size * text.width
+
+
+class Ours:
+    def __init__(self, checkpoint: str, precision: str):
+        self.name = f"this, {precision}"
+        self.model, self.tokenizer = load_checkpoint(checkpoint, precision)
+
+    def caption(self, pixels: torch.Tensor, count: int) -> list[list[int]]:
+        tokens, image_mask, pad_mask = pad_left([self.tokenizer.encode_prompt("<grounding>An image of")] * len(pixels))
+        return self.model.generate(tokens, pixels, None, image_mask, pad_mask, max_new_tokens=count, min_new_tokens=count)
+
+
+class Reference:
+    name = "transformers, fp32"
+
+    def __init__(self, checkpoint: str, tokenizer):
+        from transformers import Kosmos2ForConditionalGeneration
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self.model = Kosmos2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.tokenizer = tokenizer
+
+    @torch.inference_mode()
+    def caption(self, pixels: torch.Tensor, count: int) -> list[list[int]]:
+        tokens, image_mask, _ = pad_left([self.tokenizer.encode_prompt("<grounding>An image of")] * len(pixels))
+        new = self.model.generate(
+            pixel_values=pixels, input_ids=tokens, image_embeds_position_mask=image_mask.long(),
+            attention_mask=torch.ones_like(tokens), max_new_tokens=count, min_new_tokens=count, do_sample=False,
+        )  # fmt: skip
+        return new[:, tokens.shape[1] :].tolist()
+
+
+def measure(sides: list, rounds: int, times: dict) -> None:
+    """One picture, in turn: pixels to the first token, and to the last."""
+    torch.manual_seed(0)
+    pixels = torch.randn(1, 3, *[sides[0].model.config.vision.image_size] * 2)
+    ids = {}
+    for turn in range(rounds + 1):
+        for side in sides:
+            first = seconds(lambda side=side: side.caption(pixels, 1))
+            start = time.perf_counter()
+            ids[side.name] = side.caption(pixels, TOKENS)[0]
+            whole = time.perf_counter() - start
+            if turn:  # the first warms up
+                times[side.name, "first token"].append(first)
+                times[side.name, "whole"].append(whole)
+                times[side.name, "step"].append((whole - first) / (TOKENS - 1))
+            print(f"{side.name}: first token {first:.2f} s, {TOKENS} tokens {whole:.2f} s", file=sys.stderr, flush=True)
+    print("ids are the same" if len(set(map(tuple, ids.values()))) == 1 else "ids differ", file=sys.stderr)
+
+
+@torch.inference_mode()
+def logits_error(reference: Reference, side: Ours) -> float:
+    """Relative error of the next-token logits after every token of a prompt."""
+    pixels = torch.randn(1, 3, *[side.model.config.vision.image_size] * 2, generator=torch.Generator().manual_seed(1))
+    tokens, mask, _ = pad_left([side.tokenizer.encode_prompt("<grounding>Describe this image in detail:")])
+    wanted = reference.model(pixel_values=pixels, input_ids=tokens, image_embeds_position_mask=mask.long()).logits
+    return float((side.model(tokens, pixels, None, mask) - wanted).norm() / wanted.norm())
+
+
+def whole_process(*arguments: str) -> tuple[float, float]:
+    """(seconds, peak GB) of a Python process; call it with the largest last."""
+    took = seconds(lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True, cwd=tempfile.gettempdir()))
+    return took, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    script = str(ROOT / "sample.py")
+    imports = statistics.median(whole_process("-c", "import torch")[0] for _ in range(3))
+    bundled = statistics.median(whole_process(script)[0] for _ in range(3))
+    start, peak = whole_process(script, "--checkpoint", args.checkpoint, "--precision", "int8", "--json", "--max-new-tokens", "1")
+    checkpoint = Checkpoint(args.checkpoint)
+    read = seconds(lambda: [float(s.read().sum()) for s in checkpoint.stored.values()])
+
+    times: dict = defaultdict(list)
+    reference, errors, speeds = None, {}, []
+    for precision in ("fp32", "fp16", "int8"):
+        side = Ours(args.checkpoint, precision)
+        reference = reference or Reference(args.checkpoint, side.tokenizer)
+        speeds.append(memory_speed())
+        measure([reference, side], args.rounds, times)
+        speeds.append(memory_speed())
+        errors[precision] = logits_error(reference, side)
+    pixels = torch.randn(BATCH, 3, *[side.model.config.vision.image_size] * 2)
+    batch = {s.name: seconds(lambda s=s: s.caption(pixels, BATCH_TOKENS)) for s in (side, reference)}
+
+    median = {key: statistics.median(values) for key, values in times.items()}
+    base, speed, weights = reference.name, statistics.median(speeds), decoder_weights(side.model)
+    print(f"{machine()}; memory is read at {speed / 1e9:.0f} GB/s\n")
+    print(f"| | first token | {TOKENS} tokens | a token | tokens/s | of the memory's limit |\n|---|---|---|---|---|---|")
+    for name, size in ((base, 4), ("this, fp32", 4), ("this, fp16", 2), ("this, int8", 1)):
+        row = f"| {name} "
+        for what, unit in (("first token", "s"), ("whole", "s"), ("step", "ms")):
+            value, ratio = median[name, what], median[base, what] / median[name, what]
+            row += f"| {value * (1000 if unit == 'ms' else 1):.{0 if unit == 'ms' else 2}f} {unit}"
+            row += f" ({ratio:.1f}x) " if name != base else " "
+        rate = 1 / median[name, "step"]
+        print(f"{row}| {rate:.1f} | {rate * weights * size / speed:.2f} |")
+    print(f"\n{BATCH} pictures, {BATCH_TOKENS} tokens each: transformers, fp32 {batch[base]:.1f} s; this, int8 "
+          f"{batch[side.name]:.1f} s ({batch[base] / batch[side.name]:.1f}x)")  # fmt: skip
+    print("relative error of the logits: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
+    print(f"a whole int8 run of sample.py: peak memory {peak:.2f} GB; first token after {start:.1f} s, of which reading "
+          f"the weights once {read:.1f} s, importing torch {imports:.1f} s")  # fmt: skip
+    print(f"the bundled model, all of python sample.py: {bundled:.1f} s, of which importing torch {imports:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Linear layers that read less: the kernel for a few rows, and weights of 8 and 16 bits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, copy
+from safetensors.torch import load_file, save_file
+
+from kosmos2 import PackedEmbedding, PackedLinear, linear, pad_left, quantize
+from load_weights import load_checkpoint, save_checkpoint
+
+
+def some_layer(K=192, N=200, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(N, K, generator=generator) / K**0.5
+    weight *= torch.rand(N, 1, generator=generator) * 3 + 0.01  # outputs of very different size
+    return weight, torch.randn(N, generator=generator)
+
+
+def error(found, wanted) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (16, 1), (3, 5), (17, 1)])
+def test_few_rows(shape):
+    """A few rows times a large matrix, of a prime number of outputs as well: what F.linear gives."""
+    for N in (4096, 4099):
+        weight, bias = some_layer(K=256, N=N)
+        x = torch.randn(*shape, 256)
+        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_packed_weights(bits):
+    """Close to the layer they stand for, with and without PyTorch's kernel; the two even closer to each other."""
+    weight, bias = some_layer()
+    x = torch.randn(3, 20, 192) * torch.logspace(-3, 3, 20)[:, None]  # rows of very different size
+    packed, scale = quantize(weight) if bits == 8 else (weight.half(), None)
+    with_kernel = PackedLinear(packed, bias, scale)
+    with pytest.MonkeyPatch.context() as elsewhere:
+        elsewhere.setattr("kosmos2.KERNEL", "none of that name")
+        without = PackedLinear(packed, bias, scale)
+    assert without.packed is None
+    wanted, most = F.linear(x, weight, bias), {8: 0.015, 16: 5e-4}[bits]
+    for row in range(20):
+        found = with_kernel(x)[:, row], without(x)[:, row]
+        assert error(found[0], wanted[:, row]) < most and error(found[1], wanted[:, row]) < most
+        assert error(*found) < 1e-3
+    if with_kernel.packed is None:
+        pytest.skip("this PyTorch has no such kernel")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_row_does_not_depend_on_its_neighbours(bits):
+    weight, bias = some_layer()
+    layer = PackedLinear(*([weight.half(), bias] if bits == 16 else [quantize(weight)[0], bias, quantize(weight)[1]]))
+    rows = torch.randn(30, 192) * torch.logspace(-4, 4, 30)[:, None]
+    alone = torch.cat([layer(row[None]) for row in rows])
+    torch.testing.assert_close(layer(rows), alone, rtol=1e-6, atol=0)
+
+
+def test_quantisation_of_difficult_weights():
+    """Nothing, a lone outlier, a row that is all one value, and zeros on the way in."""
+    weight = torch.zeros(4, 16)
+    weight[1, 3], weight[2], weight[3, 0] = -1e4, 0.5, 1e-20
+    q, scale = quantize(weight)
+    assert q.abs().max() == 127 and torch.isfinite(scale).all()
+    torch.testing.assert_close(q.float() * scale[:, None], weight, rtol=1e-6, atol=0)
+    layer = PackedLinear(q, None, scale)
+    assert (layer(torch.zeros(2, 16)) == 0).all()
+    assert not torch.isfinite(layer(torch.full((1, 16), torch.nan))).any()  # NaN must not turn into numbers
+
+
+def test_embedding_and_output_projection_are_quantised_once():
+    weight, _ = some_layer()
+    q, scale = quantize(weight)
+    embedding = PackedEmbedding(q, scale)
+    tokens = torch.tensor([[3, 199], [0, 3]])
+    rows = embedding(tokens)
+    torch.testing.assert_close(rows, (q.float() * scale[:, None])[tokens])
+    assert error(embedding.unembed(rows), F.linear(rows, weight)) < 0.015
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp16", 1e-3), ("int8", 0.05)])
+def test_packed_models(tiny, precision, most):
+    """Logits of the bundled model, several rows of a batch and alone; generated boxes stay."""
+    model, tokenizer = tiny
+    packed, _ = load_checkpoint(TINY, precision)
+    prompts = [tokenizer.encode_prompt(p) for p in ("<grounding>An image of", "<grounding><phrase> a star</phrase>")]
+    pixels = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(3))
+    tokens, image_mask, pad_mask = pad_left(prompts)
+    with torch.inference_mode():
+        wanted = model(tokens, pixels, None, image_mask, pad_mask)[~pad_mask]
+        found = packed(tokens, pixels, None, image_mask, pad_mask)[~pad_mask]
+        assert error(found, wanted) < most
+        for row, (ids, mask) in enumerate(prompts):
+            alone = packed(torch.tensor([ids]), pixels[row : row + 1], None, torch.tensor([mask]))[0, -1]
+            assert error(found.split([len(ids) for ids, _ in prompts])[row][-1], alone) < most / 5
+
+
+def test_what_packed_models_refuse(small_folder, tmp_path):
+    packed, tokenizer = load_checkpoint(TINY, "int8")
+    with pytest.raises(ValueError, match="cannot be saved"):
+        save_checkpoint(packed, tokenizer.model_file, tmp_path / "saved")
+    with pytest.raises(ValueError, match="for CPUs"):
+        load_checkpoint(TINY, "int8", device="cuda")
+    folder = copy(small_folder, tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["text_model.model.layers.1.ffn.fc1.weight"][3, 5] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
+    for precision in ("int8", "fp16"):
+        with pytest.raises(ValueError, match=r"layers.1.ffn.fc1.weight .* NaN"):
+            load_checkpoint(folder, precision)
