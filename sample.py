@@ -83,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     out.add_argument("--json", action="store_true", help="one JSON object a line instead of the sentence")
     out.add_argument("--results", type=Path, metavar="JSONL", help="write these lines to a file, each as it is done")
     out.add_argument("--resume", action="store_true", help="go on with a --results file: skip the pictures it holds")
+    out.add_argument("--debug", action="store_true", help="show where an error came from")
     return p
 
 
@@ -152,6 +153,8 @@ def main(argv=None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, ValueError, RuntimeError) as error:
+        if args.debug:
+            raise
         print(f"sample: {error}", file=sys.stderr)
         return 1
 

@@ -26,7 +26,7 @@ def test_paths_exist(page):
 
 def commands(text: str) -> list[list[str]]:
     lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines()
-    runs = [line.split("#")[0].split(">")[0] for line in lines if "sample.py" in line]
+    runs = [re.split(r"\s#|\s>\s", line)[0] for line in lines if "sample.py" in line]
     return [shlex.split(run.split("sample.py", 1)[1]) for run in runs]
 
 
@@ -38,9 +38,10 @@ def test_example_commands_are_understood():
 
 
 def test_tasks_are_listed_with_their_prompts():
-    for task, (prompt, _) in script.TASKS.items():
-        shown = prompt.replace("{text}", "TEXT").replace("</phrase> is", "</phrase><object>BOX</object> is")
-        assert f"| `{task}` | `{shown}` |" in README
+    listed = re.findall(r"^\| (?:`(\w+)`)? ?\| `(<.*?|[A-Z{].*?)` \|", README, re.MULTILINE)
+    prompts = {prompt for _, prompt in listed}
+    assert [task for task, _ in listed if task] == list(script.TASKS)
+    assert prompts == {prompt for prompt, _ in script.TASKS.values()}
 
 
 def test_the_output_of_the_first_command(capsys, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -206,6 +207,31 @@ def test_training_resumes_where_it_was(tmp_path):
     # state turns the whole direction.
     assert torch.cosine_similarity(a - start, b - start, dim=0) > 0.98
     assert (a - start).norm() / (b - start).norm() == pytest.approx(1, abs=0.02)
+
+
+def test_training_killed_at_any_moment(tmp_path):
+    """kill -9, twice: there is always a checkpoint that loads, and the next run goes on from it."""
+    folder, steps = tmp_path / "run", [0]
+    folder.mkdir()
+    shutil.copy(TINY / SENTENCEPIECE, folder)
+    command = [sys.executable, TINY / "train.py", "--out", folder, "--steps", "100000", "--batch", "2", "--save-every", "1", "--length", "60"]
+    for delay in (0.0, 0.43):
+        process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+        while (saved := saved_step(folder)) <= steps[-1]:
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        steps.append(saved_step(folder))
+        assert steps[-1] >= saved
+    assert steps == sorted(set(steps))
+
+
+def saved_step(folder) -> int:
+    """The step of a run's checkpoint, which must load whenever it is there."""
+    file = folder / "checkpoint.pt"
+    return torch.load(file, weights_only=True)["step"] if file.exists() else 0
 
 
 def flat(state) -> torch.Tensor:

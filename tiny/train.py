@@ -231,7 +231,7 @@ class Run:
 
     def resume(self) -> None:
         state = torch.load(self.folder / "checkpoint.pt", weights_only=True, map_location=self.device)
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(self.model.state_dict() | state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.minutes, self.log = state["step"], state["minutes"], state["log"]
@@ -240,8 +240,9 @@ class Run:
     def save(self) -> None:
         """Written beside its place, then moved there: a run that is killed here keeps the checkpoint before."""
         if self.rank == 0:
+            trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
             state = {
-                "step": self.step, "minutes": self.minutes, "log": self.log, "model": self.model.state_dict(),
+                "step": self.step, "minutes": self.minutes, "log": self.log, "model": trained,
                 "optimizers": [o.state_dict() for o in self.optimizers],
             }  # fmt: skip
             torch.save(state, self.folder / "checkpoint.pt.part")
@@ -355,7 +356,8 @@ def draw_curves(log: list[dict], path: Path) -> None:
     right.set(title="Hits on held-out scenes", xlabel="step", ylim=(0, 1.02))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        if axes.lines:
+            axes.legend(frameon=False)
     fig.savefig(path, dpi=110)
 
 
