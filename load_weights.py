@@ -322,6 +322,11 @@ class Checkpoint:
         if self.tied and wanted[EMBEDDING] not in self.stored:
             wanted[EMBEDDING] = self.tied.pop()
         self.names = wanted  # ours -> the file's
+        if odd := [name for name in self.stored if not name.isprintable()]:
+            raise ValueError(f"{self.files[0]} is damaged (a tensor has the name {odd[0]!r}); download it again")
+        if len(self.stored.keys() & set(wanted.values())) < len(wanted) / 10:
+            found = listing(sorted(self.stored), most=3)
+            raise ValueError(f"{path} looks like the checkpoint of another model, not Kosmos-2: it holds {found or 'nothing'}")
 
     def problems(self) -> list[str]:
         """Nothing, or what is wrong with the set of tensors, each by name."""

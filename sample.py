@@ -280,7 +280,7 @@ class Results:
             if file.exists() and not args.resume:
                 raise ValueError(f"{file} exists; --resume goes on with it, another name starts anew")
         self.done: set[str] = set()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         for file in [path, *path.parent.glob(f"{path.stem}.*{path.suffix}")]:
             if args.resume and file.exists():
                 whole, images = finished(file, prompts)
@@ -547,13 +547,20 @@ def output_names(args: argparse.Namespace, paths: list[Path]) -> dict[Path, Path
         if args.output.exists() and paths[0].exists() and args.output.samefile(paths[0]):
             raise ValueError(f"--output {args.output} is the picture itself; give another name")
         return {paths[0]: args.output}
-    args.output.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output)
     names: dict[Path, Path | None] = {}
     for path in paths:  # two pictures of one stem, a.png and a.jpg, get two files
         taken = set(names.values())
         choices = [path.stem, path.name, *(f"{path.stem}-{n}" for n in range(2, len(paths) + 2))]
         names[path] = next(n for c in choices if (n := args.output / f"{c}.boxes.png") not in taken)
     return names
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {folder}: {error.strerror}; give another place to write to") from None
 
 
 def write_answers(args, question, answers: list[dict], prompts: list[str], name, results, printed: bool) -> None:

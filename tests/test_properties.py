@@ -1,33 +1,67 @@
-"""Properties that hold for whatever comes in, tried on many random inputs by hypothesis."""
+"""Properties that hold for whatever comes in, tried on many random inputs by hypothesis.
+
+200 inputs each; with KOSMOS2_THOROUGH set 10,000.
+"""
+
+import os
+import string
 
 import pytest
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import given
+import torch
+from conftest import TINY
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenizer import box_to_tokens, parse, to_markdown, tokens_to_box
+from load_weights import SENTENCEPIECE
+from tokenizer import TAGS, Tokenizer, box_to_tokens, location_token, parse, to_markdown, tokens_to_box
 
+settings.register_profile("kosmos2", max_examples=10_000 if os.environ.get("KOSMOS2_THOROUGH") else 200, deadline=None)
+settings.load_profile("kosmos2")
+
+TOKENIZER = Tokenizer(TINY / SENTENCEPIECE, 4)
 PIECES = ["<phrase>", "</phrase>", "<object>", "</object>", "</delimiter_of_multi_objects/>", "<grounding>", "<s>",
           "<patch_index_0044>", "<patch_index_0863>", "<patch_index_99999999999>", "<image>", "</image>", "<", ">", " "]  # fmt: skip
 
 
-@given(
-    st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_size=20).map(
-        "".join
-    )
-)
+@given(st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_size=20).map("".join))
 def test_parsing_never_fails(text):
+    """And its spans index the caption, its boxes lie in the picture with their corners in order."""
     caption, entities = parse(text)
     for phrase, (start, end), boxes, scores in entities:
         assert len(scores) == len(boxes)
         assert 0 <= start <= end <= len(caption)
         assert start == end or caption[start:end] == phrase
-        assert boxes and all(
-            0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 for x1, y1, x2, y2 in boxes
-        )
+        assert boxes and all(0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 for x1, y1, x2, y2 in boxes)
     to_markdown(text)
+
+
+@given(st.lists(st.integers(-5, TOKENIZER.vocab_size + 5), max_size=40))
+def test_any_ids_are_decoded_or_refused(ids):
+    if all(0 <= i < TOKENIZER.vocab_size for i in ids):
+        parse(TOKENIZER.decode(ids))
+        TOKENIZER.read(ids[:3], ids[3:])
+    else:
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            TOKENIZER.decode(ids)
+
+
+word = st.text(sorted(set(string.printable) - set(string.whitespace + "<")), min_size=1, max_size=6)
+tag = st.sampled_from([t for t in TAGS if "image" not in t] + [location_token(7), location_token(1023)])
+
+
+@given(st.lists(st.one_of(word.map(" {}".format), tag), max_size=12).map("".join))
+def test_text_comes_back(text):
+    """Words with a space in front, and tags, through ids: as they were, but for the space at the beginning."""
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text.removeprefix(" ")
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_encoded(text):
+    for ids in (TOKENIZER.encode(text), TOKENIZER.encode_caption(text)):
+        assert all(0 <= i < TOKENIZER.vocab_size for i in ids)
 
 
 corner = st.floats(0, 1, allow_subnormal=False)
@@ -43,6 +77,18 @@ def test_boxes_come_back_within_a_cell(a, b, c, d):
         return
     ul, lr = box_to_tokens(box)
     assert 0 <= ul <= lr < 1024 and ul % 32 <= lr % 32
-    assert all(
-        abs(x - y) <= 1 / 32 for x, y in zip(box, tokens_to_box(ul, lr), strict=True)
-    )
+    assert all(abs(x - y) <= 1 / 32 for x, y in zip(box, tokens_to_box(ul, lr), strict=True))
+
+
+@given(st.integers(1, 24), st.integers(0, 2**31))
+def test_markup_is_whole_under_any_logits(length, seed):
+    """Tokens drawn at random from those that `well_formed` allows: no box is half open, reversed or without a close."""
+    generator, ids = torch.Generator().manual_seed(seed), []
+    for left in range(length, 0, -1):
+        allowed = torch.from_numpy(TOKENIZER.well_formed(ids, left)).float()
+        allowed[: TOKENIZER.special["<mask>"]] *= 0.05  # markup more often than words
+        ids.append(int(torch.multinomial(allowed, 1, generator=generator)))
+    text = TOKENIZER.decode(ids)
+    boxes = [box for entity in parse(text)[1] for box in entity.boxes]
+    assert text.count("<object>") == text.count("</object>") and text.count("<phrase>") == text.count("</phrase>")
+    assert 2 * len(boxes) == sum(TOKENIZER.location_index(i) is not None for i in ids)

@@ -1,0 +1,267 @@
+"""Whatever comes from outside gets a right result or one line that says what is wrong; nothing done is lost."""
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, TINY, rough
+from PIL import Image
+from scenes import Scene
+
+import sample as script
+from kosmos2 import EOS, Kosmos2
+from load_weights import SENTENCEPIECE, load_checkpoint, save_checkpoint
+
+SCENE = TINY / "scene.png"
+THOROUGH = bool(os.environ.get("KOSMOS2_THOROUGH"))
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    try:
+        status = script.main([str(a) for a in arguments])
+    except SystemExit as stopped:
+        status = stopped.code
+    return status, *capsys.readouterr()
+
+
+# -------------------------------------------------------------------------------------------------- pictures
+
+
+def good_pictures() -> dict[str, bytes]:
+    """File names and contents of pictures that are unusual, but pictures."""
+    found = {}
+
+    def add(name, image, **options):
+        image.save(buffer := io.BytesIO(), Image.registered_extensions()[Path(name).suffix], **options)
+        found[name] = buffer.getvalue()
+
+    scene = Image.open(SCENE).convert("RGB")
+    add("one pixel.png", scene.resize((1, 1)))
+    add("wide.png", scene.resize((20000, 3)))
+    add("tall größe 図.png", scene.resize((3, 5000)))
+    add("animated.gif", scene, save_all=True, append_images=[Image.new("RGB", scene.size)])
+    add("deep.png", Image.fromarray((torch.arange(64 * 64).reshape(64, 64) * 16).to(torch.uint16).numpy()))
+    add("float.tif", Image.fromarray(torch.rand(20, 20).numpy()))
+    add("palette.png", scene.convert("P"))
+    add("print.jpg", scene.convert("CMYK"))
+    return found
+
+
+def bad_pictures() -> dict[str, bytes]:
+    whole = good_pictures()["animated.gif"]
+    bomb = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(bomb, "PNG")  # 400 million pixels in 50 KB
+    png = SCENE.read_bytes()
+    return {"empty.png": b"", "text.png": b"dear diary", "truncated.png": png[: len(png) // 2], "cut.gif": whole[:300], "bomb.png": bomb.getvalue()}
+
+
+def test_pictures(capsys, tmp_path):
+    """Good ones are captioned, bad ones named at the end, and none stops the others."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    good, bad = good_pictures(), bad_pictures()
+    for name, content in (good | bad).items():
+        (folder / name).write_bytes(content)
+    (folder / "folder.png").mkdir()
+    status, out, err = run(capsys, folder, "--json", "--max-new-tokens", 8, "--output", tmp_path / "out")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 1 and sorted(Path(row["image"]).name for row in rows) == sorted(good)
+    assert len(list((tmp_path / "out").iterdir())) == len(good)
+    failed = err.splitlines()[-1]
+    assert f"{len(bad) + 1} of {len(good) + len(bad) + 1} failed" in failed
+    assert all(name in failed for name in [*bad, "folder.png"]) and "Traceback" not in err
+    for name in bad:  # and each of them alone: one line, before a model is loaded
+        status, out, err = run(capsys, folder / name, "--checkpoint", "nowhere")
+        assert (status, out, err.count("\n")) == (1, "", 1) and name in err
+
+
+def test_the_first_frame_of_an_animation(tmp_path):
+    (tmp_path / "a.gif").write_bytes(good_pictures()["animated.gif"])
+    assert script.open_picture(tmp_path / "a.gif").getpixel((10, 10)) != (0, 0, 0)
+
+
+# ---------------------------------------------------------------------------------------------------- output
+
+
+def run_process(*arguments, **options):
+    return subprocess.Popen([sys.executable, ROOT / "sample.py", *map(str, arguments)], stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_full_disk():
+    with open("/dev/full", "w") as full:
+        process = run_process("--json", stdout=full)
+        _, err = process.communicate()
+    assert process.returncode == 1 and "space" in err and "Traceback" not in err and err.count("sample:") == 1
+
+
+def test_a_picture_is_never_half_written(capsys, monkeypatch, tmp_path):
+    target = tmp_path / "out.png"
+    target.write_bytes(b"what was there")
+
+    def fail(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Image.Image, "save", fail)
+        status, out, err = run(capsys, SCENE, "--output", target)
+    assert status == 1 and "No space left" in err and out.startswith("An image of")
+    assert target.read_bytes() == b"what was there" and os.listdir() == ["out.png"]
+    assert run(capsys, SCENE, "--output", target)[0] == 0
+    assert Image.open(target).size[0] > 0 and os.listdir() == ["out.png"]
+
+
+def test_places_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    for option in ("--output", "--results"):
+        status, out, err = run(capsys, SCENE, option, tmp_path / "file" / "x.png")
+        assert status == 1 and str(tmp_path / "file") in err and "Traceback" not in err, err
+        assert sum(line.startswith("sample: ") for line in err.splitlines()) == 1
+
+
+def test_debug_shows_where(capsys):
+    with pytest.raises(FileNotFoundError):
+        script.main(["none.png", "--debug"])
+
+
+# --------------------------------------------------------------------------------------------- interruptions
+
+
+def test_killed_while_captioning_a_folder(capsys, tmp_path):
+    """kill -9 at some moment: what was finished is in the file, and the next run does the rest, once."""
+    folder, results = tmp_path / "pictures", tmp_path / "out.jsonl"
+    folder.mkdir()
+    for seed in range(24):
+        Scene.random(seed).draw(64).save(folder / f"{seed:02}.png")
+    ask = [folder, "--results", results, "--batch-size", 1]
+    process = run_process(*ask, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (results.exists() and results.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    done = results.read_bytes().count(b"\n")
+    assert 2 <= done < 24
+    before = results.read_text().splitlines()[:done]
+    status, _, err = run(capsys, *ask, "--resume")
+    assert status == 0, err
+    lines = results.read_text().splitlines()
+    assert lines[:done] == before and [Path(json.loads(line)["image"]).stem for line in lines] == [f"{i:02}" for i in range(24)]
+
+
+def test_memory_stays_flat(capsys, tmp_path):
+    """Folder runs over 300 pictures (60 in the short profile) leave the process as large as it was, to 5%."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed in range(300 if THOROUGH else 60):
+        Scene.random(seed).draw(300).save(folder / f"{seed}.jpg")
+    seen = []
+    show = script.Progress.show
+
+    def look(self, *arguments):
+        show(self, *arguments)
+        seen.append(int(Path("/proc/self/statm").read_text().split()[1]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.Progress, "show", look)
+        assert run(capsys, folder, "--results", "out.jsonl", "--batch-size", 4, "--output", "out")[0] == 0
+    assert len(seen) == len(list(folder.iterdir())) / 4
+    assert seen[-1] < 1.05 * seen[len(seen) // 3]
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_mutated_headers(tmp_path):
+    """A damaged safetensors file loads or is refused; it never crashes and takes no more memory than it has."""
+    import resource
+
+    small = replace(SMALL, vision=replace(SMALL.vision, layers=1, width=5), text=replace(SMALL.text, layers=1, width=6, mlp_width=4))
+    model = rough(Kosmos2(small), seed=4)
+    save_checkpoint(model, TINY / SENTENCEPIECE, tmp_path)
+    file = tmp_path / "model.safetensors"
+    original = file.read_bytes()
+    size = int.from_bytes(original[:8], "little")
+    header, rest = original[8 : 8 + size], original[8 + size :]
+    rng, loaded, refused = random.Random(0), 0, 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(5000 if THOROUGH else 400):
+        content = mutated(header, rest, rng)
+        file.write_bytes(content)
+        try:
+            found, _ = load_checkpoint(tmp_path)
+            loaded += 1
+            assert all(torch.isfinite(p).all() for p in found.parameters())
+        except (ValueError, FileNotFoundError) as error:
+            refused += 1
+            assert "\n" not in str(error)[:-1]
+    assert refused > 100 and loaded > 0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+    file.write_bytes(original)
+    load_checkpoint(tmp_path)
+
+
+def mutated(header: bytes, rest: bytes, rng: random.Random) -> bytes:
+    """A safetensors file with something wrong in its header."""
+    kind, length = rng.randrange(6), None
+    if kind == 0:  # bytes changed
+        changed = bytearray(header)
+        for _ in range(rng.randint(1, 4)):
+            changed[rng.randrange(len(changed))] = rng.randrange(256)
+        header = bytes(changed)
+    elif kind == 1:  # the header's length is a lie
+        length = rng.choice([0, 1, len(header) - 1, len(header) + 1, 2**31, 2**63, 2**64 - 1, rng.randrange(2**20)])
+    elif kind == 2:  # the file ends early, or goes on
+        rest = rest[: rng.randrange(len(rest))] if rng.random() < 0.7 else rest + b"x" * rng.randint(1, 9)
+    else:  # a number or a type in an entry is another
+        entries = json.loads(header)
+        name = rng.choice([n for n in entries if n != "__metadata__"])
+        if kind == 3:
+            entries[name]["shape"] = [rng.choice([0, 1, -1, 2**40, 2**62, n + 1, n]) for n in entries[name]["shape"]]
+        elif kind == 4:
+            entries[name]["data_offsets"] = [rng.choice([0, o, o + 4, 2**50, -4]) for o in entries[name]["data_offsets"]]
+        else:
+            entries[rng.choice([name, name + "x", "", "a\nb"])] = entries.pop(name) | {"dtype": rng.choice(["F32", "F16", "I64", "F99", "", None])}
+        header = json.dumps(entries).encode()
+    return (len(header) if length is None else length).to_bytes(8, "little") + header + rest
+
+
+def test_another_models_checkpoint(tmp_path):
+    """Recognised by its config, or by its tensors where it has none."""
+    from safetensors.torch import save_file
+
+    save_file({"vision_model.embeddings.class_embedding": torch.zeros(3), "text_model.final_layer_norm.bias": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="not Kosmos-2"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    with pytest.raises(ValueError, match="'clip'; a Kosmos-2 has 'kosmos-2'"):
+        load_checkpoint(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ generation
+
+
+def test_no_rows_and_rows_that_all_end(small, small_tokenizer):
+    none = torch.zeros(0, 4, dtype=torch.long)
+    assert small.generate(none, max_new_tokens=3) == [] == small.generate(none, max_new_tokens=3, num_beams=2)
+    tokens = torch.tensor([[0, 10, 11]] * 3)
+
+    def only_end(ids, left):
+        return torch.arange(small_tokenizer.vocab_size).numpy() == EOS
+
+    for beams in (1, 3):
+        assert small.generate(tokens, max_new_tokens=9, num_beams=beams, constraint=only_end) == [[EOS]] * 3
