@@ -70,7 +70,8 @@ def score(example: Example, answer: str, scene: Scene) -> list[float]:
     if task in ("ground", "refer", "refer relation"):
         return [float(bool(boxes) and iou(boxes[0], truth[0]) >= 0.5)]
     if task == "text alone":
-        return [float(is_caption(example.prompt + " " + answer.strip()))]
+        joint = "" if answer[:1] in ",." else " "  # a first word comes without its space
+        return [float(is_caption(example.prompt + joint + answer.strip()))]
     if task == "describe box":
         return [float(resolve(answer, scene) == list(example.targets))]
     if task.endswith("grounded"):

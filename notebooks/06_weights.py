@@ -1,0 +1,145 @@
+# %% [markdown]
+# # 6. Weights: what is in a checkpoint
+#
+# A model is its architecture and 1.66 billion numbers. They come in files under other names than ours: the
+# published layout (Hugging Face's) and the original one (fairseq's). This notebook reads a checkpoint the hard
+# way, draws the map of names, and counts.
+
+# %%
+from figures import COLORS, ROOT, plt, reference, show, table  # isort: skip
+import json
+import math
+import pickle
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+from kosmos2 import Kosmos2, Kosmos2Config
+from load_weights import NAMES, Checkpoint, load_checkpoint, read_torch, rename
+
+# %% [markdown]
+# ## A safetensors file, by hand
+#
+# Eight bytes: the length of the header. The header: JSON, for each tensor its type, shape and place. Then the
+# numbers, nothing else. No code, so nothing can run.
+
+# %%
+file = ROOT / "tiny" / "model.safetensors"
+content = file.read_bytes()
+size = int.from_bytes(content[:8], "little")
+header = json.loads(content[8 : 8 + size])
+name = "image_to_text_projection.latent_query"
+entry = header[name]
+print(f"header of {size} bytes, {len(header) - 1} tensors; {name}: {entry}")
+start, end = (8 + size + offset for offset in entry["data_offsets"])
+dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry["dtype"]]
+by_hand = torch.frombuffer(bytearray(content[start:end]), dtype=dtype).view(entry["shape"])
+
+model, _ = load_checkpoint(ROOT / "tiny")
+torch.testing.assert_close(by_hand.float(), model.resampler.latent_query.detach())
+
+# %% [markdown]
+# ## The map of names
+#
+# `NAMES` in `load_weights.py` is all of it: beginnings of names in three columns. Nothing is transposed,
+# split or joined, so a tensor only moves.
+
+# %%
+table([row for row in NAMES if "layers.{}" in row[0] or "resampler" in row[0]], ("here", "published", "original"))
+
+# %%
+checkpoint = Checkpoint(ROOT / "tiny")
+assert checkpoint.problems() == []
+published = set(reference().state_dict()) - {"text_model.lm_head.weight"}  # the embedding, once more
+assert {rename(ours, 1) for ours in model.state_dict()} == published
+print(f"{len(published)} names: ours, theirs and the file's are the same set")
+
+# %% [markdown]
+# ## Where the parameters are
+#
+# Predicted from the configuration of the published model, then counted from the modules (on the "meta"
+# device, where tensors have shapes but no memory).
+
+# %%
+config = Kosmos2Config()
+v, t, Q = config.vision, config.text, config.latent_query_num
+
+
+def block(width, mlp, sub_ln):
+    """Four projections, two norms, an MLP; with sub-LN a norm of the width and one of the MLP's width."""
+    return 4 * (width**2 + width) + 4 * width + 2 * width * mlp + mlp + width + (2 * (width + mlp) if sub_ln else 0)
+
+
+predicted = {
+    "ViT: patches, [CLS], positions, two norms": 3 * v.patch_size**2 * v.width + v.width + v.positions * v.width + 4 * v.width,
+    "ViT: 24 blocks": v.layers * block(v.width, v.mlp_width, False),
+    "resampler": v.width * t.width + t.width + Q * t.width + 4 * (t.width**2 + t.width),
+    "decoder: embedding, also the output": t.vocab_size * t.width,
+    "decoder: 24 blocks and a norm": t.layers * block(t.width, t.mlp_width, True) + 2 * t.width,
+}
+with torch.device("meta"):
+    published = Kosmos2(config)
+total = sum(p.numel() for p in published.parameters())
+assert sum(predicted.values()) == total
+table([(part, f"{n:,}", f"{n / total:.1%}") for part, n in predicted.items()], ("part", "parameters", "share"))
+print(f"{total:,} parameters: {total * 4 / 1e9:.2f} GB in fp32, {total * 2 / 1e9:.2f} in 16 bits, {total / 1e9:.2f} in 8")
+
+fig, axis = plt.subplots(figsize=(9, 1.5))
+left = 0
+for (part, n), color in zip(predicted.items(), COLORS, strict=False):
+    axis.barh(0, n, left=left, color=color, label=part)
+    left += n
+axis.axis("off")
+axis.legend(ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0))
+show(fig, "One bar in five colours: the decoder's blocks are three quarters of it, the ViT under a fifth, the embedding 8 percent, the resampler one percent.")
+
+# %% [markdown]
+# A decoding step reads the decoder's share once for every token, a good 1.3 billion numbers: notebook 9 makes
+# a prediction of speed from that.
+#
+# ## Why not simply torch.load?
+#
+# `pytorch_model.bin` and `kosmos-2.pt` are pickles, and a pickle is a program. Here is one that creates a
+# file when it is read. `read_torch` gives it nothing to run: of everything a pickle names it makes either a
+# description of a tensor or a thing that does nothing.
+
+
+# %%
+class Trap:
+    def __reduce__(self):
+        return Path.touch, (Path(folder) / "gotcha",)
+
+
+with tempfile.TemporaryDirectory() as folder:
+    trap = Path(folder) / "pytorch_model.bin"
+    with zipfile.ZipFile(trap, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"a": Trap()}))
+    found = read_torch(trap)
+    print("tensors found:", found, " file created by reading:", (Path(folder) / "gotcha").exists())
+    assert not (Path(folder) / "gotcha").exists()
+    with zipfile.ZipFile(trap) as archive:
+        pickle.loads(archive.read("archive/data.pkl"))  # what an unguarded reader does
+    assert (Path(folder) / "gotcha").exists()
+
+# %% [markdown]
+# ## What may be wrong with a checkpoint
+#
+# Every tensor is accounted for, by name. A model that is loaded with a tensor missing still speaks, only
+# worse; so nothing is loaded unless all is there.
+
+# %%
+del checkpoint.stored["image_to_text_projection.latent_query"]
+print(checkpoint.problems())
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. How many bytes would the published model take if its embedding were not tied? Predict from the table.
+# 2. `position_ids` and `embed_positions.weights` are in old files, and ignored. Why may they be?
+# 3. Which numbers of the table change with 32 instead of 24 decoder layers? With 128 latents?
+# 4. Make a copy of the checkpoint with one NaN and load it. Where is it found, at no cost of memory?
+
+# %%
+print(f"{math.prod((t.vocab_size, t.width)) * 4 / 1e6:.0f} MB")  # exercise 1
