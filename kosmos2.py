@@ -25,7 +25,8 @@ One legend everywhere:
 
 Four things differ from the textbook transformer; each is explained where it happens:
 sub-LN (`Block`), features of unit length (`VisionTransformer`), latents that are among their own keys
-(`Resampler`), the sqrt(D) scale and the positions that begin at 2 (`Decoder`, `token_positions`).
+(`Resampler`), the sqrt(D) scale and the positions that begin at 2 (`Decoder`, `token_positions`). Two things
+are there for speed only: `linear`, and the 8 and 16 bit weights of `PackedLinear`.
 """
 
 import json
@@ -46,7 +47,7 @@ from torch import Tensor, nn
 BOS, PAD, EOS = 0, 1, 2  # the first ids of every vocabulary in the published layout
 
 # ----------------------------------------------------------------------------------------------------
-# Configuration
+# Configuration  (walkthrough: notebooks/06_weights)
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +191,7 @@ FIXED = [
 ]
 
 # ----------------------------------------------------------------------------------------------------
-# Parts that the vision transformer, the resampler and the decoder share
+# Linear layers, and how fast weights can be read  (walkthrough: notebooks/09_speed)
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +288,11 @@ class PackedEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         rows = self.weight[tokens].float()
         return rows if self.scale is None else rows * self.scale[tokens][..., None]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Parts that the vision transformer, the resampler and the decoder share
+# ----------------------------------------------------------------------------------------------------
 
 
 class KVCache:
@@ -404,7 +410,7 @@ class Block(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------
-# From a picture to image embeddings
+# From a picture to image embeddings  (walkthrough: notebooks/01_vision, notebooks/02_resampler)
 # ----------------------------------------------------------------------------------------------------
 
 # CLIP's statistics of its training pictures, RGB.
@@ -490,7 +496,7 @@ class Resampler(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------
-# The decoder
+# The decoder  (walkthrough: notebooks/03_decoder)
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -570,7 +576,7 @@ class Decoder(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------
-# The whole model
+# The whole model  (walkthrough: notebooks/00_overview)
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -746,7 +752,7 @@ def record(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Generation
+# Generation  (walkthrough: notebooks/05_sampling)
 # ----------------------------------------------------------------------------------------------------
 
 

@@ -89,7 +89,7 @@ class Reference:
 def measure(sides: list, rounds: int, times: dict) -> None:
     """One picture, in turn: pixels to the first token, and to the last."""
     torch.manual_seed(0)
-    pixels = torch.randn(1, 3, *[sides[0].model.config.vision.image_size] * 2)
+    pixels = torch.randn(1, 3, *[sides[-1].model.config.vision.image_size] * 2)
     ids = {}
     for turn in range(rounds + 1):
         for side in sides:
@@ -125,6 +125,7 @@ def main() -> int:
     parser.add_argument("checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    args.checkpoint = str(Path(args.checkpoint).resolve())
     script = str(ROOT / "sample.py")
     imports = statistics.median(whole_process("-c", "import torch")[0] for _ in range(3))
     bundled = statistics.median(whole_process(script)[0] for _ in range(3))

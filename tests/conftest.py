@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
 sys.path[:0] = [str(ROOT), str(TINY)]
 
+import sample as script  # noqa: E402
 from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig, pad_left  # noqa: E402
 from load_weights import SENTENCEPIECE, load_checkpoint, save_checkpoint  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -106,3 +107,12 @@ def copy(folder: Path, to: Path, **config_changes) -> Path:
 def prompt_batch(tokenizer: Tokenizer, prompts: list[str], images: list[int] | None = None):
     """Prompts of any length -> tokens, image_mask, pad_mask, padded on the left."""
     return pad_left([tokenizer.encode_prompt(p, n) for p, n in zip(prompts, images or [1] * len(prompts), strict=True)])
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    """sample.py in this process: (exit status, stdout, stderr)."""
+    try:
+        status = script.main([str(a) for a in arguments])
+    except SystemExit as stopped:
+        status = stopped.code
+    return status, *capsys.readouterr()

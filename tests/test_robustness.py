@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, TINY, rough
+from conftest import ROOT, SMALL, TINY, rough, run
 from PIL import Image
 from scenes import Scene
 
@@ -27,14 +27,6 @@ THOROUGH = bool(os.environ.get("KOSMOS2_THOROUGH"))
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    try:
-        status = script.main([str(a) for a in arguments])
-    except SystemExit as stopped:
-        status = stopped.code
-    return status, *capsys.readouterr()
 
 
 # -------------------------------------------------------------------------------------------------- pictures

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, copy
+from conftest import ROOT, TINY, copy, run
 from PIL import Image, ImageDraw
 from scenes import Scene, Shape
 
@@ -22,14 +22,6 @@ SCENE = TINY / "scene.png"
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    try:
-        status = script.main([str(a) for a in arguments])
-    except SystemExit as stopped:
-        status = stopped.code
-    return status, *capsys.readouterr()
 
 
 def test_without_arguments():
