@@ -35,7 +35,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -236,14 +236,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.bias, self.scale, self.weight, self.packed = bias, scale, weight, None
         if hasattr(torch.ops.quantized, KERNEL) and {"x86", "fbgemm"} & set(torch.backends.quantized.supported_engines):
-            with warnings.catch_warnings(action="ignore"):  # PyTorch means to replace these kernels one day
-                if scale is None:
-                    self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
-                else:
-                    zero = torch.zeros(len(scale), dtype=torch.long)
-                    weight = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero, 0)
-                    self.packed = torch.ops.quantized.linear_prepack(weight, None)
-            self.weight = None
+            self.weight, self.packed = None, pack(weight, bias, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is None:
@@ -251,14 +244,39 @@ class PackedLinear(nn.Module):
                 return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
             return F.linear(x, self.weight.float(), self.bias)
         largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)  # (..., 1)
-        if self.packed is not None:  # wants to know the step of x and which of 0..255 is its zero
-            y = getattr(torch.ops.quantized, KERNEL)(x / largest, 1 / 127, 128, self.packed)
+        if self.packed is not None:
+            y = multiply(x / largest, self.packed, finest())
         else:
             y = F.linear((x / largest * 127).round() / 127, self.weight.float()) * self.scale
         return y * largest if self.bias is None else torch.addcmul(self.bias, y, largest)
 
 
 KERNEL = "linear_with_input_q_dq_qweight_dq_output_fp32"
+
+
+def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None):
+    """Weights in the order in which PyTorch's kernels read them; for int8 without the bias."""
+    if scale is None:
+        return torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+    with warnings.catch_warnings(action="ignore"):  # PyTorch means to replace these kernels one day
+        zero = torch.zeros(len(scale), dtype=torch.long)
+        weight = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero, 0)
+    return torch.ops.quantized.linear_prepack(weight, None)
+
+
+def multiply(x: Tensor, packed, steps: int) -> Tensor:
+    """x (..., K) in -1..1, rounded to `steps` steps on either side of zero, times packed int8 weights."""
+    return getattr(torch.ops.quantized, KERNEL)(x, 1 / steps, steps + 1, packed)
+
+
+@lru_cache
+def finest() -> int:
+    """127 steps, or 63 on CPUs without VNNI instructions: there pairs of products are added in 16 bits.
+
+    Two products of 255 and 127 would not fit, and be cut off without a word, as they are in this trial.
+    """
+    trial = pack(torch.full((16, 64), 127, dtype=torch.int8), None, torch.ones(16))
+    return 127 if torch.allclose(multiply(torch.ones(1, 64), trial, 127), torch.tensor(64.0 * 127)) else 63
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,6 +286,12 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     for part, rows, step in zip(q.split(512), weight.split(512), scale[:, None].split(512), strict=True):
         part.copy_((rows / step).round_())  # in parts that stay in the cache
     return q, scale
+
+
+def random_parameter(*shape: int, size: float) -> nn.Parameter:
+    """Numbers to begin a training with. Uniform ones: for normal ones on the "meta" device, where checkpoints
+    are planned, PyTorch imports its compiler, which takes a second."""
+    return nn.Parameter(torch.empty(*shape).uniform_(-size, size))
 
 
 class Embedding(nn.Embedding):
@@ -440,9 +464,9 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         E, eps = config.width, config.layer_norm_eps
-        self.class_embedding = nn.Parameter(torch.empty(E).normal_(std=E**-0.5))
+        self.class_embedding = random_parameter(E, size=E**-0.5)
         self.patch_embedding = nn.Conv2d(3, E, config.patch_size, stride=config.patch_size, bias=False)
-        self.position_embedding = nn.Parameter(torch.empty(config.positions, E).normal_(std=E**-0.5))
+        self.position_embedding = random_parameter(config.positions, E, size=E**-0.5)
         self.pre_layernorm = nn.LayerNorm(E, eps)
         self.layers = nn.ModuleList(
             Block(E, config.heads, config.mlp_width, quick_gelu, sub_ln=False, eps=eps) for _ in range(config.layers)
@@ -485,7 +509,7 @@ class Resampler(nn.Module):
         super().__init__()
         D = config.text.width
         self.dense = Linear(config.vision.width, D)
-        self.latent_query = nn.Parameter(torch.randn(config.latent_query_num, D))
+        self.latent_query = random_parameter(config.latent_query_num, D, size=1.0)
         self.x_attn = Attention(D, config.text.heads)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -551,7 +575,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         D, eps = config.width, config.layer_norm_eps
-        self.embed_tokens = Embedding(config.vocab_size, D)
+        self.embed_tokens = Embedding.from_pretrained(random_parameter(config.vocab_size, D, size=D**-0.5), freeze=False)
         self.layers = nn.ModuleList(
             Block(D, config.heads, config.mlp_width, F.gelu, sub_ln=True, eps=eps) for _ in range(config.layers)
         )

@@ -54,12 +54,12 @@ for axis, size, kernel in zip(axes.flat, sizes, directions.view(-1, 3, P, P), st
     axis.imshow(((kernel - kernel.min()) / (kernel.max() - kernel.min())).permute(1, 2, 0))
     axis.set_title(f"{size:.1f}")
     axis.axis("off")
-show(fig, "16 little coloured squares: the first are plain colours, the next have an edge through them, the later ones finer patterns.")
+show(fig, "16 little squares: the first are bright against dark or striped along rows and columns, the last ones differ in colour.")
 
 # %% [markdown]
 # Those are the 16 directions of a patch that the embedding is most sensitive to (its singular vectors; the
-# number is how sensitive): plain colours, then edges. Single kernels look like noise, since most of what
-# they began with at random was never in the way.
+# number is how sensitive): bright against dark, stripes along rows and columns, and then colours. Single
+# kernels look like noise, since most of what they began with at random was never in the way.
 
 # %% [markdown]
 # ## Why 257, or here 65

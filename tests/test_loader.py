@@ -288,6 +288,14 @@ def test_command_reports_what_is_missing(small_folder, tmp_path):
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
+def test_loading_does_not_import_the_compiler():
+    """It takes longer than all the rest: see `random_parameter`."""
+    script = "import sys; sys.path.insert(0, sys.argv[1])\nfrom load_weights import load_checkpoint\nload_checkpoint(sys.argv[2])\n"
+    script += "print('torch._dynamo' in sys.modules)"
+    run = [sys.executable, "-c", script, str(ROOT), str(TINY)]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 def test_memory_while_loading(tmp_path):
     """A checkpoint of 400 MB: the process grows by little more than the weights, and half as much for bf16."""
     from dataclasses import replace

@@ -1,12 +1,18 @@
 """Linear layers that read less: the kernel for a few rows, and weights of 8 and 16 bits."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, copy
+from conftest import ROOT, TINY, copy
 from safetensors.torch import load_file, save_file
+from scenes import Scene
 
-from kosmos2 import PackedEmbedding, PackedLinear, linear, pad_left, quantize
+from kosmos2 import PackedEmbedding, PackedLinear, linear, pad_left, preprocess_image, quantize
 from load_weights import load_checkpoint, save_checkpoint
 
 
@@ -72,6 +78,19 @@ def test_quantisation_of_difficult_weights():
     assert not torch.isfinite(layer(torch.full((1, 16), torch.nan))).any()  # NaN must not turn into numbers
 
 
+def test_no_sum_overflows():
+    """The largest weights and inputs there are, also where fbgemm may use no VNNI instructions."""
+    script = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1])\nfrom kosmos2 import PackedLinear\n"
+        "layer, x = PackedLinear(torch.full((64, 256), 127, dtype=torch.int8), None, torch.ones(64)), torch.ones(2, 256)\n"
+        "x[1, ::2] = -1\nprint(layer(x)[:, 5].tolist(), layer(-x)[:, 5].tolist())"
+    )
+    for instructions in ("", "AVX2"):
+        run = [sys.executable, "-c", script, str(ROOT)]
+        done = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | {"FBGEMM_ENABLE_INSTRUCTIONS": instructions})
+        assert [float(v) for v in re.findall(r"-?[\d.]+", done.stdout)] == pytest.approx([32512, 0, -32512, 0], rel=1e-6), instructions
+
+
 def test_embedding_and_output_projection_are_quantised_once():
     weight, _ = some_layer()
     q, scale = quantize(weight)
@@ -88,7 +107,7 @@ def test_packed_models(tiny, precision, most):
     model, tokenizer = tiny
     packed, _ = load_checkpoint(TINY, precision)
     prompts = [tokenizer.encode_prompt(p) for p in ("<grounding>An image of", "<grounding><phrase> a star</phrase>")]
-    pixels = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(3))
+    pixels = torch.stack([preprocess_image(Scene.random(seed).draw(), 112) for seed in (1, 2)])
     tokens, image_mask, pad_mask = pad_left(prompts)
     with torch.inference_mode():
         wanted = model(tokens, pixels, None, image_mask, pad_mask)[~pad_mask]
