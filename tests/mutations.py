@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITE = ["test_packed", "test_model", "test_grounding", "test_tokenizer", "test_parity", "test_sample"]
+SUITE = ["test_model", "test_parity", "test_grounding", "test_tokenizer", "test_sample", "test_packed"]
 
 MODEL, WORDS = "kosmos2.py", "tokenizer.py"
 MUTATIONS = [

@@ -1,6 +1,7 @@
 """The model against itself and against recorded values; no transformers needed."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -365,3 +366,20 @@ def test_config_files_that_are_none(tmp_path):
         (tmp_path / "bad.json").write_bytes(content)
         with pytest.raises(ValueError, match="bad.json"):
             Kosmos2Config.from_json(tmp_path / "bad.json")
+
+
+def test_a_beam_search_compares_means(small, monkeypatch):
+    """Of a short text of probability 0.36 and a long one of 0.34 the long one wins: its tokens are likelier on average."""
+    a, b, c, d = 10, 11, 12, 13
+    table = {None: {a: 0.6, b: 0.4}, a: {EOS: 0.6, c: 0.4}, b: {c: 0.95, EOS: 0.05}, c: {d: 0.95, EOS: 0.05}, d: {EOS: 0.95, c: 0.05}}
+
+    def predict(self, x, positions, mask):
+        self.logits = torch.full((len(self.texts), small.config.text.vocab_size), -1e9)
+        for row, text in enumerate(self.texts):
+            for token, p in table[text[-1] if text else None].items():
+                self.logits[row, token] = math.log(p)
+
+    monkeypatch.setattr("kosmos2.Generation.predict", predict)
+    found = small.generate(torch.tensor([[0, 5]]), num_beams=2, max_new_tokens=6)[0]
+    assert found == [b, c, d, EOS] and math.prod(found.probabilities) == pytest.approx(0.4 * 0.95**3)
+    assert small.generate(torch.tensor([[0, 5]]), max_new_tokens=6)[0] == [a, EOS]
