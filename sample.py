@@ -257,7 +257,8 @@ class Progress:
     def show(self, pictures: int, timings: str) -> None:
         self.done += pictures
         if self.done == pictures == self.total:
-            self.note(timings)
+            if timings:
+                self.note(timings)
             return
         a_minute = 60 * self.done / (time.perf_counter() - self.started)
         filled = 30 * self.done // self.total
