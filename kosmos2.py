@@ -25,8 +25,8 @@ One legend everywhere:
 
 Four things differ from the textbook transformer; each is explained where it happens:
 sub-LN (`Block`), features of unit length (`VisionTransformer`), latents that are among their own keys
-(`Resampler`), the sqrt(D) scale and the positions that begin at 2 (`Decoder`, `token_positions`). Two things
-are there for speed only: `linear`, and the 8 and 16 bit weights of `PackedLinear`.
+(`Resampler`), positions that begin at 2 and have all sines before all cosines (`token_positions`,
+`sinusoidal_positions`). Two things are there for speed only: `linear`, and the 8 and 16 bit weights of `PackedLinear`.
 """
 
 import json

@@ -9,7 +9,7 @@
 #                             prompt → tokens → embeddings → decoder → logits → next token → …
 #
 # Everything here is the real architecture with the bundled weights: a small model, trained on pictures of
-# coloured shapes. Only the sizes differ from the published one, and the code never mentions a size.
+# coloured shapes. Only the sizes differ from the published one; the code takes them from the configuration.
 
 # %%
 from figures import ROOT, plt, reference, show, show_image, table  # isort: skip  (it also sets the paths)

@@ -70,7 +70,7 @@ show(fig, "The picture under a grid of 32 by 32 cells. Two cells are red; a blac
 # %% [markdown]
 # ## What the grid costs
 #
-# A corner is off by half a cell at most, 1/64 of the picture. How much overlap is lost depends on the size of
+# A corner is off by half a cell at most, 1/64 of the picture (thin boxes apart). How much overlap is lost depends on the size of
 # the box. With errors uniform in ±1/64, each of the four sides is off by 1/128 on average, and costs a box of
 # side s the share 1/(128 s) of its overlap: IoU is near 1 - 1/(32 s). Prediction and measurement:
 
@@ -104,7 +104,7 @@ print([tokenizer.tokens[i] for i in tokenizer.encode(text, add_bos=False)])
 
 # %% [markdown]
 # `parse` takes it apart: the caption without tags, and for each link its phrase, where the phrase stands in
-# the caption, and its boxes. It never fails, whatever a model writes: half a link is left out.
+# the caption, and its boxes. It never fails, whatever a model writes: half a link makes no entity.
 
 # %%
 for broken in (text, text[:-30], "three < four <object></object>", "<object><patch_index_0001><patch_index_0000></object>"):
@@ -157,13 +157,15 @@ print(f"score of the box: sqrt({corners[0].max():.2f} · {corners[1].max():.2f})
 #
 # ## Where training data comes from
 #
-# GRIT records have a caption, and for character ranges of it boxes. Merged and ordered, they become tagged
-# text. Overlapping phrases: the longer wins.
+# GRIT records have a caption, and boxes for ranges of its characters: for phrases (`noun_chunks`) and for the
+# longer expressions around them (`ref_exps`), which are taken instead where there are any. Of two that overlap,
+# one that contains the other wins, otherwise the first.
 
 # %%
 caption = "A dog in a field of flowers"
 chunks = [[0, 5, 0.3, 0.3, 0.6, 0.9, 0.9], [9, 27, 0.0, 0.2, 1.0, 1.0, 0.8]]
-print(grit_to_text({"caption": caption, "noun_chunks": chunks, "ref_exps": [[0, 27, 0.3, 0.3, 0.6, 0.9, 0.9]]}))
+for expressions in (chunks, [[0, 27, 0.3, 0.3, 0.6, 0.9, 0.9]]):
+    print(grit_to_text({"caption": caption, "noun_chunks": chunks, "ref_exps": expressions}))
 
 # %% [markdown]
 # ## Exercises

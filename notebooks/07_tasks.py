@@ -71,7 +71,6 @@ prefix = tokenizer.encode_prompt("<grounding><phrase> a shape</phrase><object>")
 tokens, mask, _ = pad_left([prefix])
 state = model.start(tokens, pixels, image_mask=mask, max_new_tokens=2)
 ranked = rank_boxes(state, range(tokenizer.first_location, tokenizer.vocab_size), 4)
-entities = []
 for rank, (p, ul, lr) in enumerate(ranked, start=1):
     box = tokens_to_box(ul, lr)
     nearest = max(scene.shapes, key=lambda s, box=box: iou(s.box, box))
@@ -87,10 +86,10 @@ for rank, (p, ul, lr) in enumerate(ranked, start=1):
 other = Scene.random(HELD_OUT + 50)
 first = preprocess_image(other.draw(), model.config.vision.image_size)[None]
 shown, asked = other.shapes[0], scene.shapes[-1]
-print(f"shown: a {shown.name}; asked about: a {asked.name}")
+print(f"shown: {shown.name}; asked about: {asked.name}")
 for said in (f"{shown.color}.", f"a {shown.shape}."):
     prompt = f"<image><grounding><phrase> It</phrase> is {said}<image><grounding><phrase> It</phrase> is"
-    print(f"  “It is {said}” …  “It is{ask(prompt, first, pixels, boxes=[shown.box, asked.box])}”")
+    print(f"  “It is {said}” …  “It is {ask(prompt, first, pixels, boxes=[shown.box, asked.box]).strip()}”")
 
 # %% [markdown]
 # ## Counting hits

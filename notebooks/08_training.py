@@ -38,7 +38,8 @@ print(grit_to_text(record))
 # ## The objective and its mask
 #
 # Predict the next token; the loss is the mean of -log p(right token). Only answers are asked for: a model
-# should not waste itself on predicting questions. Each row holds one picture and many texts that do not see
+# should not waste itself on predicting questions. (In the original training on GRIT every token of a text was
+# asked for; `Grit` in `tiny/data.py` does so.) Each row holds one picture and many texts that do not see
 # each other, so that the picture is encoded once. Here is a row: targets that count are marked.
 
 # %%
@@ -110,13 +111,14 @@ assert sum(words[-5:]) / 5 < 0.45 * words[0]
 print(f"words: {words[0]:.1f} at first, {sum(words[-5:]) / 5:.1f} at the end; locations: {places[0]:.1f}, {sum(places[-5:]) / 5:.1f}")
 
 # %% [markdown]
-# It has learned to write sentences, and that a location follows `<object>`. It does not see yet: its locations
+# (At first the loss is above ln V: random logits are worse than equal ones.) It has learned to write sentences,
+# and that a location follows `<object>`. It does not see yet: its locations
 # are hardly better than a guess among 1,024 cells, ln 1024 = 6.9.
 #
 # ## The whole run
 #
-# The log of the first run of the bundled model, 5,500 steps. Locations hardly move while words are learned;
-# then, after some hundred steps, the model begins to see, and the loss of locations falls.
+# The log of the first run of the bundled model, 5,500 steps. Words fall first; locations, which must be seen and
+# not guessed, take all of the run.
 
 # %%
 log = [json.loads(line) for line in (ROOT / "tiny" / "log.jsonl").read_text().splitlines()]
@@ -131,7 +133,7 @@ for (task, name), color in zip((("ground", "phrase grounding"), ("caption", "sha
 axes[1].set(title="hits on held-out scenes", xlabel="step", ylim=(0, 1))
 for axis in axes:
     axis.legend(frameon=False)
-show(fig, "Left: the losses of words and of locations fall over the steps, words first. Right: hits rise from a few tenths to above 0.9, colours first.")
+show(fig, "Left: the losses of words and of locations fall over the steps, words first. Right: hits rise from a few tenths to about 0.9, colours first.")
 
 # %% [markdown]
 # ## Exercises

@@ -68,12 +68,14 @@ table([(R, f"{1e3 * p:.2f}", f"{1e3 * m:.2f}") for R, p, m in zip(rows, predicte
 fig, axis = plt.subplots(figsize=(6, 3.2))
 axis.plot(rows, [1e3 * v for v in predicted], "--", color="#777777", label="the roofline")
 axis.plot(rows, [1e3 * v for v in measured], "o-", color=COLORS[1], label="measured")
-axis.set(xscale="log", yscale="log", xlabel="rows", ylabel="ms a layer", title="flat while memory decides, then rising with the rows")
+axis.set(xscale="log", yscale="log", xlabel="rows", ylabel="ms a layer", title="first memory decides, then the processor")
 axis.legend(frameon=False)
 show(fig, "Time of a layer against the number of rows on logarithmic scales: the predicted line is flat for a few rows and then rises; the measured points follow from above.")
 
 # %% [markdown]
 # ## A prediction for the published model
+#
+# (Between one row and many, PyTorch's products reach neither limit: the points lie above the line there.)
 #
 # A token needs the matrices of 24 blocks and the output projection.
 
