@@ -395,8 +395,9 @@ def read_packed(checkpoint: Checkpoint, precision: str) -> Kosmos2:
     packable = {name: module for name, module in model.named_modules() if isinstance(module, (Linear, Embedding))}
 
     def pack(name: str) -> torch.nn.Module:
-        weight = checkpoint.tensor(f"{name}.weight", torch.float16 if precision == "fp16" else torch.float32, copy=False)
-        packed, scale = (weight, None) if precision == "fp16" else quantize(weight)
+        half = precision == "fp16"  # then the weight itself is kept, and must not hold on to the file
+        weight = checkpoint.tensor(f"{name}.weight", torch.float16 if half else torch.float32, copy=half)
+        packed, scale = (weight, None) if half else quantize(weight)
         if name + ".weight" == EMBEDDING:
             check_tied(checkpoint, weight)
             return PackedEmbedding(packed, scale)

@@ -2,7 +2,8 @@
 
 A row is `<s> <image> slots </image>`, then one or several texts. Each text sees the picture and itself, and
 its positions continue those of the picture, as if it stood alone; so a picture that is encoded once can
-teach many sentences. A text may hold a second picture. `Scenes` makes rows from the small world of scenes.py, `Grit` from any GRIT-format file.
+teach many sentences. A text may hold a second picture. `Scenes` makes rows from the small world of scenes.py,
+`Grit` from any GRIT-format file.
 """
 
 import json
