@@ -34,6 +34,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -243,12 +244,12 @@ class PackedLinear(nn.Module):
             if self.packed is not None:
                 return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
             return F.linear(x, self.weight.float(), self.bias)
-        largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)  # (..., 1)
+        largest = torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True)).clamp(min=1e-30)  # (..., 1)
         if self.packed is not None:
             y = multiply(x / largest, self.packed, finest())
         else:
             y = F.linear((x / largest * 127).round() / 127, self.weight.float()) * self.scale
-        return y * largest if self.bias is None else torch.addcmul(self.bias, y, largest)
+        return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest, out=y)
 
 
 KERNEL = "linear_with_input_q_dq_qweight_dq_output_fp32"
@@ -286,6 +287,18 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     for part, rows, step in zip(q.split(512), weight.split(512), scale[:, None].split(512), strict=True):
         part.copy_((rows / step).round_())  # in parts that stay in the cache
     return q, scale
+
+
+CACHE = 2**22  # activations, 16 MiB of float32: what is likely to stay in a CPU's cache from one operation to the next
+
+
+def rows_at_a_time(batch: Tensor, activations: int) -> int:
+    """How many rows of a batch to compute together, each with so many activations in its widest layer.
+
+    More than fit the cache would be written to memory and read again by every operation: 16 pictures at once
+    take twice as long as in fours.
+    """
+    return max(1, CACHE // activations) if batch.device.type == "cpu" else max(1, len(batch))
 
 
 def random_parameter(*shape: int, size: float) -> nn.Parameter:
@@ -338,6 +351,12 @@ class KVCache:
         self.values[:, :, start : self.length] = v
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
+    def view(self, rows: slice) -> "KVCache":
+        """Some rows, in the same memory."""
+        part = copy(self)
+        part.keys, part.values = self.keys[rows], self.values[rows]
+        return part
+
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order: rows that finished go, beams that won are copied."""
         self.keys, self.values = self.keys[rows], self.values[rows]
@@ -356,6 +375,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(width, width)
         self.k_proj = Linear(width, width)
         self.v_proj = Linear(width, width)
+        self.qkv_proj: PackedLinear | None = None  # the three in one, where weights are packed
         self.out_proj = Linear(width, width)
         self.inner_attn_ln = nn.LayerNorm(width, eps) if sub_ln else nn.Identity()
 
@@ -367,15 +387,19 @@ class Attention(nn.Module):
         mask: bool, broadcast to (B, H, T, S), True where a query may look.
         """
         B, T, D = x.shape
-        context = x if context is None else context
-        q = self.split_heads(self.q_proj(x))  # (B, H, T, hd)
-        k = self.split_heads(self.k_proj(context))  # (B, H, S, hd)
-        v = self.split_heads(self.v_proj(context))
+        q, k, v = self.project(x, context)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, hd), S now with all earlier positions
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # softmax(q·kᵀ / √hd)·v, (B, H, T, hd)
         x = x.transpose(1, 2).reshape(B, T, D)  # (B, T, D)
         return self.out_proj(self.inner_attn_ln(x))
+
+    def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, hd), keys and values (B, H, S, hd)."""
+        if self.qkv_proj is not None:
+            return tuple(self.split_heads(part) for part in self.qkv_proj(x).chunk(3, dim=-1))
+        context = x if context is None else context
+        return self.split_heads(self.q_proj(x)), self.split_heads(self.k_proj(context)), self.split_heads(self.v_proj(context))
 
     def split_heads(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
@@ -386,9 +410,8 @@ class Attention(nn.Module):
 
         For looking at only: the kernel that `forward` uses never writes the weights down.
         """
-        q = self.split_heads(self.q_proj(x))  # (B, H, T, hd)
-        k = self.split_heads(self.k_proj(x if context is None else context))
-        k = k if cache is None else cache.keys[:, :, : cache.length]  # (B, H, S, hd)
+        q, k, _ = self.project(x, context)  # (B, H, T, hd), (B, H, S, hd)
+        k = k if cache is None else cache.keys[:, :, : cache.length]
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
         return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(dim=-1)
 
@@ -629,7 +652,9 @@ class Kosmos2(nn.Module):
         if not fits or (min(pixels.shape[2:]) < patch if interpolate else pixels.shape[2:] != (size, size)):
             wanted = f"height and width of at least {patch}" if interpolate else f"(B, 3, {size}, {size})"
             raise ValueError(f"pixels have shape {tuple(pixels.shape)}; this model wants {wanted}")
-        return self.resampler(self.vision(pixels.to(self.vision.class_embedding.dtype)))
+        pixels = pixels.to(self.vision.class_embedding.dtype)
+        parts = pixels.split(rows_at_a_time(pixels, self.config.vision.positions * self.config.vision.mlp_width))
+        return torch.cat([self.resampler(self.vision(part)) for part in parts])
 
     def embed(
         self,
@@ -872,9 +897,16 @@ class Generation:
 
     def predict(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> None:
         """Run new positions x (B, T, D) through the decoder, and ask the last one what comes next."""
-        x = self.model.decoder(x, positions, mask, self.caches)
-        self.logits = self.model.decoder.unembed(x[:, -1]).float()  # (B, V)
-        if not torch.isfinite(self.logits).all():
+        B, T, _ = x.shape
+        step, last = rows_at_a_time(x, T * self.model.config.text.mlp_width), []
+        for rows in (slice(start, start + step) for start in range(0, max(B, 1), step)):
+            caches = [cache.view(rows) for cache in self.caches]
+            part = self.model.decoder(x[rows], positions[rows], mask if mask is None or mask.dim() == 2 else mask[rows], caches)
+            last.append(part[:, -1])  # (step, D)
+        for cache in self.caches:
+            cache.length += T
+        self.logits = self.model.decoder.unembed(torch.cat(last)).float()  # (B, V)
+        if not torch.isfinite(self.logits.sum()):
             raise ValueError("the logits are not finite: the weights are damaged, or too large for this precision")
 
     @torch.inference_mode()
@@ -889,7 +921,7 @@ class Generation:
                 step[row], self.results[row] = token, text
             yield step
             going = [i for i, token in enumerate(chosen) if token != EOS]
-            self.advance(going, [chosen[i] for i in going])
+            self.advance(going, [grown[i] for i in going])
 
     def finish(self) -> list[NewTokens]:
         """Generate to the end."""
@@ -927,26 +959,25 @@ class Generation:
 
     def grow(self, parents, tokens: list[int]) -> list[NewTokens]:
         """Each of these running texts with one more token."""
-        logits = self.logits[list(parents)]  # (len(parents), V)
-        chosen = torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None]
-        probabilities = (logits.gather(1, chosen)[:, 0] - logits.logsumexp(dim=-1)).exp().tolist()
+        chosen = self.logits[list(parents), tokens]  # (len(parents),)
+        probabilities = (chosen - self.logits.logsumexp(dim=-1)[list(parents)]).exp().tolist()
         return [self.texts[i].plus(t, p) for i, t, p in zip(parents, tokens, probabilities, strict=True)]
 
-    def advance(self, parents: list[int], tokens: list[int]) -> None:
-        """Let these texts go on, each with a token (one may go on in several ways); the others end here."""
-        grown = self.grow(parents, tokens)
+    def advance(self, parents: list[int], texts: list[NewTokens]) -> None:
+        """Go on with these texts, grown from those of `parents` (several from one, maybe); the others end here."""
         if parents != list(range(len(self.rows))):
             index = torch.tensor(parents, dtype=torch.long, device=self.next_position.device)
             for cache in self.caches:
                 cache.select(index)
             self.next_position = self.next_position[index]
             self.pad_mask = None if self.pad_mask is None else self.pad_mask[index]
-        self.texts, self.rows, self.left = grown, [self.rows[i] for i in parents], self.left - 1
+        self.texts, self.rows, self.left = texts, [self.rows[i] for i in parents], self.left - 1
         if not self.rows or not self.left:  # nobody will ask what follows the last token
             return
         if self.pad_mask is not None:
             self.pad_mask = F.pad(self.pad_mask, (0, 1), value=False)  # (B, S)
-        x = self.model.decoder.embed_tokens(torch.tensor(tokens, device=self.next_position.device)[:, None])  # (B, 1, D)
+        tokens = torch.tensor([[text[-1]] for text in texts], device=self.next_position.device)
+        x = self.model.decoder.embed_tokens(tokens)  # (B, 1, D)
         self.predict(x, self.next_position, causal_mask(1, self.caches[0].length + 1, self.pad_mask, x.device))
         self.next_position = self.next_position + 1
 
@@ -1013,7 +1044,8 @@ def beam_search(state: Generation) -> list[NewTokens]:
             if running and not (full and running[0][0] / length <= finished[row][-1][0]):
                 kept += running
         totals = torch.tensor([score for score, _, _ in kept])
-        state.advance([i for _, i, _ in kept], [token for _, _, token in kept])
+        parents = [i for _, i, _ in kept]
+        state.advance(parents, state.grow(parents, [token for _, _, token in kept]))
     return [texts[0][1] if texts else NewTokens() for texts in finished]
 
 
@@ -1046,7 +1078,8 @@ def rank_boxes(state: Generation, locations: range, count: int, beam: int = 32) 
     grid, cells = math.isqrt(len(locations)), torch.arange(len(locations))
     first = state.logits[0].softmax(dim=-1)[locations.start : locations.stop].cpu()  # (grid²,)
     p, ul = first.topk(min(beam, len(cells)))
-    state.advance([0] * len(ul), (ul + locations.start).tolist())
+    parents = [0] * len(ul)
+    state.advance(parents, state.grow(parents, (ul + locations.start).tolist()))
     second = state.logits.softmax(dim=-1)[:, locations.start : locations.stop].cpu()  # (beam, grid²)
     ordered = (cells // grid >= ul[:, None] // grid) & (cells % grid >= ul[:, None] % grid)
     joint = (p[:, None] * second * ordered).flatten()  # (beam * grid²,)

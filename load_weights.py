@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kosmos2 import Embedding, Kosmos2, Kosmos2Config, Linear, PackedEmbedding, PackedLinear, quantize
+from kosmos2 import Attention, Embedding, Kosmos2, Kosmos2Config, Linear, PackedEmbedding, PackedLinear, quantize
 from tokenizer import Tokenizer
 
 HUB_ID = "microsoft/kosmos-2-patch14-224"
@@ -341,6 +341,10 @@ class Checkpoint:
         found = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshaped)]
         return [f"{len(names)} {what}: {listing(names)}" for what, names in found if names]
 
+    def size(self, ours: str) -> int:
+        """How many numbers a tensor has."""
+        return math.prod(self.stored[self.names[ours]].shape)
+
     def tensor(self, ours: str, dtype: torch.dtype, device="cpu", copy: bool = True) -> Tensor:
         """One tensor, read, checked and converted; as a copy, or it may keep the file mapped."""
         stored = self.stored[self.names[ours]]
@@ -383,7 +387,8 @@ def load_checkpoint(
 
 def read_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device = "cpu") -> Kosmos2:
     """All tensors in one type, the largest first: while a tensor is converted it is in memory twice."""
-    state = {name: checkpoint.tensor(name, dtype, device) for name in by_size(checkpoint)}
+    largest_first = sorted(checkpoint.names, key=checkpoint.size, reverse=True)
+    state = {name: checkpoint.tensor(name, dtype, device) for name in largest_first}
     check_tied(checkpoint, state[EMBEDDING])
     checkpoint.model.load_state_dict(state, strict=True, assign=True)
     return checkpoint.model
@@ -392,31 +397,33 @@ def read_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.d
 def read_packed(checkpoint: Checkpoint, precision: str) -> Kosmos2:
     """The large matrices in 8 or 16 bits, packed one by one as they are read, the rest as float32."""
     model = checkpoint.model
-    packable = {name: module for name, module in model.named_modules() if isinstance(module, (Linear, Embedding))}
+    sources = {name: [name] for name, module in model.named_modules() if isinstance(module, (Linear, Embedding))}
+    for name, module in model.named_modules():
+        if isinstance(module, Attention) and name != "resampler.x_attn":  # self-attention: one input for all three
+            sources[f"{name}.qkv_proj"] = [f"{name}.{part}_proj" for part in "qkv"]
+            for part in "qkv":
+                del sources[f"{name}.{part}_proj"]
+                setattr(module, f"{part}_proj", None)
 
     def pack(name: str) -> torch.nn.Module:
         half = precision == "fp16"  # then the weight itself is kept, and must not hold on to the file
-        weight = checkpoint.tensor(f"{name}.weight", torch.float16 if half else torch.float32, copy=half)
+        weights = [checkpoint.tensor(f"{n}.weight", torch.float16 if half else torch.float32, copy=half) for n in sources[name]]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         packed, scale = (weight, None) if half else quantize(weight)
         if name + ".weight" == EMBEDDING:
             check_tied(checkpoint, weight)
             return PackedEmbedding(packed, scale)
-        bias = checkpoint.tensor(f"{name}.bias", torch.float32)
+        bias = torch.cat([checkpoint.tensor(f"{n}.bias", torch.float32) for n in sources[name]])
         return PackedLinear(packed, bias, scale)
 
-    names = [name.removesuffix(".weight") for name in by_size(checkpoint) if name.removesuffix(".weight") in packable]
+    largest_first = sorted(sources, key=lambda name: checkpoint.size(f"{sources[name][0]}.weight"), reverse=True)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for name, module in zip(names, pool.map(pack, names), strict=True):
+        for name, module in zip(largest_first, pool.map(pack, largest_first), strict=True):
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, module)
     rest = {name: checkpoint.tensor(name, torch.float32) for name in model.state_dict()}
     model.load_state_dict(rest, strict=True, assign=True)
     return model
-
-
-def by_size(checkpoint: Checkpoint) -> list[str]:
-    sizes = {name: math.prod(checkpoint.stored[theirs].shape) for name, theirs in checkpoint.names.items()}
-    return sorted(sizes, key=lambda name: -sizes[name])
 
 
 def check_tied(checkpoint: Checkpoint, embedding: Tensor) -> None:
