@@ -5,10 +5,9 @@
 # picture goes through the whole of it, and we look at what lies between any two parts. The notebooks that
 # follow open the parts one by one.
 #
-#     picture → pixels → features → image embeddings ─┐
-#                             prompt → tokens → embeddings → decoder → logits → next token → …
+# ![The parts of Kosmos-2: vision transformer, resampler, the row of tokens with its image slots, the decoder and the choice of the next token](overview.svg)
 #
-# Everything here is the real architecture with the bundled weights: a small model, trained on pictures of
+# (The sizes in the drawing are the published model's.) Everything here is the real architecture with the bundled weights: a small model, trained on pictures of
 # coloured shapes. Only the sizes differ from the published one; the code takes them from the configuration.
 
 # %%
@@ -58,17 +57,23 @@ with torch.inference_mode(), record(model) as seen:
 assert pixels.shape == (1, 3, vision.image_size, vision.image_size)
 assert features.shape == (1, N, vision.width) and image_embeds.shape == (1, Q, text.width)
 
-fig, axes = plt.subplots(1, 3, figsize=(10, 3.4))
+fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", width_ratios=(1, 1.3, 1.3))
 axes[0].imshow(((pixels[0] - pixels.min()) / (pixels.max() - pixels.min())).permute(1, 2, 0))
 axes[0].set_title(f"pixels: mean {pixels.mean():.2f}, spread {pixels.std():.2f}")
-axes[1].imshow(features[0], aspect="auto", cmap="RdBu", vmin=-0.3, vmax=0.3)
-axes[1].set(title="features: a row for each position", xlabel="E", ylabel="N: [CLS], then patches row by row")
-most = 3 * image_embeds.std()
-axes[2].imshow(image_embeds[0], aspect="auto", cmap="RdBu", vmin=-most, vmax=most)
-axes[2].set(title="image embeddings: a row for each latent", xlabel="D", ylabel="Q")
+for axis, values, title, labels in (
+    (axes[1], features[0], "features", ("E", "N")), (axes[2], image_embeds[0], "image embeddings", ("D", "Q")),
+):  # fmt: skip
+    most = 3 * values.std()
+    drawn = axis.imshow(values, aspect="auto", cmap="RdBu", vmin=-most, vmax=most)
+    axis.set(title=title, xlabel=labels[0], ylabel=labels[1])
+    fig.colorbar(drawn)
 show(fig, "Three panels: the pixels, still a recognisable picture; the features and the image embeddings as coloured stripes.")
 
 # %% [markdown]
+# Rows are positions. Among the features ([CLS], then the patches row by row) most rows look alike: they are the
+# background; those that differ are the shapes. Of the image embeddings hardly two rows look alike, for each
+# latent asks something else.
+#
 # Each feature vector has length one: the ViT's last step divides by the length. That is one of the things
 # in which Kosmos-2 differs from the textbook, and notebook 2 shows what follows from it.
 
@@ -126,6 +131,10 @@ raw = tokenizer.decode(new)
 print(raw, "\n")
 print(to_markdown("An image of" + raw))
 
+# %% [markdown]
+# The score of a box says how sure the model was of its two tokens, from 0 to 1 (notebook 4). The least sure box
+# is also the worst: the diamond's lower right corner is cut off.
+
 # %%
 caption, entities = tokenizer.read(ids, new)
 for _, span, boxes, scores in entities:
@@ -156,6 +165,9 @@ assert their_ids == list(new)
 print(f"largest difference of a logit: {(logits - out.logits).abs().max():.1e}; all {len(new)} ids are the same")
 
 # %% [markdown]
+# (Exactly zero is possible: both do the same operations in the same order, on the same machine.)
+
+# %% [markdown]
 # ## Exercises
 #
 # Predict, then run. Answers are in `answers.py`.
@@ -164,6 +176,3 @@ print(f"largest difference of a logit: {(logits - out.logits).abs().max():.1e}; 
 # 2. Give the model a black picture. What does it say, and what are its scores like?
 # 3. Exchange two rows of `image_embeds` before the decoder sees them. Does the sentence change? Should it?
 # 4. What is the shape of `seen["resampler.x_attn"][0]`, and why is its last dimension N + Q and not N?
-
-# %%
-print(tuple(seen["resampler.x_attn"][0].shape))  # exercise 4: (B, H, Q, N + Q)

@@ -58,7 +58,8 @@ show(fig, "16 little squares: the first are bright against dark or striped along
 
 # %% [markdown]
 # Those are the 16 directions of a patch that the embedding is most sensitive to (its singular vectors; the
-# number is how sensitive): bright against dark, stripes along rows and columns, and then colours. Single
+# number is how sensitive; each is drawn from its own darkest to its brightest): all of the patch bright or dark,
+# one half against the other, stripes along rows and columns, and then colours. Single
 # kernels look like noise, since most of what they began with at random was never in the way.
 
 # %% [markdown]
@@ -69,7 +70,10 @@ show(fig, "16 little squares: the first are bright against dark or striped along
 # published model, 8² + 1 = 65 here.
 #
 # Attention treats its inputs as a set. What tells the model where a patch was is a learned vector added to
-# it. Learned, but look at what it learned: neighbours are alike.
+# it. Learned, but look at what it learned: places in one row or one column are alike.
+#
+# One more LayerNorm follows, before the first block. CLIP has it and most ViTs do not; the sum of patch and
+# position then enters the blocks at one scale, whatever the picture.
 
 # %%
 x = torch.cat([vit.class_embedding.view(1, 1, E), by_hand], dim=1) + vit.position_embedding
@@ -83,7 +87,8 @@ for axis, place in zip(axes, (0, 3 * G + 2, 4 * G + 6, G * G - 1), strict=True):
     axis.plot(place % G, place // G, "k+")
     axis.axis("off")
 fig.suptitle("How alike the position of one patch (+) is to those of all others")
-show(fig, "Four 8 by 8 maps; each is blue around a marked patch and paler or red far from it.")
+fig.colorbar(axes[0].images[0], ax=axes)
+show(fig, "Four 8 by 8 maps; in each a blue cross: the row and the column of the marked patch, and paler or red elsewhere.")
 
 # %% [markdown]
 # ## One block
@@ -115,17 +120,18 @@ print(f"QuickGELU and GELU differ by up to {difference:.3f}")
 # %% [markdown]
 # ## All of it, and the last step
 #
-# After the last block a LayerNorm, and then what CLIP does not do at this place: every position is divided by
-# its length, so that only directions are left. The LayerNorm had already brought all lengths close to √E
-# (as far as its learned gains are close to one); what the division changes most is the scale. Features of
-# length one have coordinates of about 1/√E, and whatever reads them must be prepared for such small numbers:
-# notebook 2 shows a model that was not.
+# After the last block a LayerNorm, and then what CLIP does not do at this place: every position, not only [CLS],
+# is divided by its length, so that only directions are left. Why? CLIP was trained to compare directions: in its
+# space a length means nothing. The LayerNorm had already brought all lengths close to √E (as far as its learned
+# gains are close to one), so what the division changes most is the scale. Features of length one have
+# coordinates of about 1/√E, and whatever reads them must be prepared for such small numbers: notebook 2 shows
+# what happens if it is not, and notebook 3 what a trained model says when the division is left out.
 
 # %%
 with record(model) as seen:
     features = vit(pixels)
 wanted = theirs(pixels).last_hidden_state
-wanted = F.normalize(theirs.post_layernorm(wanted), dim=-1)  # in transformers the whole model does this
+wanted = F.normalize(theirs.post_layernorm(wanted), dim=-1)  # transformers does these two outside its ViT
 torch.testing.assert_close(features, wanted, rtol=1e-4, atol=1e-4)
 lengths = vit.post_layernorm(seen[f"vision.layers.{config.layers - 1}"][0]).norm(dim=-1)[0]
 print(f"√E = {E**0.5:.1f}; lengths before: {lengths.min():.1f} to {lengths.max():.1f}, after: {features.norm(dim=-1).mean():.3f}")
@@ -138,12 +144,14 @@ print(f"√E = {E**0.5:.1f}; lengths before: {lengths.min():.1f} to {lengths.max
 # %%
 weights = seen["vision.layers.3.attn"][0][0]  # (H, N, N)
 torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
-shown = {"on the moon": (5, 2), "on the star": (6, 6), "on the background": (1, 1)}
+shown = {"on the moon": (6, 1), "on the star": (6, 6), "on the background": (1, 1)}
 fig, axes = plt.subplots(config.heads, 3, figsize=(8, 8))
 for column, (what, (row, col)) in enumerate(shown.items()):
     for head in range(config.heads):
         overlay(axes[head, column], picture, weights[head, 1 + row * G + col, 1:].view(G, G), f"head {head}: patch {what}")
-        axes[head, column].plot((col + 0.5) / G * picture.width, (row + 0.5) / G * picture.height, "r+", markersize=12)
+        for color, width in (("white", 4), ("black", 1.5)):
+            place = (col + 0.5) / G * picture.width, (row + 0.5) / G * picture.height
+            axes[head, column].plot(*place, "+", color=color, markersize=12, markeredgewidth=width)
 fig.tight_layout()
 show(fig, "Nine copies of the picture, bright where a head of the last block looks from a marked patch: often at the patch's own shape or its rim, or at a neighbouring shape.")
 

@@ -85,6 +85,24 @@ change = (without - by_hand).norm() / by_hand.norm()
 print(f"on average {away.mean():.2f} of the attention; without these keys the embeddings change by {change:.0%}")
 
 # %% [markdown]
+# It is all or nothing: nearly every head of every latent looks either only at the picture or only away from it.
+# Heads that look away add a constant to their latent's embedding. What becomes of the caption, if they must
+# look at the picture after all?
+
+# %%
+ids, mask = tokenizer.encode_prompt("<grounding>An image of")
+for name, embeds in (("with their own keys", by_hand), ("without", without)):
+    new = model.generate(torch.tensor([ids]), None, embeds, torch.tensor([mask]), max_new_tokens=100)[0]
+    text, entities = tokenizer.read(ids, new)
+    print(f"{name}: {text}  scores: {[round(e.scores[0], 2) for e in entities]}")
+
+# %% [markdown]
+# And [CLS], which stands for no place? It is a key like the others:
+
+# %%
+print(f"of the attention on the picture, [CLS] gets {float(weights[0, :, :, 0].sum() / weights[0, :, :, :N].sum()):.3f}; an equal share would be {1 / N:.3f}")
+
+# %% [markdown]
 # The order of the *keys* does not matter, only that of the queries: attention is a sum. So the picture's
 # geometry reaches the latents only through the positions that the ViT added (notebook 1).
 
@@ -96,9 +114,11 @@ torch.testing.assert_close(resampler(features[:, shuffled]), resampler(features)
 # ## Why unit length matters: the blind model
 #
 # Features have length one, so their coordinates are about 1/√E. The latents start as a normal distribution
-# with spread one. If `dense` starts with the usual small weights, the picture is a whisper among shouting
-# latents: all pictures look alike to the decoder, and training settles for guessing. Measured on untrained
-# models: how different are the embeddings of two pictures?
+# with spread one, in the published model as well. If `dense` starts with small weights (0.02 is what
+# transformers would draw, 1/√D the usual rule), the picture is a whisper among shouting
+# latents: all pictures look alike to the decoder, and guessing is the quickest way to a lower loss. Measured on
+# untrained models: how far are the embeddings of eight pictures from their mean? And what if it is the latents
+# that start small?
 
 # %%
 pictures = torch.stack([preprocess_image(Scene.random(s).draw(), config.vision.image_size) for s in range(8)])
@@ -112,21 +132,22 @@ def spread(model) -> float:
 
 untrained = Kosmos2(replace(config, text=replace(config.text, layers=1))).eval()
 rows = []
-for std in (1.0, 0.3, D**-0.5, 0.02):
+for std, latents in ((1.0, 1.0), (0.3, 1.0), (D**-0.5, 1.0), (0.02, 1.0), (1.0, 0.02), (0.02, 0.02)):
     init_weights(untrained, tokenizer.first_location)
     untrained.resampler.dense.weight.normal_(std=std, generator=torch.Generator().manual_seed(0))
-    rows.append((f"{std:.2f}", f"{spread(untrained):.3f}"))
-table([*rows, ("trained", f"{spread(model):.3f}")], ("std of dense", "spread over pictures"))
+    untrained.resampler.latent_query.mul_(latents)
+    rows.append((f"{std:.2f}", f"{latents:.2f}", f"{spread(untrained):.3f}"))
+table([*rows, ("trained", "", f"{spread(model):.3f}")], ("std of dense", "of the latents", "spread over pictures"))
 
 # %% [markdown]
-# The bundled model starts `dense` with std 1 (`init_weights` in `tiny/train.py`). And what does a blind
+# What counts is how loud the picture is beside the latents. The bundled model starts both with std 1
+# (`init_weights` in `tiny/train.py`). And what does a blind
 # model do? Take the sight of the trained one away by giving it the average of eight pictures' embeddings:
 
 # %%
 names = [f"{s.color} {s.shape}" for s in Scene.random(HELD_OUT + 8).shapes]
 seen = model.encode_image(preprocess_image(Scene.random(HELD_OUT + 8).draw(), config.vision.image_size)[None])
 blind = model.encode_image(pictures).mean(0, keepdim=True)
-ids, mask = tokenizer.encode_prompt("<grounding>An image of")
 print("the picture holds:", ", ".join(names))
 for name, embeds in (("seeing", seen), ("blind", blind)):
     new = model.generate(torch.tensor([ids]), None, embeds, torch.tensor([mask]), max_new_tokens=100)[0]
@@ -155,5 +176,7 @@ table([("here", predicted), ("published model", published)], ("resampler", "para
 #    not express?
 # 2. Cut the latents in half: `Kosmos2(replace(config, latent_query_num=16))`. Which tensors change shape?
 # 3. Give the resampler features of length ten instead of one. What happens to `away`, and why?
-# 4. Two pictures in one prompt are 2 x (Q + 2) positions. At which Q would the published model run out of its
+# 4. Build a second resampler layer: latents that have looked once look again. What must it start with, so that a
+#    trained model says at first what it said before? (Hint: a residual, and an `out_proj` of zeros.)
+# 5. Two pictures in one prompt are 2 x (Q + 2) positions. At which Q would the published model run out of its
 #    2,048 positions with eight pictures?

@@ -8,7 +8,6 @@
 # %%
 from figures import COLORS, ROOT, plt, reference, show, table  # isort: skip
 import json
-import math
 import pickle
 import tempfile
 import zipfile
@@ -43,11 +42,28 @@ torch.testing.assert_close(by_hand.float(), model.resampler.latent_query.detach(
 # %% [markdown]
 # ## The map of names
 #
-# `NAMES` in `load_weights.py` is all of it: beginnings of names in three columns. Nothing is transposed,
-# split or joined, so a tensor only moves.
+# `NAMES` in `load_weights.py` is all of it: beginnings of names in three columns ({} is a layer's number). What
+# follows a beginning is the same in all three. Nothing is transposed, split or joined, so a tensor only moves. Here
+# each column is in the order of its alphabet, as in a file; follow the lines, and mind what misleads: the
+# `final_layer_norm` of a published block is its second of two, not the last.
 
 # %%
-table([row for row in NAMES if "layers.{}" in row[0] or "resampler" in row[0]], ("here", "published", "original"))
+parts = dict(zip(("vision", "resampler", "decoder"), COLORS, strict=False))
+orders = [{name: place for place, name in enumerate(sorted(column))} for column in zip(*NAMES, strict=True)]
+fig, axis = plt.subplots(figsize=(12, 4.8))
+for names in NAMES:
+    color = parts[names[0].split(".")[0]]
+    ends = []
+    for name, order, left in zip(names, orders, (0, 0.27, 0.69), strict=True):
+        text = axis.text(left, -order[name], name, family="monospace", fontsize=7, color=color, va="center")
+        ends.append((left, left + 0.0057 * len(name), -order[name]))
+    for (_, right, y1), (left, _, y2) in zip(ends, ends[1:], strict=False):
+        axis.plot([right, left - 0.005], [y1, y2], color=color, lw=0.8)
+for left, title in ((0, "here"), (0.27, "published (Hugging Face)"), (0.69, "original (fairseq)")):
+    axis.text(left, 1, title, fontsize=9, weight="bold")
+axis.set(xlim=(0, 1.05), ylim=(-len(NAMES), 1.5))
+axis.axis("off")
+show(fig, "Three columns of beginnings of names, joined by lines: for each of ours its published and its original name. For example: decoder.layers.{}.norm2 is text_model.model.layers.{}.final_layer_norm and gpt_model.decoder.layers.{}.final_layer_norm.")
 
 # %%
 checkpoint = Checkpoint(ROOT / "tiny")
@@ -84,7 +100,9 @@ with torch.device("meta"):
 total = sum(p.numel() for p in published.parameters())
 assert sum(predicted.values()) == total
 table([(part, f"{n:,}", f"{n / total:.1%}") for part, n in predicted.items()], ("part", "parameters", "share"))
-print(f"{total:,} parameters: {total * 4 / 1e9:.2f} GB in fp32, {total * 2 / 1e9:.2f} in 16 bits, {total / 1e9:.2f} in 8")
+for part in ("vision", "resampler", "decoder"):
+    print(f"{part}: {sum(p.numel() for p in getattr(published, part).parameters()):,}")
+print(f"{total:,} parameters: {total * 4 / 1e9:.2f} GB in fp32, {total * 2 / 1e9:.2f} in 16 bits, {total / 1e9:.2f} in 8 (and a little for scales)")
 
 fig, axis = plt.subplots(figsize=(9, 1.5))
 left = 0
@@ -93,7 +111,7 @@ for (part, n), color in zip(predicted.items(), COLORS, strict=False):
     left += n
 axis.axis("off")
 axis.legend(ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0))
-show(fig, "One bar in five colours: the decoder's blocks are three quarters of it, the ViT under a fifth, the embedding 8 percent, the resampler one percent.")
+show(fig, "One bar: the decoder's blocks are three quarters of it, the ViT under a fifth, the embedding 8 percent, the resampler one percent; the ViT's patches and positions are too thin to be seen.")
 
 # %% [markdown]
 # A decoding step reads the decoder's share once for every token, a good 1.3 billion numbers: notebook 9 makes
@@ -140,6 +158,3 @@ print(checkpoint.problems())
 # 2. `position_ids` and `embed_positions.weights` are in old files, and ignored. Why may they be?
 # 3. Which numbers of the table change with 32 instead of 24 decoder layers? With 128 latents?
 # 4. Make a copy of the checkpoint with one NaN and load it. Where is it found, at no cost of memory?
-
-# %%
-print(f"{math.prod((t.vocab_size, t.width)) * 4 / 1e6:.0f} MB")  # exercise 1

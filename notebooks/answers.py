@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import kosmos2
 from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, preprocess_image, quantize, record, sample
 from load_weights import Checkpoint, load_checkpoint
-from tokenizer import box_to_tokens, parse, tokens_to_box
+from tokenizer import Tokenizer, box_to_tokens, parse, tokens_to_box
 
 torch.set_grad_enabled(False)
 torch.manual_seed(0)
@@ -116,7 +116,30 @@ aways = [s["resampler.x_attn"][0][..., N:].sum(-1).mean() for s in (seen_there, 
 print(f"2.3: attention on the latents {aways[0]:.2f}, with features ten times as long {aways[1]:.2f}")
 assert not torch.allclose(model.resampler(10 * vit(pixels)), model.resampler(vit(pixels)), atol=0.1)
 
-# 2.4 8 (Q + 2) + 1 <= 2048: above Q = 253.
+# 2.4 A second cross-attention whose result is added to the first one's. With an `out_proj` of zeros it adds
+# nothing until it is trained; without the residual it would have to relearn everything. A checkpoint of it needs a
+# row in NAMES only if its names are to differ.
+
+
+class TwoLayers(kosmos2.Resampler):
+    def __init__(self, config):
+        super().__init__(config)
+        self.x_attn2 = kosmos2.Attention(config.text.width, config.text.heads)
+        self.x_attn2.out_proj.weight.zero_()
+        self.x_attn2.out_proj.bias.zero_()
+
+    def forward(self, features):
+        latents = super().forward(features)  # (B, Q, D)
+        return latents + self.x_attn2(latents, torch.cat([self.dense(features), latents], dim=1))
+
+
+two_layers = TwoLayers(model.config)
+two_layers.load_state_dict(model.resampler.state_dict(), strict=False)  # all but the new layer
+torch.testing.assert_close(two_layers(vit(pixels)), model.resampler(vit(pixels)))
+with patch.object(model, "resampler", two_layers):
+    assert say("<grounding>An image of")[0].startswith("An image of a green triangle")
+
+# 2.5 8 (Q + 2) + 1 <= 2048: above Q = 253.
 assert 8 * (253 + 2) + 1 <= TextConfig().max_positions < 8 * (254 + 2) + 1
 
 # ------------------------------------------------------------------------------------------------- 3. Decoder
@@ -152,9 +175,22 @@ assert len(parse(two)[1][0].boxes) == 2
 # 4.2 Inside the box; the training code took the cell beyond the line.
 assert box_to_tokens((0, 0, 0.5, 0.5)) == (0, 15 * 32 + 15) and box_to_tokens((0, 0, 0.5, 0.5), training=True) == (0, 16 * 32 + 16)
 
-# 4.3 GRID in tokenizer.py (and `init_weights`, which uses it to begin a training): functions take `grid`, `Tokenizer` too. The vocabulary would have
-# 256 location tokens instead of 1,024, so embeddings must be trained anew for them.
+# 4.3 GRID in tokenizer.py is the default of every function that takes a `grid`, and of `Tokenizer`. The model knows
+# it only by the size of its vocabulary: 256 location tokens instead of 1,024, so config.json says 768 less. Texts
+# with boxes are encoded anew; `init_weights` in tiny/train.py begins their embeddings smoothly for any grid. All that
+# reads or writes locations must be trained: their embeddings are new, and the blocks learned to say 1,024 others.
 assert tokens_to_box(0, 17, grid=16) == (0.03125, 0.03125, 0.09375, 0.09375)
+coarse = Tokenizer(tokenizer.model_file, Q, grid=16)
+assert coarse.vocab_size == tokenizer.vocab_size - 1024 + 256 and coarse.tokens[-1] == "<patch_index_0255>"
+coarse_model = Kosmos2(replace(model.config, text=replace(model.config.text, vocab_size=coarse.vocab_size))).eval()
+kept = {n: t for n, t in model.state_dict().items() if n != "decoder.embed_tokens.weight"}
+coarse_model.load_state_dict(kept, strict=False)
+first = coarse.first_location
+coarse_model.decoder.embed_tokens.weight[:first] = model.decoder.embed_tokens.weight[:first]
+cells = model.decoder.embed_tokens.weight[first:].view(16, 2, 16, 2, -1)  # four old cells to each new one
+coarse_model.decoder.embed_tokens.weight[first:] = cells.mean(dim=(1, 3)).flatten(0, 1)
+ids, image_mask = coarse.encode_prompt("<grounding><phrase> a star</phrase><object><patch_index_0017><patch_index_0034></object>")
+assert coarse_model(torch.tensor([ids]), pixels, image_mask=torch.tensor([image_mask])).shape[-1] == coarse.vocab_size
 
 # 4.4 A tag ends a text, and sentencepiece puts a space in front of each text it is given: "▁" and ".".
 assert [tokenizer.tokens[i] for i in tokenizer.encode("</phrase>.", add_bos=False)] == ["</phrase>", "▁", "."]
@@ -199,7 +235,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 # ---------------------------------------------------------------------------------------------------- 7. Tasks
 
-# 7.1 It points at something all the same: it was never asked for what is not there. The score is lower.
+# 7.1 It points at something all the same: it was never asked to find what is not there. The score is lower.
 there, missing = (say(f"<grounding><phrase> the {what}</phrase>")[1] for what in ("red star", "black heart"))
 assert there[0].scores[0] > missing[0].scores[0]
 
