@@ -64,7 +64,7 @@ for v in range(GRID + 1):
 for cell, name, side, dy in ((ul, "upper left", "left", -1), (lr, "lower right", "right", 2)):
     row, column = divmod(cell, GRID)
     axis.add_patch(plt.Rectangle((column / GRID, row / GRID), 1 / GRID, 1 / GRID, color=COLORS[0], alpha=0.6))
-    axis.annotate(f"{name}: {cell}", (column / GRID, (row + dy + 0.8) / GRID), color=COLORS[0], ha=side, va="bottom")
+    axis.annotate(f"{name}: {cell}", (column / GRID, (row + dy + 0.8) / GRID), color=COLORS[0], ha=side, va="bottom", backgroundcolor="white")
 for (x1, y1, x2, y2), color, style in ((by_hand, COLORS[0], "-"), (box, "black", "--")):
     axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, lw=1.5, ls=style))
 axis.axis("off")

@@ -56,7 +56,7 @@ for names in NAMES:
     ends = []
     for name, order, left in zip(names, orders, (0, 0.27, 0.69), strict=True):
         text = axis.text(left, -order[name], name, family="monospace", fontsize=7, color=color, va="center")
-        ends.append((left, left + 0.0057 * len(name), -order[name]))
+        ends.append((left, left + 0.0064 * len(name) + 0.003, -order[name]))
     for (_, right, y1), (left, _, y2) in zip(ends, ends[1:], strict=False):
         axis.plot([right, left - 0.005], [y1, y2], color=color, lw=0.8)
 for left, title in ((0, "here"), (0.27, "published (Hugging Face)"), (0.69, "original (fairseq)")):

@@ -8,8 +8,10 @@ Read an answer after you have made your own prediction.
 from figures import ROOT  # isort: skip  (it sets the paths)
 import math
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -239,7 +241,44 @@ with tempfile.TemporaryDirectory() as folder:
 there, missing = (say(f"<grounding><phrase> the {what}</phrase>")[1] for what in ("red star", "black heart"))
 assert there[0].scores[0] > missing[0].scores[0]
 
-# 7.2 No, or badly: it learned one order. 7.3 Shapes, then small ones first of all; places and colours last.
+# 7.2 The question first and its example last: the last picture is the one that is described, and the example has
+# turned into the question. Here a shape is asked about by an example of a color, in both orders.
+sys.path.insert(0, str(ROOT / "tiny"))
+from data import encode_example  # noqa: E402
+from evaluate import HELD_OUT, answers, ask_about, score  # noqa: E402
+from scenes import SECOND, Example, Scene, link  # noqa: E402
+
+hits = {"example first": 0, "example last": 0}
+for seed in range(HELD_OUT, HELD_OUT + 30):
+    scene, second = Scene.random(seed), Scene.random(seed + SECOND)
+    shown, asked = scene.shapes[0], second.shapes[0]
+    told, wanted = f"{link('It', [shown])} is {shown.color}.", f"{link('It', [asked])} is"
+    for name, prompt, first, last in (
+        ("example first", f"<grounding>{told}<image><grounding>{wanted}", scene, second),
+        ("example last", f"<grounding>{wanted}<image><grounding>{told}", second, scene),
+    ):
+        example = Example("example of a box", prompt, f" {asked.color}.", (asked,), last)
+        reply = tokenizer.decode(answers(model, tokenizer, [(first, example)])[0])
+        hits[name] += asked.color in reply
+print("7.2:", hits, "of 30")
+assert hits["example first"] > 20 > hits["example last"]
+
+
+# 7.3 Everything that hangs on outlines; colors and places last of all.
+def small(scene):
+    """The same scene, drawn with a quarter as many pixels a side."""
+    return SimpleNamespace(draw=lambda *a: scene.draw(28).resize((112, 112), Image.Resampling.BICUBIC))
+
+
+asked = ask_about(40, HELD_OUT + 20_000, only=("color of box", "shape in box", "where", "ground"))
+for name, pictures in (("sharp", asked), ("small", [(small(scene), example) for scene, example in asked])):
+    found = {}
+    for (scene, example), reply in zip(asked, answers(model, tokenizer, pictures), strict=True):
+        found.setdefault(example.task, []).extend(score(example, tokenizer.decode(reply), scene))
+    shares = {task: sum(h) / len(h) for task, h in found.items()}
+    print("7.3:", name, {task: round(share, 2) for task, share in shares.items()})
+assert shares["shape in box"] == min(shares.values())
+
 # 7.4 "the top left" where "top left" was wanted.
 
 # ------------------------------------------------------------------------------------------------- 8. Training

@@ -56,7 +56,7 @@ def overlay(axes, picture: Image.Image, weights: torch.Tensor, title: str = "") 
     weights = weights / weights.max()
     side = Image.fromarray((weights.numpy() * 255).astype("uint8")).resize(picture.size, Image.Resampling.BICUBIC)
     dark = Image.new("RGB", picture.size, "black")
-    axes.imshow(Image.composite(picture, dark, side.point(lambda v: 90 + v * 165 // 255)))
+    axes.imshow(Image.composite(picture, dark, side.point(lambda v: 120 + v * 135 // 255)))
     axes.set_title(title)
     axes.axis("off")
 
