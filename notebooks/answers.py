@@ -8,7 +8,6 @@ Read an answer after you have made your own prediction.
 from figures import ROOT  # isort: skip  (it sets the paths)
 import math
 import shutil
-import sys
 import tempfile
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,8 +15,10 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from evaluate import HELD_OUT, answers, ask_about, score
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from scenes import SECOND, Example, Scene, link
 
 import kosmos2
 from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, preprocess_image, quantize, record, sample
@@ -243,11 +244,6 @@ assert there[0].scores[0] > missing[0].scores[0]
 
 # 7.2 The question first and its example last: the last picture is the one that is described, and the example has
 # turned into the question. Here a shape is asked about by an example of a color, in both orders.
-sys.path.insert(0, str(ROOT / "tiny"))
-from data import encode_example  # noqa: E402
-from evaluate import HELD_OUT, answers, ask_about, score  # noqa: E402
-from scenes import SECOND, Example, Scene, link  # noqa: E402
-
 hits = {"example first": 0, "example last": 0}
 for seed in range(HELD_OUT, HELD_OUT + 30):
     scene, second = Scene.random(seed), Scene.random(seed + SECOND)
