@@ -398,9 +398,11 @@ class Attention(nn.Module):
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, hd), keys and values (B, H, S, hd)."""
         if self.qkv_proj is not None:  # one long product reads memory faster than three short ones
-            return tuple(self.split_heads(part) for part in self.qkv_proj(x).chunk(3, dim=-1))
-        context = x if context is None else context
-        return self.split_heads(self.q_proj(x)), self.split_heads(self.k_proj(context)), self.split_heads(self.v_proj(context))
+            q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
+        else:
+            context = x if context is None else context
+            q, k, v = self.q_proj(x), self.k_proj(context), self.v_proj(context)
+        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
 
     def split_heads(self, x: Tensor) -> Tensor:
         B, T, D = x.shape

@@ -267,7 +267,7 @@ table(rows, ("variant", "change of logits", "shapes named", "IoU"))
 # room to spare, and the bundled one has learned to ignore [CLS] altogether.
 #
 # So that is what makes these mistakes nasty: the answer stays nearly the same, with other probabilities. Only a
-# comparison of numbers finds them; `tests/mutations.py` makes 47 such mistakes and sees that a test notices each.
+# comparison of numbers finds them; `tests/mutations.py` makes 49 such mistakes and sees that a test notices each.
 # And mind what was measured: a part taken out of a model that was trained with it, four blocks deep. What sub-LN
 # does for the training of 24 blocks, or unit length for a resampler that starts from nothing (notebook 2), is
 # another question.

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = ["test_model", "test_parity", "test_grounding", "test_tokenizer", "test_sample", "test_packed"]
 
-MODEL, WORDS = "kosmos2.py", "tokenizer.py"
+MODEL, WORDS, LOADER = "kosmos2.py", "tokenizer.py", "load_weights.py"
 MUTATIONS = [
     # what is wrong, where, the line as it is, the line as it should not be
     ("no sub-LN in attention", MODEL, "self.out_proj(self.inner_attn_ln(x))", "self.out_proj(x)"),
@@ -36,9 +36,9 @@ MUTATIONS = [
     ("exact GELU in the ViT", MODEL, "return x * torch.sigmoid(1.702 * x)", "return F.gelu(x)"),
     ("tanh GELU in the decoder", MODEL, "config.mlp_width, F.gelu,", 'config.mlp_width, partial(F.gelu, approximate="tanh"),'),
     ("latents not among the keys", MODEL, "torch.cat([features, latents], dim=1))", "features)"),
-    ("queries and keys exchanged", MODEL, "q = self.split_heads(self.q_proj(x))  # (B, H, T, hd)\n        k = self.split_heads(self.k_proj(context))", "q = self.split_heads(self.k_proj(x))\n        k = self.split_heads(self.q_proj(context))"),
-    ("no bias on values", MODEL, "v = self.split_heads(self.v_proj(context))", "v = self.split_heads(F.linear(context, self.v_proj.weight))"),
-    ("no bias on queries", MODEL, "q = self.split_heads(self.q_proj(x))  # (B, H, T, hd)\n        k = self.split_heads(self.k_proj(context))", "q = self.split_heads(F.linear(x, self.q_proj.weight))\n        k = self.split_heads(self.k_proj(context))"),
+    ("queries and keys exchanged", MODEL, "q, k, v = self.q_proj(x), self.k_proj(context),", "q, k, v = self.k_proj(x), self.q_proj(context),"),
+    ("no bias on values", MODEL, "self.k_proj(context), self.v_proj(context)", "self.k_proj(context), F.linear(context, self.v_proj.weight)"),
+    ("no bias on queries", MODEL, "q, k, v = self.q_proj(x),", "q, k, v = F.linear(x, self.q_proj.weight),"),
     ("attention not scaled", MODEL, "(q, k, v, attn_mask=mask)", "(q, k, v, attn_mask=mask, scale=1.0)"),
     ("heads not put back in order", MODEL, "x = x.transpose(1, 2).reshape(B, T, D)  # (B, T, D)\n        return", "x = x.reshape(B, T, D)\n        return"),
     ("one token of the future", MODEL, "device=device).tril(S - T)", "device=device).tril(S - T + 1)"),
@@ -61,9 +61,11 @@ MUTATIONS = [
     ("beams not scored by length", MODEL, "(score / length, text)", "(score, text)"),
     ("n-gram block one too short", MODEL, "repeated_ngrams(text, o.no_repeat_ngram_size)", "repeated_ngrams(text, o.no_repeat_ngram_size - 1)"),
     ("<pad> is generated", MODEL, "scores[:, PAD] = -math.inf", "scores[:, PAD] += 0"),
-    ("int8 rows not scaled back", MODEL, "torch.addcmul(self.bias, y, largest)", "self.bias + y"),
+    ("int8 rows not scaled back", MODEL, "torch.addcmul(self.bias, y, largest, out=y)", "self.bias + y"),
     ("int8 sums that overflow without VNNI", MODEL, "torch.tensor(64.0 * 127)) else 63", "torch.tensor(64.0 * 127)) else 127"),
-    ("int8 rows share one scale", MODEL, "x.abs().amax(dim=-1, keepdim=True)", "x.abs().amax()[None]"),
+    ("int8 rows share one scale", MODEL, "x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True)", "x.amax()[None], -x.amin()[None]"),
+    ("packed keys and values exchanged", LOADER, 'for part in "qkv"]', 'for part in "qvk"]'),
+    ("all parts of a batch share the first rows of the cache", MODEL, "self.keys[rows], self.values[rows]\n        return part", "self.keys[: rows.stop - rows.start], self.values[: rows.stop - rows.start]\n        return part"),
     ("pieces keep sentencepiece's ids", WORDS, "[i + 1 if i else", "[i if i else"),
     ("box corners of the training code", WORDS, "math.ceil(x2 * grid - 1), math.ceil(y2 * grid - 1)", "math.floor(x2 * grid - 1e-9), math.floor(y2 * grid)"),
     ("cells instead of centres", WORDS, "left + 0.5, top + 0.5, right + 0.5, bottom + 0.5", "left, top, right + 1, bottom + 1"),

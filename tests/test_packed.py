@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, copy
 from safetensors.torch import load_file, save_file
 from scenes import Scene
 
-from kosmos2 import PackedEmbedding, PackedLinear, linear, pad_left, preprocess_image, quantize
+from kosmos2 import Attention, PackedEmbedding, PackedLinear, linear, pad_left, preprocess_image, quantize
 from load_weights import load_checkpoint, save_checkpoint
 
 
@@ -131,3 +131,41 @@ def test_what_packed_models_refuse(small_folder, tmp_path):
     for precision in ("int8", "fp16"):
         with pytest.raises(ValueError, match=r"layers.1.ffn.fc1.weight .* NaN"):
             load_checkpoint(folder, precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_parts_of_a_batch(precision, monkeypatch):
+    """Computed a row at a time or all together, padded rows and rows with a past included: the same."""
+    model, tokenizer = load_checkpoint(TINY, precision)
+    pixels = torch.stack([preprocess_image(Scene.random(seed).draw(), 112) for seed in (1, 2, 3)])
+    texts = ("<grounding>An image of", "<grounding><phrase> a star</phrase>", "Question: How many shapes are there? Answer:")
+    tokens, image_mask, pad_mask = pad_left([tokenizer.encode_prompt(text) for text in texts])
+    head, head_mask = tokenizer.encode_prompt("")
+    questions, _, question_pads = pad_left([(tokenizer.encode(text, add_bos=False), []) for text in texts])
+
+    def results():
+        embeds = model.encode_image(pixels)
+        whole = model.generate(tokens, None, embeds, image_mask, pad_mask, max_new_tokens=20)
+        past = model.start(torch.tensor([head]), pixels[:1], image_mask=torch.tensor([head_mask]), max_new_tokens=0)
+        return embeds, whole, model.start(questions, pad_mask=question_pads, past=past, max_new_tokens=20).finish()
+
+    with torch.inference_mode():
+        together = results()
+        monkeypatch.setattr("kosmos2.CACHE", 1)
+        apart = results()
+    torch.testing.assert_close(together[0], apart[0], rtol=1e-3, atol=1e-2 if precision == "int8" else 1e-4)
+    assert together[1:] == apart[1:]
+    for one, other in zip(together[1] + together[2], apart[1] + apart[2], strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=0.02 if precision == "int8" else 1e-4)
+
+
+def test_packed_attention_is_one_product(tiny):
+    """Queries, keys and values of self-attention come out of one layer; those of the resampler, which has two inputs, do not."""
+    packed, _ = load_checkpoint(TINY, "int8")
+    for name, module in packed.named_modules():
+        if isinstance(module, Attention):
+            assert (module.qkv_proj is None) == (name == "resampler.x_attn"), name
+    x = torch.randn(2, 5, 192)
+    with torch.inference_mode():
+        for wanted, found in zip(*(m.decoder.layers[0].attn.project(x, None) for m in (tiny[0], packed)), strict=True):
+            assert error(found, wanted) < 0.02

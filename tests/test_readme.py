@@ -58,3 +58,12 @@ def test_the_python_example(monkeypatch):
     with contextlib.redirect_stdout(out):
         exec(code, {})
     assert out.getvalue() == wanted
+
+
+def test_the_number_of_mutations():
+    from mutations import MUTATIONS
+
+    for page in (ROOT / "README.md", ROOT / "notebooks" / "03_decoder.py"):
+        assert f"tests/mutations.py` makes {len(MUTATIONS)}" in page.read_text(encoding="utf-8")
+    files = {file: (ROOT / file).read_text(encoding="utf-8") for _, file, _, _ in MUTATIONS}
+    assert [name for name, file, old, _ in MUTATIONS if files[file].count(old) != 1] == []
