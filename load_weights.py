@@ -443,7 +443,8 @@ def find_tokenizer(checkpoint: Checkpoint, path: str | Path | None = None) -> To
     tokenizer = Tokenizer(model_file, checkpoint.config.latent_query_num)
     if tokenizer.vocab_size != checkpoint.config.text.vocab_size:
         raise ValueError(
-            f"{model_file} makes a vocabulary of {tokenizer.vocab_size}, but the checkpoint "
+            f"{model_file} makes a vocabulary of {tokenizer.vocab_size} "
+            f"(with locations in a {tokenizer.grid} x {tokenizer.grid} grid), but the checkpoint "
             f"has embeddings for {checkpoint.config.text.vocab_size}; give the sentencepiece model it was trained with"
         )
     return tokenizer

@@ -43,7 +43,8 @@ print(tokenizer.tokens[first - 11 : first + 2])
 # ## A box and its two tokens
 #
 # Cells are numbered row by row: cell 44 is column 12 of row 1. A box is written as the cell of its upper left
-# corner and the cell of its lower right corner. Back again, the corners are the *centres* of these cells: a corner
+# corner and the cell of its lower right corner. (These cells have nothing to do with the ViT's patches, in spite of
+# their name: the published model has 16 x 16 of those.) Back again, the corners are the *centres* of these cells: a corner
 # may have been anywhere in its cell, and the centre is never off by more than half of it.
 # Only if both cells lie in one row or column, where a box from centre to centre would be empty, it is all of
 # the cells.
@@ -75,7 +76,8 @@ show(fig, "The picture under a grid of 32 by 32 cells. Two cells are red; a dash
 #
 # A corner is off by half a cell at most, 1/64 of the picture (thin boxes apart). How much overlap is lost depends on the size of
 # the box. With errors uniform in ±1/64, each of the four sides is off by 1/128 on average, and costs a box of
-# side s the share 1/(128 s) of its overlap: IoU is near 1 - 1/(32 s). Prediction and measurement:
+# side s the share 1/(128 s) of its overlap: IoU is near 1 - 1/(32 s), with a grid of G cells 1 - 1/(G s). Prediction
+# and measurement:
 
 
 # %%
@@ -90,8 +92,8 @@ measured = []
 for side in sides:
     boxes = [(x := rng.uniform(0, 1 - side), y := rng.uniform(0, 1 - side), x + side, y + side) for _ in range(2000)]
     measured.append(sum(iou(b, tokens_to_box(*box_to_tokens(b))) for b in boxes) / 2000)
-table([(s, f"{1 - 1 / (32 * s):.3f}", f"{m:.3f}") for s, m in zip(sides, measured, strict=True)], ("side", "predicted", "measured"))
-assert all(abs(1 - 1 / (32 * s) - m) < 0.06 for s, m in zip(sides[1:], measured[1:], strict=True))
+table([(s, f"{1 - 1 / (GRID * s):.3f}", f"{m:.3f}") for s, m in zip(sides, measured, strict=True)], ("side", "predicted", "measured"))
+assert all(abs(1 - 1 / (GRID * s) - m) < 0.06 for s, m in zip(sides[1:], measured[1:], strict=True))
 
 # %% [markdown]
 # (The smallest boxes often lie in one row or column of cells, where the rule of whole cells takes over; there the
@@ -180,6 +182,7 @@ for expressions in (chunks, [[0, 27, 0.3, 0.3, 0.6, 0.9, 0.9]]):
 # 1. Write two boxes for one phrase and parse the text. What separates them?
 # 2. Where does `box_to_tokens` put a box that ends exactly on a line between two cells? The original has two ways,
 #    one for prompts and one in its data loader (`training=True`); where does the other put it?
-# 3. A 16 x 16 grid: `tokens_to_box(ul, lr, grid=16)`. Which lines of which files know the 32, and what would
-#    have to be trained again? Make a `Tokenizer` and a model of it.
+# 3. A 16 x 16 grid: which lines of which files know the 32, and what would have to be trained again? (Functions have
+#    a `grid` argument for a single call, as `tokens_to_box(0, 17, grid=16)`; scripts and training data do not give
+#    it.) Notebook 6 makes such a model.
 # 4. Predict `tokenizer.encode("</phrase>.")` before you run it. Why two tokens?

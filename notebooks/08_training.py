@@ -161,4 +161,5 @@ show(fig, "Left: the losses of words and of locations fall over the steps, words
 # 2. Let questions carry loss as well. Which line of `data.py` is it? What would you expect?
 # 3. Give location tokens random initial embeddings instead of smooth ones (`init_weights`). What would a near
 #    miss then teach the model about the neighbouring cell?
-# 4. Train only the resampler: `python tiny/train.py --train resampler ...`. How many parameters move?
+# 4. Train only the resampler, going on from the bundled weights:
+#    `python tiny/train.py --checkpoint tiny --out NEW --train resampler --steps 100 --lr 3e-4`. How many parameters move?

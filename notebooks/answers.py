@@ -178,22 +178,11 @@ assert len(parse(two)[1][0].boxes) == 2
 # 4.2 Inside the box; the training code took the cell beyond the line.
 assert box_to_tokens((0, 0, 0.5, 0.5)) == (0, 15 * 32 + 15) and box_to_tokens((0, 0, 0.5, 0.5), training=True) == (0, 16 * 32 + 16)
 
-# 4.3 GRID in tokenizer.py is the default of every function that takes a `grid`, and of `Tokenizer`. The model knows
-# it only by the size of its vocabulary: 256 location tokens instead of 1,024, so config.json says 768 less. Texts
-# with boxes are encoded anew; `init_weights` in tiny/train.py begins their embeddings smoothly for any grid. All that
-# reads or writes locations must be trained: their embeddings are new, and the blocks learned to say 1,024 others.
+# 4.3 One line, GRID in tokenizer.py: everything that reads or writes locations takes it from there, and the model
+# knows it only by the size of its vocabulary. To be trained again: the location embeddings, and with a small learning
+# rate all the rest, which has learned to say 1,024 others.
 assert tokens_to_box(0, 17, grid=16) == (0.03125, 0.03125, 0.09375, 0.09375)
-coarse = Tokenizer(tokenizer.model_file, Q, grid=16)
-assert coarse.vocab_size == tokenizer.vocab_size - 1024 + 256 and coarse.tokens[-1] == "<patch_index_0255>"
-coarse_model = Kosmos2(replace(model.config, text=replace(model.config.text, vocab_size=coarse.vocab_size))).eval()
-kept = {n: t for n, t in model.state_dict().items() if n != "decoder.embed_tokens.weight"}
-coarse_model.load_state_dict(kept, strict=False)
-first = coarse.first_location
-coarse_model.decoder.embed_tokens.weight[:first] = model.decoder.embed_tokens.weight[:first]
-cells = model.decoder.embed_tokens.weight[first:].view(16, 2, 16, 2, -1)  # four old cells to each new one
-coarse_model.decoder.embed_tokens.weight[first:] = cells.mean(dim=(1, 3)).flatten(0, 1)
-ids, image_mask = coarse.encode_prompt("<grounding><phrase> a star</phrase><object><patch_index_0017><patch_index_0034></object>")
-assert coarse_model(torch.tensor([ids]), pixels, image_mask=torch.tensor([image_mask])).shape[-1] == coarse.vocab_size
+assert Tokenizer(tokenizer.model_file, Q, grid=16).vocab_size == tokenizer.vocab_size - 32 * 32 + 16 * 16
 
 # 4.4 A tag ends a text, and sentencepiece puts a space in front of each text it is given: "▁" and ".".
 assert [tokenizer.tokens[i] for i in tokenizer.encode("</phrase>.", add_bos=False)] == ["</phrase>", "▁", "."]
