@@ -23,11 +23,12 @@ One legend everywhere:
     D width    H heads             hd = D / H head width
     E vision width    N image positions    Q latent queries    I images of a batch
 
-Four things differ from the textbook transformer; each is explained where it happens:
-sub-LN (`Block`), features of unit length (`VisionTransformer`), latents that are among their own keys
-(`Resampler`), positions that begin at 2 and have all sines before all cosines (`token_positions`,
-`sinusoidal_positions`). Three things are there for speed only: `linear`, the 8 and 16 bit weights of `PackedLinear`,
-and batches that are computed in parts (`rows_at_a_time`).
+What differs from the textbook transformer is explained where it happens; the main things are sub-LN (`Block`),
+features of unit length (`VisionTransformer`), latents that are among their own keys (`Resampler`), positions that
+begin at 2 and have all sines before all cosines (`token_positions`, `sinusoidal_positions`). notebooks/03_decoder
+has the whole list, and what breaks without each. The file goes from the configuration through picture, decoder
+and whole model to generation. Its last section, Speed, is there for nothing else and may be left for later: until
+then read `Linear` as nn.Linear.
 """
 
 import json
@@ -193,144 +194,14 @@ FIXED = [
 ]
 
 # ----------------------------------------------------------------------------------------------------
-# Linear layers, and how fast weights can be read  (walkthrough: notebooks/09_speed)
-# ----------------------------------------------------------------------------------------------------
-
-
-class Linear(nn.Linear):
-    """nn.Linear that uses every core for a few rows, too."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-FEW_ROWS, MANY_WEIGHTS = 16, 2**20
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear: x (..., K) times weight (N, K) transposed, plus bias (N,).
-
-    A step of decoding multiplies a single row with each weight once, so it takes as long as reading them
-    all. PyTorch's CPU kernel gives such a product to one core, which cannot read as fast as the memory
-    delivers. As a batch of products with slices of the matrix it goes to all cores: twice as fast on two.
-    """
-    rows, (N, K) = x.numel() // x.shape[-1], weight.shape
-    if rows > FEW_ROWS or N * K < MANY_WEIGHTS or x.device.type != "cpu" or x.dtype != torch.float32:
-        return F.linear(x, weight, bias)
-    slices = max(n for n in range(1, 65) if N % n == 0)
-    columns = x.reshape(rows, K).T.expand(slices, K, rows)
-    y = torch.bmm(weight.view(slices, N // slices, K), columns)  # (slices, N / slices, rows)
-    y = y.reshape(N, rows).T.reshape(*x.shape[:-1], N)
-    return y if bias is None else y + bias
-
-
-class PackedLinear(nn.Module):
-    """A linear layer with weights of 8 or 16 bits, for CPUs; what goes in and comes out is float32.
-
-    Decoding takes as long as reading the weights, so narrower ones decode faster: float16 twice, int8 four
-    times. In int8 the weights of output n are scale[n] * q[n], q from -127 to 127; each row of x is rounded
-    in the same way by a scale of its own, so that it does not depend on its neighbours; sums are exact.
-    PyTorch's fbgemm kernels do it where they are built in, plain arithmetic with the same numbers elsewhere.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None):
-        """weight (N, K): float16; or int8, and then with its scale (N,)."""
-        super().__init__()
-        self.bias, self.scale, self.weight, self.packed = bias, scale, weight, None
-        if hasattr(torch.ops.quantized, KERNEL) and {"x86", "fbgemm"} & set(torch.backends.quantized.supported_engines):
-            self.weight, self.packed = None, pack(weight, bias, scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.scale is None:
-            if self.packed is not None:
-                return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
-            return F.linear(x, self.weight.float(), self.bias)
-        largest = torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True)).clamp(min=1e-30)  # (..., 1)
-        if self.packed is not None:
-            y = multiply(x / largest, self.packed, finest())
-        else:
-            y = F.linear((x / largest * 127).round() / 127, self.weight.float()) * self.scale
-        return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest, out=y)
-
-
-KERNEL = "linear_with_input_q_dq_qweight_dq_output_fp32"
-
-
-def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None):
-    """Weights in the order in which PyTorch's kernels read them; for int8 without the bias."""
-    if scale is None:
-        return torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
-    with warnings.catch_warnings(action="ignore"):  # PyTorch means to replace these kernels one day
-        zero = torch.zeros(len(scale), dtype=torch.long)
-        weight = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero, 0)
-    return torch.ops.quantized.linear_prepack(weight, None)
-
-
-def multiply(x: Tensor, packed, steps: int) -> Tensor:
-    """x (..., K) in -1..1, rounded to `steps` steps on either side of zero, times packed int8 weights."""
-    return getattr(torch.ops.quantized, KERNEL)(x, 1 / steps, steps + 1, packed)
-
-
-@lru_cache
-def finest() -> int:
-    """127 steps, or 63 on CPUs without VNNI instructions: there pairs of products are added in 16 bits.
-
-    Two products of 255 and 127 would not fit, and be cut off without a word, as they are in this trial.
-    """
-    trial = pack(torch.full((16, 64), 127, dtype=torch.int8), None, torch.ones(16))
-    return 127 if torch.allclose(multiply(torch.ones(1, 64), trial, 127), torch.tensor(64.0 * 127)) else 63
-
-
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (N, K) -> int8 (N, K) and scale (N,), so that weight is close to their product."""
-    scale = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).clamp(min=1e-30) / 127
-    q = torch.empty(weight.shape, dtype=torch.int8)
-    for part, rows, step in zip(q.split(512), weight.split(512), scale[:, None].split(512), strict=True):
-        part.copy_((rows / step).round_())  # in parts that stay in the cache
-    return q, scale
-
-
-CACHE = 2**22  # activations, 16 MiB of float32: what may stay in a CPU's cache from one operation to the next
-
-
-def rows_at_a_time(batch: Tensor, activations: int) -> int:
-    """How many rows of a batch to compute together, each with so many activations in its widest layer.
-
-    What does not fit the cache is written to memory and read again by every operation: 16 pictures of the
-    published size take the ViT nearly twice as long at once as three at a time.
-    """
-    return max(1, CACHE // activations) if batch.device.type == "cpu" else max(1, len(batch))
-
-
-def random_parameter(*shape: int, size: float) -> nn.Parameter:
-    """Numbers to begin a training with. Uniform ones: for normal ones on the "meta" device, where checkpoints
-    are planned, PyTorch imports its compiler, which takes a second."""
-    return nn.Parameter(torch.empty(*shape).uniform_(-size, size))
-
-
-class Embedding(nn.Embedding):
-    """Token embeddings that are also the output projection."""
-
-    def unembed(self, x: Tensor) -> Tensor:
-        """x (..., D) -> logits (..., V)."""
-        return linear(x, self.weight)
-
-
-class PackedEmbedding(nn.Module):
-    """The same in 8 or 16 bits: a row for a token, and the whole of it as a PackedLinear."""
-
-    def __init__(self, weight: Tensor, scale: Tensor | None = None):
-        super().__init__()
-        self.weight, self.scale, self.unembed = weight, scale, PackedLinear(weight, None, scale)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        rows = self.weight[tokens].float()
-        return rows if self.scale is None else rows * self.scale[tokens][..., None]
-
-
-# ----------------------------------------------------------------------------------------------------
 # Parts that the vision transformer, the resampler and the decoder share
 # ----------------------------------------------------------------------------------------------------
+
+
+# Random weights to begin a training with. Uniform ones: for normal ones on the "meta" device, where checkpoints are
+# planned, PyTorch imports its compiler, which takes a second. (`Decoder` avoids those of nn.Embedding for that reason.)
+def random_parameter(*shape: int, size: float) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape).uniform_(-size, size))
 
 
 class KVCache:
@@ -360,7 +231,10 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order: rows that finished go, beams that won are copied."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        for name, old in (("keys", self.keys), ("values", self.values)):
+            new = old.new_empty(len(rows), *old.shape[1:])
+            new[:, :, : self.length] = old[rows, :, : self.length]
+            setattr(self, name, new)
 
 
 class Attention(nn.Module):
@@ -454,7 +328,7 @@ class Block(nn.Module):
         self.mlp = MLP(width, mlp_width, activation, sub_ln, eps)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), None, mask, cache)  # by position: so `record` sees them
+        x = x + self.attn(self.norm1(x), mask=mask, cache=cache)
         x = x + self.mlp(self.norm2(x))
         return x
 
@@ -595,6 +469,14 @@ def causal_mask(T: int, S: int, pad_mask: Tensor | None = None, device=None) -> 
     return (mask & ~pad_mask[:, None, :] | itself)[:, None]  # (B, 1, T, S)
 
 
+class Embedding(nn.Embedding):
+    """Token embeddings that are also the output projection."""
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """x (..., D) -> logits (..., V)."""
+        return linear(x, self.weight)
+
+
 class Decoder(nn.Module):
     """A causal transformer; its embedding matrix is also its output projection (tied)."""
 
@@ -680,10 +562,10 @@ class Kosmos2(nn.Module):
         if image_embeds is not None and tuple(image_embeds.shape[1:]) != (Q, D):
             raise ValueError(f"image_embeds have shape {tuple(image_embeds.shape)}; this model wants (I, {Q}, {D})")
         check_mask("image_mask", image_mask, tokens)
-        slots = 0 if image_mask is None else int(image_mask.sum())
+        slots = torch.zeros(len(tokens), dtype=torch.long) if image_mask is None else image_mask.sum(dim=1)  # (B,)
         filled = 0 if image_embeds is None else len(image_embeds) * Q
-        if slots != filled:
-            raise ValueError(f"image_mask marks {slots} slots, but the pictures fill {filled} ({Q} each)")
+        if int(slots.sum()) != filled or (slots % Q).any():
+            raise ValueError(f"image_mask marks {slots.tolist()} slots in its rows, but the pictures fill {filled} ({Q} each)")
         if filled:
             x = x.masked_scatter(image_mask[..., None], image_embeds.to(x.dtype))
         return x
@@ -707,8 +589,8 @@ class Kosmos2(nn.Module):
         Returns logits (B, T, V), or (logits, mean cross-entropy).
         Raises ValueError for shapes that do not fit and rows longer than the trained positions.
         """
-        T = tokens.shape[-1]
         x = self.embed(tokens, pixels, image_embeds, image_mask)
+        T = tokens.shape[1]
         positions = token_positions(tokens, pad_mask)
         self._check_length(positions)
         x = self.decoder(x, positions, causal_mask(T, T, pad_mask, tokens.device))
@@ -786,16 +668,17 @@ def record(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         seen["vision.layers.3"][0]    what block 3 put out, (B, N, E)
         seen["resampler.x_attn"][0]   where the latents looked, (B, H, Q, N + Q)
 
-    Every run adds an entry to the lists: of a generation the first is the prompt's, then one a token.
+    Every run adds an entry to the lists: of a generation the first is the prompt's, then one a token. (A large batch
+    on a CPU runs in parts, `rows_at_a_time`, and adds one for each.)
     """
     seen: dict[str, list[Tensor]] = {}
 
-    def keep(module, inputs, output, name):
-        value = module.weights(*inputs) if isinstance(module, Attention) else output
+    def keep(module, inputs, options, output, name):
+        value = module.weights(*inputs, **options) if isinstance(module, Attention) else output
         seen.setdefault(name, []).append(value.detach())
 
     watched = [(name, module) for name, module in model.named_modules() if isinstance(module, (Block, Attention))]
-    hooks = [module.register_forward_hook(partial(keep, name=name)) for name, module in watched]
+    hooks = [module.register_forward_hook(partial(keep, name=name), with_kwargs=True) for name, module in watched]
     try:
         yield seen
     finally:
@@ -818,7 +701,7 @@ class GenerationOptions:
     top_k: int | None = None  # sample among the k likeliest only
     top_p: float | None = None  # sample among the fewest likeliest tokens whose probabilities reach p
     num_beams: int = 1  # above 1: beam search, which does not sample
-    # n: no n tokens in a row, the prompt's included, come twice. The published model is used with 3
+    # n: no n tokens in a row, the prompt's and the ids in its image slots included, come twice. The published model is used with 3
     # (config.text.no_repeat_ngram_size); transformers 5.23 loses that setting while it loads.
     no_repeat_ngram_size: int = 0
     seed: int | None = None  # repeatable sampling: every row draws the same numbers, those it would draw alone
@@ -835,10 +718,12 @@ class GenerationOptions:
                 raise ValueError(f"{name} is {given!r}; it must be a whole number, at least {value}")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens ({self.max_new_tokens})")
-        if not 0 <= self.temperature < math.inf:
+        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature!r}; it must be 0 (greedy) or a positive number")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
+        if self.seed is not None and (type(self.seed) is not int or not -(2**63) <= self.seed < 2**64):
+            raise ValueError(f"seed is {self.seed!r}; it must be a whole number of at most 64 bits")
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError("beam search does not sample; use temperature 0 or num_beams 1")
 
@@ -852,6 +737,10 @@ class NewTokens(list):
     def __init__(self, ids=(), probabilities=()):
         super().__init__(ids)
         self.probabilities = list(probabilities)
+
+    def __getitem__(self, at):
+        found = super().__getitem__(at)
+        return NewTokens(found, self.probabilities[at]) if isinstance(at, slice) else found
 
     def plus(self, token: int, probability: float) -> "NewTokens":
         return NewTokens([*self, token], [*self.probabilities, probability])
@@ -883,15 +772,13 @@ class Generation:
         pads = torch.zeros_like(tokens, dtype=torch.bool) if pad_mask is None else pad_mask
         before = [] if past is None else past.prompts[0]
         self.prompts = [before + row[~pad].tolist() for row, pad in zip(tokens, pads, strict=True)]
-        self.draws = None if options.seed is None else torch.Generator().manual_seed(options.seed)
+        self.random = None if options.seed is None else torch.Generator().manual_seed(options.seed)
         positions = token_positions(tokens, pad_mask) + P
         model._check_length(positions, options.max_new_tokens)
         self.next_position = positions[:, -1:] + 1  # (B, 1)
         text = model.config.text
-        self.capacity = P + T + max(options.max_new_tokens - 1, 0)
-        self.caches = [
-            KVCache(B, text.heads, self.capacity, text.width // text.heads, like=x) for _ in range(text.layers)
-        ]
+        capacity = P + T + max(options.max_new_tokens - 1, 0)
+        self.caches = [KVCache(B, text.heads, capacity, text.width // text.heads, like=x) for _ in range(text.layers)]
         if past is not None:
             for cache, old in zip(self.caches, past.caches, strict=True):
                 cache.append(*(kv[:, :, :P].expand(B, -1, -1, -1) for kv in (old.keys, old.values)))
@@ -902,10 +789,11 @@ class Generation:
         """Run new positions x (B, T, D) through the decoder, some rows at a time, and ask the last one what is next."""
         B, T, _ = x.shape
         step, last = rows_at_a_time(x, T * self.model.config.text.mlp_width), []
-        for rows in (slice(start, start + step) for start in range(0, max(B, 1), step)):
+        for start in range(0, max(B, 1), step):
+            rows = slice(start, start + step)
+            seen = mask if mask is None or mask.dim() == 2 else mask[rows]
             caches = [cache.view(rows) for cache in self.caches]
-            part = self.model.decoder(x[rows], positions[rows], mask if mask is None or mask.dim() == 2 else mask[rows], caches)
-            last.append(part[:, -1])  # (step, D)
+            last.append(self.model.decoder(x[rows], positions[rows], seen, caches)[:, -1])  # (step or fewer, D)
         for cache in self.caches:
             cache.length += T
         self.logits = self.model.decoder.unembed(torch.cat(last)).float()  # (B, V)
@@ -957,7 +845,7 @@ class Generation:
     def draw(self) -> list[int]:
         """The next token of every running text, greedily or by sampling."""
         logits, o = self.forbid(self.logits), self.options
-        u = torch.rand(len(self.rows) if self.draws is None else 1, generator=self.draws).to(logits.device)
+        u = torch.rand(len(self.rows) if self.random is None else 1, generator=self.random).to(logits.device)
         return sample(logits, o.temperature, o.top_k, o.top_p, u).tolist()
 
     def grow(self, parents, tokens: list[int]) -> list[NewTokens]:
@@ -1006,7 +894,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     Drawn by inverting the cumulative distribution over tokens sorted by probability, which needs one
     uniform number a token and no more.
     """
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
     logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature must not overflow
     probs, ids = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # (B, V)
@@ -1060,7 +948,7 @@ def best_continuations(scores: Tensor, beams: list[int], K: int, last: bool):
     V = scores.shape[1]
     best, where = scores[beams].flatten().topk(min(2 * K, len(beams) * V))
     candidates = [(s, beams[at // V], at % V) for s, at in zip(best.tolist(), where.tolist(), strict=True)]
-    running = [c for c in candidates if not last and c[2] != EOS]
+    running = [c for c in candidates if not last and c[2] != EOS and c[0] > -math.inf]
     ended = [c for c in candidates[:K] if (last or c[2] == EOS) and c[0] > -math.inf]
     return running[:K], ended
 
@@ -1076,8 +964,8 @@ def rank_boxes(state: Generation, locations: range, count: int, beam: int = 32) 
     left corners; of boxes that overlap by half or more only the likeliest counts. The score is the geometric
     mean of the two probabilities. The state, of one row and at least two tokens to go, is used up.
     """
-    if len(state.rows) != 1 or state.left < 2:
-        raise ValueError("boxes are ranked for one prompt at a time, with max_new_tokens of at least 2")
+    if len(state.rows) != 1 or state.left < 2 or count < 1:
+        raise ValueError("boxes are ranked for one prompt at a time, with max_new_tokens of at least 2 and a count above 0")
     grid, cells = math.isqrt(len(locations)), torch.arange(len(locations))
     first = state.logits[0].softmax(dim=-1)[locations.start : locations.stop].cpu()  # (grid²,)
     p, ul = first.topk(min(beam, len(cells)))
@@ -1102,3 +990,132 @@ def cells_in_common(a, b, grid: int) -> float:
     height, width = min(ay2, by2) - max(ay1, by1) + 1, min(ax2, bx2) - max(ax1, bx1) + 1
     both = max(height, 0) * max(width, 0)
     return both / ((ay2 - ay1 + 1) * (ax2 - ax1 + 1) + (by2 - by1 + 1) * (bx2 - bx1 + 1) - both)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Speed: the same numbers sooner, or nearly the same much sooner  (walkthrough: notebooks/09_speed)
+# ----------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """nn.Linear that uses all cores even for a few rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+FEW_ROWS, MANY_WEIGHTS = 16, 2**20
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear: x (..., K) times weight (N, K) transposed, plus bias (N,).
+
+    A step of decoding multiplies a single row with each weight once, so it takes as long as reading them
+    all. PyTorch's CPU kernel gives such a product to one core, which cannot read as fast as the memory
+    delivers. As a batch of products with slices of the matrix it goes to all cores: twice as fast on two.
+    """
+    rows, (N, K) = x.numel() // x.shape[-1], weight.shape
+    if rows > FEW_ROWS or N * K < MANY_WEIGHTS or x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    slices = max(n for n in range(1, 65) if N % n == 0)  # enough for all cores, and still long
+    columns = x.reshape(rows, K).T.expand(slices, K, rows)
+    y = torch.bmm(weight.view(slices, N // slices, K), columns)  # (slices, N / slices, rows)
+    y = y.reshape(N, rows).T.reshape(*x.shape[:-1], N)
+    return y if bias is None else y + bias
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with weights of 8 or 16 bits, for CPUs; what goes in and comes out is float32.
+
+    Decoding takes as long as reading the weights, so narrower ones decode faster: float16 twice, int8 four
+    times. In int8 the weights of output n are scale[n] * q[n], q from -127 to 127; each row of x is rounded
+    in the same way by a scale of its own, so that it does not depend on its neighbours; sums are exact.
+    PyTorch's fbgemm kernels do it where they are built in. Elsewhere (ARM) plain arithmetic gives the same numbers;
+    that saves memory, but no time.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None):
+        """weight (N, K): float16; or int8, and then with its scale (N,)."""
+        super().__init__()
+        self.bias, self.scale, self.weight, self.packed = bias, scale, weight, None
+        if hasattr(torch.ops.quantized, KERNEL) and {"x86", "fbgemm"} & set(torch.backends.quantized.supported_engines):
+            self.weight, self.packed = None, pack(weight, bias, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            if self.packed is not None:
+                return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+            return F.linear(x, self.weight.float(), self.bias)
+        size = largest(x)  # (..., 1)
+        if self.packed is not None:
+            y = multiply(x / size, self.packed, input_steps())
+        else:
+            y = F.linear((x / size * 127).round() / 127, self.weight.float()) * self.scale
+        return y.mul_(size) if self.bias is None else torch.addcmul(self.bias, y, size, out=y)
+
+
+KERNEL = "linear_with_input_q_dq_qweight_dq_output_fp32"
+
+
+def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None):
+    """Weights in the order in which PyTorch's kernels read them; for int8 without the bias."""
+    if scale is None:
+        return torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+    with warnings.catch_warnings(action="ignore"):  # PyTorch means to replace these kernels one day
+        zero = torch.zeros(len(scale), dtype=torch.long)
+        weight = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero, 0)
+    return torch.ops.quantized.linear_prepack(weight, None)
+
+
+def multiply(x: Tensor, packed, steps: int) -> Tensor:
+    """x (..., K) in -1..1, rounded to `steps` steps on either side of zero, times packed int8 weights."""
+    return getattr(torch.ops.quantized, KERNEL)(x, 1 / steps, steps + 1, packed)
+
+
+@lru_cache
+def input_steps() -> int:
+    """127 steps, or 63 on CPUs without VNNI instructions: there pairs of products are added in 16 bits.
+
+    The kernel stores inputs as 1 to 255. Two products of 255 and 127 do not fit 16 bits, and are cut off without a
+    word; this trial sees whether they are.
+    """
+    trial = pack(torch.full((16, 64), 127, dtype=torch.int8), None, torch.ones(16))
+    return 127 if torch.allclose(multiply(torch.ones(1, 64), trial, 127), torch.tensor(64.0 * 127)) else 63
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest absolute value of each row, (..., 1), not zero; faster than x.abs().amax(), which writes x anew."""
+    return torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True)).clamp(min=1e-30)
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (N, K) -> int8 (N, K) and scale (N,) such that scale * int8 approximates weight."""
+    scale = largest(weight)[:, 0] / 127
+    q = torch.empty(weight.shape, dtype=torch.int8)
+    for part, rows, step in zip(q.split(512), weight.split(512), scale[:, None].split(512), strict=True):
+        part.copy_((rows / step).round_())  # in parts that stay in the cache
+    return q, scale
+
+
+CACHE = 2**22  # activations, 16 MiB of float32: what may stay in a CPU's cache from one operation to the next
+
+
+def rows_at_a_time(batch: Tensor, activations: int) -> int:
+    """How many rows of a batch to compute together, each with so many activations in its widest layer.
+
+    What does not fit the cache is written to memory and read again by every operation: 16 pictures of the
+    published size take the ViT nearly twice as long at once as three at a time.
+    """
+    return max(1, CACHE // activations) if batch.device.type == "cpu" else max(1, len(batch))
+
+
+class PackedEmbedding(nn.Module):
+    """The same in 8 or 16 bits: a row for a token, and the whole of it as a PackedLinear."""
+
+    def __init__(self, weight: Tensor, scale: Tensor | None = None):
+        super().__init__()
+        self.weight, self.scale, self.unembed = weight, scale, PackedLinear(weight, None, scale)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = self.weight[tokens].float()
+        return rows if self.scale is None else rows * self.scale[tokens][..., None]

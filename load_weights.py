@@ -367,7 +367,7 @@ def load_checkpoint(
     published sizes are meant. The sentencepiece model is taken from beside the weights, or from `tokenizer`.
     precision: fp32 (exact, the default), bf16 (half the memory), fp16 (for GPUs; on a CPU for the weights
     only, twice as fast), int8 (for CPUs, faster still); independent of the dtype the weights are stored in.
-    Needs little more memory than the weights themselves, in that precision.
+    Needs little more memory than the weights themselves, in that precision; int8 half as much again.
 
     Raises FileNotFoundError for files that are not there, ValueError for a checkpoint with tensors missing,
     unexpected, of the wrong shape or not finite, each listed by name, and for a tokenizer that does not fit.
@@ -395,7 +395,7 @@ def read_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.d
 
 
 def read_packed(checkpoint: Checkpoint, precision: str) -> Kosmos2:
-    """The large matrices in 8 or 16 bits, packed one by one as they are read, the rest as float32."""
+    """The large matrices in 8 or 16 bits, packed as they are read, the rest as float32; not to be trained."""
     model = checkpoint.model
     sources = {name: [name] for name, module in model.named_modules() if isinstance(module, (Linear, Embedding))}
     for name, module in model.named_modules():
@@ -423,7 +423,7 @@ def read_packed(checkpoint: Checkpoint, precision: str) -> Kosmos2:
             setattr(model.get_submodule(parent), last, module)
     rest = {name: checkpoint.tensor(name, torch.float32) for name in model.state_dict()}
     model.load_state_dict(rest, strict=True, assign=True)
-    return model
+    return model.requires_grad_(False)  # packed weights have no gradients, so neither has the rest
 
 
 def check_tied(checkpoint: Checkpoint, embedding: Tensor) -> None:

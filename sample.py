@@ -101,8 +101,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             p.error("--task refer needs --box (to be put into words) or --text (an expression, to be found)")
         if args.task in ("caption", "detail", "plain") and args.text is not None:
             p.error(f"--task {args.task} takes no --text")
-        if args.task == "text" and (args.images or args.box):
-            p.error("--task text goes without pictures and boxes")
+        if args.task == "text" and (args.images or args.box or args.output):
+            p.error("--task text goes without pictures: no IMAGE, --box or --output")
     if args.text and args.box and args.task in ("ground", "refer"):
         p.error("--text asks for a box and --box gives one; use one of them, or --prompt")
     if any(tag in text for text in args.text or [] for tag in ("<image>", "</image>")):
@@ -282,7 +282,8 @@ class Results:
                 raise ValueError(f"{file} exists; --resume goes on with it, another name starts anew")
         self.done: set[str] = set()
         make_folder(self.path.parent)
-        for file in [path, *path.parent.glob(f"{path.stem}.*{path.suffix}")]:
+        of_a_rank = re.compile(re.escape(path.stem) + r"\.\d+" + re.escape(path.suffix))
+        for file in [path, *(f for f in sorted(path.parent.iterdir()) if of_a_rank.fullmatch(f.name))]:
             if args.resume and file.exists():
                 whole, images = finished(file, prompts)
                 self.done |= images
@@ -335,7 +336,9 @@ class Asker:
         from load_weights import load_checkpoint
 
         here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        device = next(name for name, there in here.items() if there) if args.device == "auto" else args.device
+        device = args.device
+        if device == "auto":
+            device = "cpu" if args.precision == "int8" else next(name for name, there in here.items() if there)
         self.args, self.prompts, self.live, self.timings = args, prompts, False, ""
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None and "LOCAL_RANK" in os.environ:

@@ -167,7 +167,7 @@ class Tokenizer:
 
         Every `<image>` in the prompt becomes <image>, the slots, </image>; if it has none, its one picture
         goes in front. The slots hold ids 4, 5, 6, …, which the picture's embeddings will replace: being
-        all different, they do not trip the n-gram block as a repeated token would.
+        all different, they do not trip the 3-gram block as a repeated token would.
         ValueError where pictures and `<image>` do not match.
         """
         placeholders = prompt.count(IMAGE_OPEN)
@@ -177,7 +177,7 @@ class Tokenizer:
             prompt = IMAGE_OPEN + prompt
         elif placeholders != num_images:
             raise ValueError(
-                f"the prompt has {placeholders} times {IMAGE_OPEN} for {num_images} pictures; write one for each"
+                f"the prompt wants pictures at {placeholders} places ({IMAGE_OPEN}), but is given {num_images}; give one for each"
             )
         ids, image_mask = [], []
         for i in self.encode(prompt.strip(), boxes):
@@ -277,11 +277,11 @@ def insert_boxes(text: str, boxes, grid: int = GRID) -> str:
     boxes has one entry for every <phrase>…</phrase>: None, a pair of location indices, four floats in
     0..1, or a list of such pairs and floats. ValueError if their number or form is another.
     """
-    phrases = list(re.finditer(r"<phrase>.+?</phrase>", text))
+    phrases = list(re.finditer(r"<phrase>.+?</phrase>", text, re.DOTALL))
     if len(phrases) != len(boxes):
-        raise ValueError(f"the text has {len(phrases)} phrases in <phrase>…</phrase>, but {len(boxes)} boxes were given")
+        raise ValueError(f"phrases in <phrase>…</phrase>: {len(phrases)}, boxes for them: {len(boxes)}; give one entry for each")
     for match, box in reversed(list(zip(phrases, boxes, strict=True))):
-        if box is None or box == []:
+        if box is None or (isinstance(box, (list, tuple)) and not box):
             continue
         one = not isinstance(box, (list, tuple)) or isinstance(box[0], (int, float))
         several = [box] if one else box
@@ -293,7 +293,7 @@ def insert_boxes(text: str, boxes, grid: int = GRID) -> str:
 # Reading what the model wrote
 # ----------------------------------------------------------------------------------------------------
 
-LOCATION = r"<patch_index_\d+>"
+LOCATION = r"<patch_index_[0-9]{1,9}>"
 PAIR = LOCATION + LOCATION
 ANY_TAG = "|".join([*map(re.escape, [*CONTROL, "<mask>", *TAGS]), LOCATION])
 WORDS = f"(?:(?!{ANY_TAG}).)+"  # text without tags; a "<" that begins none is text

@@ -61,7 +61,7 @@ MUTATIONS = [
     ("beams not scored by length", MODEL, "(score / length, text)", "(score, text)"),
     ("n-gram block one too short", MODEL, "repeated_ngrams(text, o.no_repeat_ngram_size)", "repeated_ngrams(text, o.no_repeat_ngram_size - 1)"),
     ("<pad> is generated", MODEL, "scores[:, PAD] = -math.inf", "scores[:, PAD] += 0"),
-    ("int8 rows not scaled back", MODEL, "torch.addcmul(self.bias, y, largest, out=y)", "self.bias + y"),
+    ("int8 rows not scaled back", MODEL, "torch.addcmul(self.bias, y, size, out=y)", "self.bias + y"),
     ("int8 sums that overflow without VNNI", MODEL, "torch.tensor(64.0 * 127)) else 63", "torch.tensor(64.0 * 127)) else 127"),
     ("int8 rows share one scale", MODEL, "x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True)", "x.amax()[None], -x.amin()[None]"),
     ("packed keys and values exchanged", LOADER, 'for part in "qkv"]', 'for part in "qvk"]'),

@@ -9,7 +9,7 @@ from conftest import SMALL, TINY, VOCAB, needs_transformers, prompt_batch, rough
 from PIL import Image
 from test_model import PROMPTS, pixels
 
-from kosmos2 import EOS, Kosmos2, cells_in_common, pad_left, preprocess_image, rank_boxes, record
+from kosmos2 import EOS, Kosmos2, causal_mask, cells_in_common, pad_left, preprocess_image, rank_boxes, record
 from load_weights import SENTENCEPIECE, load_checkpoint
 
 LINK = "<phrase>(?:(?!</?phrase>|<object>).)+</phrase>|<object>(?:P(?:</delimiter_of_multi_objects/>P)*)</object>".replace(
@@ -168,6 +168,11 @@ def test_a_generation_ends_once(small):
     assert len(state.finish()[0]) == len(state.finish()[0]) == 3
 
 
+def test_a_part_of_the_new_tokens_keeps_its_probabilities(small):
+    new = small.generate(torch.full((1, 4), 9), max_new_tokens=4, min_new_tokens=4)[0]
+    assert new[:-1].probabilities == new.probabilities[:-1] and new[1] == list(new)[1]
+
+
 def test_a_rule_that_leaves_nothing_is_dropped(small, small_tokenizer):
     """Nothing whole can follow an open phrase in one token; something that is not <s> or <pad> comes all the same."""
     ids = small_tokenizer.encode("<phrase>", add_bos=True)
@@ -195,8 +200,10 @@ def test_recordings(small, small_tokenizer):
         attn = small.decoder.layers[0].attn
         values = attn.split_heads(attn.v_proj(x))
         attn_out = attn(x)
+        attn(x, mask=causal_mask(6, 6))
     by_hand = attn.out_proj(attn.inner_attn_ln((seen["decoder.layers.0.attn"][0] @ values).transpose(1, 2).flatten(2)))
     torch.testing.assert_close(by_hand, attn_out)
+    assert (seen["decoder.layers.0.attn"][1].triu(1) == 0).all()  # a mask given by name counts as well
     assert not small.decoder.layers[0]._forward_hooks
 
 

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, prompt_batch
@@ -123,7 +124,7 @@ def test_gradients_reach_every_parameter(small_tokenizer):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(image_mask=None), "image_mask marks 0 slots"),
+        (dict(image_mask=None), r"image_mask marks \[0"),
         (dict(pixels=None), "the pictures fill 0"),
         (dict(pixels=torch.zeros(1, 3, 41, 42)), "wants"),
         (dict(pixels=torch.zeros(3, 42, 42)), "wants"),
@@ -366,6 +367,23 @@ def test_config_files_that_are_none(tmp_path):
         (tmp_path / "bad.json").write_bytes(content)
         with pytest.raises(ValueError, match="bad.json"):
             Kosmos2Config.from_json(tmp_path / "bad.json")
+
+
+# ---------------------------------------------------------------------------------------- beams
+
+
+def test_beams_keep_to_a_constraint(small):
+    """With one allowed text there is nothing to search, and no step is spent on texts that broke the rule."""
+    path, seen = [10, 11, 12, EOS], []
+
+    def constraint(ids, left):
+        seen.append(ids[2:])
+        allowed = np.zeros(small.config.text.vocab_size, dtype=bool)
+        allowed[path[len(ids) - 2]] = True
+        return allowed
+
+    assert small.generate(torch.tensor([[0, 5]]), num_beams=3, max_new_tokens=20, constraint=constraint)[0] == path
+    assert seen == [path[:n] for n in range(4)]
 
 
 def test_a_beam_search_compares_means(small, monkeypatch):

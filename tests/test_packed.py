@@ -118,6 +118,14 @@ def test_packed_models(tiny, precision, most):
             assert error(found.split([len(ids) for ids, _ in prompts])[row][-1], alone) < most / 5
 
 
+def test_packed_models_need_no_special_mode():
+    """Nothing of a packed model asks for gradients, so it runs without torch.no_grad()."""
+    model, tokenizer = load_checkpoint(TINY, "int8")
+    ids, mask = tokenizer.encode_prompt("An image of")
+    logits, loss = model(torch.tensor([ids]), torch.randn(1, 3, 112, 112), None, torch.tensor([mask]), labels=torch.tensor([ids]))
+    assert torch.isfinite(logits).all() and not loss.requires_grad
+
+
 def test_what_packed_models_refuse(small_folder, tmp_path):
     packed, tokenizer = load_checkpoint(TINY, "int8")
     with pytest.raises(ValueError, match="cannot be saved"):

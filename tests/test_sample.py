@@ -113,6 +113,7 @@ def test_processes_share_the_pictures(capsys, tmp_path, monkeypatch):
     Image.open(SCENE).save(folder / "5.png")
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name)
+    (tmp_path / "out.backup.jsonl").write_text('{"image": "5.png", "prompt": "of another run"}\n')  # not a rank's
     assert run(capsys, folder, "--results", results, "--resume")[0] == 0
     assert [Path(json.loads(line)["image"]).stem for line in results.read_text().splitlines()] == ["5"]
 
@@ -169,9 +170,9 @@ def test_streaming_on_a_terminal(capsys, monkeypatch):
         (["--text", "a"], 2, "takes no --text"), (["--top-boxes", "3"], 2, "--top-boxes"), (["none.png"], 1, "no picture at none.png"),
         (["https://example.org/a.png"], 1, "download"), (["--checkpoint", "nothing"], 1, "no checkpoint at nothing"),
         (["--max-new-tokens", "5000"], 1, "2048 positions"), (["--temperature", "-1"], 1, "temperature"),
-        (["--box", "0.1,0.1,0.5,0.5"], 1, "0 phrases"), (["--device", "toaster"], 1, "toaster"),
+        (["--box", "0.1,0.1,0.5,0.5"], 1, "phrases in <phrase>…</phrase>: 0"), (["--device", "toaster"], 1, "toaster"),
         (["--task", "refer", "--box", "1,1,9000,9000"], 1, "beyond the picture"), (["."], 1, "holds no pictures"),
-        (["--prompt", "<image> and <image>"], 1, "1 pictures"), (["--output", "no/such/x.png"], 1, "no/such"),
+        (["--prompt", "<image> and <image>"], 1, "at 2 places"), (["--task", "text", "--text", "a", "--output", "x.png"], 2, "--output"), (["--output", "no/such/x.png"], 1, "no/such"),
         (["--task", "refer", "--text", " "], 2, "not empty"), (["--task", "ground", "--text", "a", "--box", "1,2"], 2, "one of them"),
         (["--task", "vqa", "--text", "<image>?"], 2, "pictures"), (["--task", "refer", "--box", "0.1,0.1,1.5,0.5"], 1, "mixes"),
         ([SCENE, "--output", SCENE], 1, "itself"), (["--output", "x.pdf"], 1, "x.pdf"), (["--device", "cuda:9"], 1, "cuda"),
