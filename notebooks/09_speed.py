@@ -81,7 +81,9 @@ show(fig, "Time of a layer against the number of rows on logarithmic scales: the
 
 # %% [markdown]
 # (Between one row and many, PyTorch's products reach neither limit: the points lie well above the line there.) So 16
-# rows cost a few times as much as one, not 16 times: that is what a batch is good for.
+# rows cost a few times as much as one, not 16 times: that is what a batch is good for. While prompts are read, the
+# activations of a large batch no longer fit the caches and become memory traffic themselves; `rows_at_a_time` keeps
+# to as many rows as fit.
 #
 # ## A prediction for the published model
 #
@@ -103,7 +105,8 @@ table(
 # ## One row, two cores
 #
 # PyTorch's product of one row with a matrix runs on one core, and one core alone cannot read as fast as the
-# memory delivers. `linear` in `kosmos2.py` turns it into a batch of slices, which goes to all cores.
+# memory delivers. `linear` in `kosmos2.py` turns it into a batch of slices, which goes to all cores. (Waking them costs
+# a little every time. So where weights are packed, queries, keys and values are one product: `Attention.project`.)
 
 # %%
 x = torch.randn(1, K)

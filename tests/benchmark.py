@@ -43,10 +43,12 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} cores ({torch.backends.cpu.get_cpu_capability()}), torch {torch.__version__}"
 
 
+NUMBERS = torch.ones(2**28)  # 1 GiB
+
+
 def memory_speed() -> float:
-    """Bytes a second that all cores together read: the best of several sums over 1 GiB."""
-    numbers = torch.ones(2**28)
-    return numbers.numel() * 4 / min(seconds(numbers.sum) for _ in range(5))
+    """Bytes a second that all cores together read: the best of several sums."""
+    return NUMBERS.numel() * 4 / min(seconds(NUMBERS.sum) for _ in range(5))
 
 
 def decoder_weights(model: Kosmos2) -> int:
