@@ -1054,6 +1054,18 @@ class PackedLinear(nn.Module):
         return y.mul_(size) if self.bias is None else torch.addcmul(self.bias, y, size, out=y)
 
 
+class PackedEmbedding(nn.Module):
+    """`Embedding` in 8 or 16 bits: a row for a token, and the whole of it as a PackedLinear for the logits."""
+
+    def __init__(self, weight: Tensor, scale: Tensor | None = None):
+        super().__init__()
+        self.weight, self.scale, self.unembed = weight, scale, PackedLinear(weight, None, scale)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = self.weight[tokens].float()
+        return rows if self.scale is None else rows * self.scale[tokens][..., None]
+
+
 KERNEL = "linear_with_input_q_dq_qweight_dq_output_fp32"
 
 
@@ -1107,15 +1119,3 @@ def rows_at_a_time(batch: Tensor, activations: int) -> int:
     published size take the ViT nearly twice as long at once as three at a time.
     """
     return max(1, CACHE // activations) if batch.device.type == "cpu" else max(1, len(batch))
-
-
-class PackedEmbedding(nn.Module):
-    """The same in 8 or 16 bits: a row for a token, and the whole of it as a PackedLinear."""
-
-    def __init__(self, weight: Tensor, scale: Tensor | None = None):
-        super().__init__()
-        self.weight, self.scale, self.unembed = weight, scale, PackedLinear(weight, None, scale)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        rows = self.weight[tokens].float()
-        return rows if self.scale is None else rows * self.scale[tokens][..., None]

@@ -94,13 +94,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if args.prompt is not None and (args.text is not None or args.task != "caption"):
         p.error("--prompt takes the place of --task and --text; give one or the other")
     if args.prompt is None:
+        if args.task in ("caption", "detail", "plain") and args.text is not None:
+            p.error(f"--task {args.task} takes no --text")
         needed = NEEDED.get(args.task)
         if (args.text or needed) and not all(text.strip() for text in args.text or [""]):
             p.error(f"--task {args.task} needs --text that is not empty: {needed or 'an expression'}")
         if args.task == "refer" and not args.text and not args.box:
             p.error("--task refer needs --box (to be put into words) or --text (an expression, to be found)")
-        if args.task in ("caption", "detail", "plain") and args.text is not None:
-            p.error(f"--task {args.task} takes no --text")
         if args.task == "text" and (args.images or args.box or args.output):
             p.error("--task text goes without pictures: no IMAGE, --box or --output")
     if args.text and args.box and args.task in ("ground", "refer"):

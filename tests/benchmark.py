@@ -3,7 +3,7 @@
     python tests/benchmark.py CHECKPOINT [--rounds 3]
 
 CHECKPOINT is a folder in the published layout, of the published sizes: the real weights, or random ones. Both
-sides run in one process, in turn, and the table has the medians of the rounds; their ratios can be trusted,
+sides run in one process, in turn, each warmed up, and the table has the medians of the rounds; their ratios can be trusted,
 single times only as far as the machine is quiet. Needs transformers, 16 GB of memory and some ten minutes.
 """
 
@@ -95,6 +95,7 @@ def measure(sides: list, rounds: int, times: dict) -> None:
     ids = {}
     for turn in range(rounds + 1):
         for side in sides:
+            side.caption(pixels, 1)  # its weights have not been touched for half a minute
             first = seconds(lambda side=side: side.caption(pixels, 1))
             start = time.perf_counter()
             ids[side.name] = side.caption(pixels, TOKENS)[0]
