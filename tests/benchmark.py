@@ -3,8 +3,8 @@
     python tests/benchmark.py CHECKPOINT [--rounds 3]
 
 CHECKPOINT is a folder in the published layout, of the published sizes: the real weights, or random ones. Both
-sides run in one process, in turn, each warmed up, and the table has the medians of the rounds; their ratios can be trusted,
-single times only as far as the machine is quiet. Needs transformers, 16 GB of memory and some ten minutes.
+sides run in one process, in turn, each warmed up, and the table has the medians of the rounds; their ratios can be
+trusted, single times only as far as the machine is quiet. Needs transformers, 16 GB of memory and a quarter of an hour.
 """
 
 import argparse
