@@ -953,45 +953,6 @@ def best_continuations(scores: Tensor, beams: list[int], K: int, last: bool):
     return running[:K], ended
 
 
-CANDIDATES = 2000  # boxes that rank_boxes looks at: neighbours of one another, mostly
-
-
-@torch.inference_mode()
-def rank_boxes(state: Generation, locations: range, count: int, beam: int = 32) -> list[tuple[float, int, int]]:
-    """The likeliest different boxes for a prompt that ends in <object>: (score, upper left, lower right).
-
-    locations: the ids of the location tokens. A beam search over the two tokens of a box, with `beam` upper
-    left corners; of boxes that overlap by half or more only the likeliest counts. The score is the geometric
-    mean of the two probabilities. The state, of one row and at least two tokens to go, is used up.
-    """
-    if len(state.rows) != 1 or state.left < 2 or count < 1:
-        raise ValueError("boxes are ranked for one prompt at a time, with max_new_tokens of at least 2 and a count above 0")
-    grid, cells = math.isqrt(len(locations)), torch.arange(len(locations))
-    first = state.logits[0].softmax(dim=-1)[locations.start : locations.stop].cpu()  # (grid²,)
-    p, ul = first.topk(min(beam, len(cells)))
-    parents = [0] * len(ul)
-    state.advance(parents, state.grow(parents, (ul + locations.start).tolist()))
-    second = state.logits.softmax(dim=-1)[:, locations.start : locations.stop].cpu()  # (beam, grid²)
-    ordered = (cells // grid >= ul[:, None] // grid) & (cells % grid >= ul[:, None] % grid)
-    joint = (p[:, None] * second * ordered).flatten()  # (beam * grid²,)
-    found: list[tuple[float, int, int]] = []
-    for probability, at in zip(*(t.tolist() for t in joint.topk(min(CANDIDATES, len(joint)))), strict=True):
-        box = int(ul[at // len(cells)]), at % len(cells)
-        if probability > 0 and not any(cells_in_common(box, other, grid) >= 0.5 for _, *other in found):
-            found.append((math.sqrt(probability), *box))
-        if len(found) == count:
-            break
-    return found
-
-
-def cells_in_common(a, b, grid: int) -> float:
-    """Intersection over union of two boxes, each (upper left, lower right) in cells."""
-    (ay1, ax1), (ay2, ax2), (by1, bx1), (by2, bx2) = (divmod(cell, grid) for cell in (*a, *b))
-    height, width = min(ay2, by2) - max(ay1, by1) + 1, min(ax2, bx2) - max(ax1, bx1) + 1
-    both = max(height, 0) * max(width, 0)
-    return both / ((ay2 - ay1 + 1) * (ax2 - ax1 + 1) + (by2 - by1 + 1) * (bx2 - bx1 + 1) - both)
-
-
 # ----------------------------------------------------------------------------------------------------
 # Speed: the same numbers sooner, or nearly the same much sooner  (walkthrough: notebooks/09_speed)
 # ----------------------------------------------------------------------------------------------------

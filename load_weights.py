@@ -399,7 +399,7 @@ def read_packed(checkpoint: Checkpoint, precision: str) -> Kosmos2:
     model = checkpoint.model
     sources = {name: [name] for name, module in model.named_modules() if isinstance(module, (Linear, Embedding))}
     for name, module in model.named_modules():
-        if isinstance(module, Attention) and name != "resampler.x_attn":  # self-attention: one input for all three
+        if isinstance(module, Attention) and module is not model.resampler.x_attn:  # the rest has one input for all three
             sources[f"{name}.qkv_proj"] = [f"{name}.{part}_proj" for part in "qkv"]
             for part in "qkv":
                 del sources[f"{name}.{part}_proj"]

@@ -424,14 +424,12 @@ class Asker:
 
     def rank(self, embeds, ids: list[int]) -> dict:
         """The likeliest boxes for the phrase that a prompt ends in, best first."""
-        from kosmos2 import pad_left, rank_boxes
+        from kosmos2 import pad_left
         from tokenizer import Entity, parse, tokens_to_box
 
         past = self.read_picture(embeds)
         tokens, _, _ = pad_left([(ids[len(past.prompts[0]) :] + [self.tokenizer.special["<object>"]], [])], self.device)
-        locations = range(self.tokenizer.first_location, self.tokenizer.vocab_size)
-        state = self.model.start(tokens, past=past, max_new_tokens=2)
-        boxes = rank_boxes(state, locations, self.args.top_boxes)
+        boxes = self.tokenizer.rank_boxes(self.model.start(tokens, past=past, max_new_tokens=2), self.args.top_boxes)
         raw = self.tokenizer.decode(ids)
         text, _ = parse(raw)
         self.timings = f"{self.vision}, ranked {len(boxes)} boxes"

@@ -9,7 +9,8 @@ so that a grounded sentence reads like a hyperlink, `[a snowman](box)` (paper, s
 
 Tagged text in this file is always such a string. `Tokenizer` turns it into ids and back, `parse` into a
 caption and its entities, `to_markdown` into the paper's hyperlinks, and `grit_to_text` makes it from a
-record of GRIT, the data set the model was trained on.
+record of GRIT, the data set the model was trained on. `Tokenizer.well_formed` and `Tokenizer.rank_boxes` say what
+the structure of a box means for generation: which tokens may come next, and which boxes are likeliest.
 """
 
 import math
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
+import torch
 
 GRID = 32  # cells a side
 DELIMITER = "</delimiter_of_multi_objects/>"
@@ -83,6 +85,16 @@ def tokens_to_box(ul: int, lr: int, grid: int = GRID) -> Box:
     else:
         corners = left + 0.5, top + 0.5, right + 0.5, bottom + 0.5
     return tuple(c / grid for c in corners)
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes, in any unit."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])  # noqa: E731
+    return width * height / (area(a) + area(b) - width * height)
 
 
 def location_token(index: int, grid: int = GRID) -> str:
@@ -269,6 +281,39 @@ class Tokenizer:
         """The cell that an id stands for; None for every other token."""
         index = token_id - self.first_location
         return index if 0 <= index < self.grid * self.grid else None
+
+
+    @torch.inference_mode()
+    def rank_boxes(self, state, count: int, beam: int = 32) -> list[tuple[float, int, int]]:
+        """The likeliest different boxes for a prompt that ends in <object>: (score, upper left, lower right).
+
+        A beam search over the two tokens of a box, with `beam` upper left corners; of boxes that overlap by half
+        or more only the likeliest counts. The score is the geometric mean of the two probabilities.
+        state: a `Generation` of one row with at least two tokens to go, which is used up.
+        """
+        if len(state.rows) != 1 or state.left < 2 or count < 1:
+            raise ValueError("boxes are ranked for one prompt at a time, with max_new_tokens of at least 2 and a count above 0")
+        grid, cells = self.grid, torch.arange(self.grid**2)
+        first = state.logits[0].softmax(dim=-1)[self.first_location :].cpu()  # (grid²,)
+        p, ul = first.topk(min(beam, len(cells)))
+        parents = [0] * len(ul)
+        state.advance(parents, state.grow(parents, (ul + self.first_location).tolist()))
+        second = state.logits.softmax(dim=-1)[:, self.first_location :].cpu()  # (beam, grid²)
+        ordered = (cells // grid >= ul[:, None] // grid) & (cells % grid >= ul[:, None] % grid)
+        joint = (p[:, None] * second * ordered).flatten()  # (beam * grid²,)
+        found, places = [], []
+        for probability, at in zip(*(t.tolist() for t in joint.topk(min(CANDIDATES, len(joint)))), strict=True):
+            box = int(ul[at // len(cells)]), at % len(cells)
+            place = box[0] % grid, box[0] // grid, box[1] % grid + 1, box[1] // grid + 1  # whole cells
+            if probability > 0 and all(iou(place, other) < 0.5 for other in places):
+                found.append((math.sqrt(probability), *box))
+                places.append(place)
+            if len(found) == count:
+                break
+        return found
+
+
+CANDIDATES = 2000  # boxes that rank_boxes looks at: neighbours of one another, mostly
 
 
 def insert_boxes(text: str, boxes, grid: int = GRID) -> str:

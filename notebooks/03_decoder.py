@@ -15,13 +15,13 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from data import encode_example
-from evaluate import HELD_OUT, ask_about, iou, score
+from evaluate import HELD_OUT, ask_about, score
 from PIL import Image
 
 import kosmos2
 from kosmos2 import causal_mask, pad_left, preprocess_image, record, sinusoidal_positions
 from load_weights import load_checkpoint
-from tokenizer import parse
+from tokenizer import iou, parse
 
 torch.set_grad_enabled(False)
 model, tokenizer = load_checkpoint(ROOT / "tiny")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from kosmos2 import preprocess_image
 from load_weights import load_checkpoint
-from tokenizer import GRID, box_to_tokens, grit_to_text, parse, to_markdown, tokens_to_box
+from tokenizer import GRID, box_to_tokens, grit_to_text, iou, parse, to_markdown, tokens_to_box
 
 torch.set_grad_enabled(False)
 model, tokenizer = load_checkpoint(ROOT / "tiny")
@@ -79,14 +79,7 @@ show(fig, "The picture under a grid of 32 by 32 cells. Two cells are red; a dash
 # side s the share 1/(128 s) of its overlap: IoU is near 1 - 1/(32 s), with a grid of G cells 1 - 1/(G s). Prediction
 # and measurement:
 
-
 # %%
-def iou(a, b):
-    w, h = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
-    area = sum((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
-    return max(w, 0) * max(h, 0) / (area - max(w, 0) * max(h, 0))
-
-
 rng, sides = random.Random(0), (0.06, 0.1, 0.2, 0.4, 0.8)
 measured = []
 for side in sides:

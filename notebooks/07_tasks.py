@@ -10,13 +10,13 @@ import random
 from collections import defaultdict
 
 import torch
-from evaluate import HELD_OUT, answers, ask_about, encode_example, iou, score
+from evaluate import HELD_OUT, answers, ask_about, encode_example, score
 from scenes import Scene, resolve
 
-from kosmos2 import pad_left, preprocess_image, rank_boxes
+from kosmos2 import pad_left, preprocess_image
 from load_weights import load_checkpoint
 from sample import draw_answers
-from tokenizer import parse, tokens_to_box
+from tokenizer import iou, parse, tokens_to_box
 
 torch.set_grad_enabled(False)
 model, tokenizer = load_checkpoint(ROOT / "tiny")
@@ -79,7 +79,7 @@ table(rows, ("shape", "the model's words for its box", "unambiguous?", "IoU of t
 prefix = tokenizer.encode_prompt("<grounding><phrase> a shape</phrase><object>")
 tokens, mask, _ = pad_left([prefix])
 state = model.start(tokens, pixels, image_mask=mask, max_new_tokens=2)
-ranked = rank_boxes(state, range(tokenizer.first_location, tokenizer.vocab_size), 4)
+ranked = tokenizer.rank_boxes(state, 4)
 for rank, (p, ul, lr) in enumerate(ranked, start=1):
     box = tokens_to_box(ul, lr)
     nearest = max(scene.shapes, key=lambda s, box=box: iou(s.box, box))

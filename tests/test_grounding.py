@@ -9,8 +9,9 @@ from conftest import SMALL, TINY, VOCAB, needs_transformers, prompt_batch, rough
 from PIL import Image
 from test_model import PROMPTS, pixels
 
-from kosmos2 import EOS, Kosmos2, causal_mask, cells_in_common, pad_left, preprocess_image, rank_boxes, record
+from kosmos2 import EOS, Kosmos2, causal_mask, pad_left, preprocess_image, record
 from load_weights import SENTENCEPIECE, load_checkpoint
+from tokenizer import iou
 
 LINK = "<phrase>(?:(?!</?phrase>|<object>).)+</phrase>|<object>(?:P(?:</delimiter_of_multi_objects/>P)*)</object>".replace(
     "P", r"<patch_index_\d{4}><patch_index_\d{4}>"
@@ -114,25 +115,30 @@ def test_ranked_boxes(tiny):
     model, tokenizer = tiny
     picture = preprocess_image(Image.open(TINY / "scene.png"), model.config.vision.image_size)[None]
     tokens, image_mask, _ = prompt_batch(tokenizer, ["<grounding><phrase> a star</phrase><object>"])
-    locations = range(tokenizer.first_location, tokenizer.vocab_size)
-    boxes = rank_boxes(model.start(tokens, picture, None, image_mask, max_new_tokens=2), locations, 5)
+    boxes = tokenizer.rank_boxes(model.start(tokens, picture, None, image_mask, max_new_tokens=2), 5)
     scores = [score for score, *_ in boxes]
     assert 1 <= len(boxes) <= 5 and scores == sorted(scores, reverse=True) and 0 < scores[0] <= 1
-    assert all(cells_in_common(a[1:], b[1:], 32) < 0.5 for a in boxes for b in boxes if a is not b)
+    places = [whole_cells(*box) for _, *box in boxes]
+    assert all(iou(a, b) < 0.5 for a in places for b in places if a is not b)
     greedy = model.generate(tokens, picture, None, image_mask, max_new_tokens=2, constraint=tokenizer.well_formed)[0]
     assert scores[0] >= math.sqrt(math.prod(greedy.probabilities)) * (1 - 1e-5)
 
 
-def test_ranking_wants_room_and_one_row(small):
-    for rows, length in ((1, 1), (2, 5)):
+def test_ranking_wants_room_and_one_row(small, small_tokenizer):
+    for rows, length, count in ((1, 1, 2), (2, 5, 2), (1, 5, 0)):
         with pytest.raises(ValueError, match="one prompt"):
-            rank_boxes(small.start(torch.full((rows, 4), 9), max_new_tokens=length), range(10, 14), 2)
+            small_tokenizer.rank_boxes(small.start(torch.full((rows, 4), 9), max_new_tokens=length), count)
 
 
-def test_cells_in_common():
-    assert cells_in_common((0, 33), (0, 33), 32) == 1.0
-    assert cells_in_common((0, 33), (1, 34), 32) == pytest.approx(2 / 6)
-    assert cells_in_common((0, 0), (1023, 1023), 32) == 0.0
+def whole_cells(ul, lr, grid=32):
+    return ul % grid, ul // grid, lr % grid + 1, lr // grid + 1
+
+
+def test_overlaps():
+    assert iou(whole_cells(0, 33), whole_cells(0, 33)) == 1.0
+    assert iou(whole_cells(0, 33), whole_cells(1, 34)) == pytest.approx(2 / 6)
+    assert iou(whole_cells(0, 0), whole_cells(1023, 1023)) == 0.0
+    assert iou((0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5)) == 0.0  # touching is not overlapping
 
 
 # ---------------------------------------------------------------------------------- one picture, many questions

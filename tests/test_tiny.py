@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, TINY, rough
 from data import ALONE, MIXTURE, Grit, Scenes, collate
-from evaluate import HELD_OUT, answers, evaluate, iou, named, score
+from evaluate import HELD_OUT, answers, evaluate, named, score
 from scenes import COLORS, SHAPES, Scene, Shape, names, relations, resolve, tasks
 from train import Losses
 
 from kosmos2 import EOS, Kosmos2
 from load_weights import SENTENCEPIECE, load_checkpoint
-from tokenizer import Tokenizer, grit_to_text, parse
+from tokenizer import Tokenizer, grit_to_text, iou, parse
 
 
 @pytest.fixture(scope="module")

@@ -29,21 +29,11 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from data import encode_example  # noqa: E402
 from scenes import COLORS, NUMBERS, SHAPES, Example, Scene, is_caption, plural, resolve, tasks  # noqa: E402
 
-from kosmos2 import Kosmos2, NewTokens, pad_left, preprocess_image, rank_boxes  # noqa: E402
+from kosmos2 import Kosmos2, NewTokens, pad_left, preprocess_image  # noqa: E402
 from load_weights import load_checkpoint  # noqa: E402
-from tokenizer import Tokenizer, box_to_tokens, parse, tokens_to_box  # noqa: E402
+from tokenizer import Tokenizer, box_to_tokens, iou, parse, tokens_to_box  # noqa: E402
 
 HELD_OUT = 1_000_000_000  # scenes from this seed on are never trained on
-
-
-def iou(a, b) -> float:
-    """Intersection over union of two boxes."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])  # noqa: E731
-    return width * height / (area(a) + area(b) - width * height)
 
 
 def named(caption: str) -> Counter:
@@ -135,12 +125,11 @@ def boxes_kept(tokenizer, asked, replies: list[NewTokens], others: list[NewToken
 def recall(model, tokenizer, asked: list[tuple[Scene, Example]], counts=(1, 5)) -> dict[int, float]:
     """{k: share of phrases for which one of the k likeliest boxes overlaps the right one by 0.5 or more} (R@k)."""
     hits: Counter = Counter()
-    locations = range(tokenizer.first_location, tokenizer.vocab_size)
     for scene, example in asked:
         pixels = preprocess_image(scene.draw(), model.config.vision.image_size)[None]
         ids, mask = tokenizer.encode_prompt(example.prompt + "<object>")
         state = model.start(torch.tensor([ids]), pixels, image_mask=torch.tensor([mask]), max_new_tokens=2)
-        overlaps = [iou(tokens_to_box(*box), example.targets[0].box) for _, *box in rank_boxes(state, locations, max(counts))]
+        overlaps = [iou(tokens_to_box(*box), example.targets[0].box) for _, *box in tokenizer.rank_boxes(state, max(counts))]
         for k in counts:
             hits[k] += any(overlap >= 0.5 for overlap in overlaps[:k])
     return {k: hits[k] / len(asked) for k in counts}
