@@ -133,7 +133,7 @@ print(to_markdown("An image of" + raw))
 
 # %% [markdown]
 # The score of a box says how sure the model was of its two tokens, from 0 to 1 (notebook 4). The least sure box
-# is also the worst: the diamond's lower right corner is cut off.
+# is also the worst: the diamond's right corner is cut off.
 
 # %%
 caption, entities = tokenizer.read(ids, new)
