@@ -1,74 +1,101 @@
-"""Kosmos-2 in one file: a picture goes in, a sentence comes out whose phrases are linked to boxes.
+"""Kosmos-2 in one file: image in, grounded caption out.
 
-Kosmos-2 (Peng et al. 2023, "Grounding Multimodal Large Language Models to the World", arXiv 2306.14824)
-is a decoder-only language model with two additions. It *sees*: a ViT turns the picture into a grid of
-features, a resampler condenses them into a few dozen vectors, and these take the place of token
-embeddings in the prompt. It *points*: the vocabulary has one token for each of 32 x 32 cells of the
-picture, and a box is spelled as two of them, so that grounding is ordinary next-token prediction:
+Kosmos-2 (Peng et al. 2023, "Grounding Multimodal Large Language Models to the World", arXiv
+2306.14824) is a decoder-only language model with two additions:
+
+- It sees. A ViT turns the image into a grid of features, a resampler condenses them into a few
+  dozen vectors, and these replace the placeholder token embeddings in the prompt.
+- It points. The vocabulary has one location token for each cell of a 32 x 32 grid over the image,
+  and a box is written as two of them, so grounding is ordinary next-token prediction:
 
     <phrase> a snowman</phrase><object><patch_index_0044><patch_index_0863></object>
 
 Data flow, with the sizes of the published model:
 
-    picture ─ preprocess_image ─> pixels        (B, 3, 224, 224)
-            ─ VisionTransformer ─> features     (B, N=257, E=1024)  unit length, [CLS] + 16 x 16 patches
-            ─ Resampler ────────> image_embeds  (B, Q=64, D=2048)
-    tokens  ─ embed ────────────> x             (B, T, D)           image_embeds stand in the image slots
-            ─ Decoder ──────────> x             (B, T, D)           24 causal blocks
-            ─ unembed ──────────> logits        (B, T, V=65037)     the embedding matrix once more
-            ─ generate ─────────> new token ids, one list per row
+    image  ─ preprocess_image ──> pixels        (B, 3, 224, 224)
+           ─ VisionTransformer ─> features      (B, N=257, E=1024)  unit length, [CLS] + 16 x 16 patches
+           ─ Resampler ─────────> image_embeds  (B, Q=64, D=2048)
+    tokens ─ embed ─────────────> x             (B, T, D)           image_embeds in the image slots
+           ─ Decoder ───────────> x             (B, T, D)           24 causal blocks
+           ─ unembed ───────────> logits        (B, T, V=65037)     tied to the embedding matrix
+           ─ generate ──────────> new token ids, one list per row
 
-One legend everywhere:
-    B batch    T tokens            S tokens seen, the cache included    V vocabulary
-    D width    H heads             hd = D / H head width
-    E vision width    N image positions    Q latent queries    I images of a batch
+Dimension legend:
+    B batch           T tokens           S keys, including the cache    V vocabulary
+    D width           H heads            hd = D / H head width
+    E vision width    N image positions  Q latent queries               I images in a batch
 
-What differs from the textbook transformer is explained where it happens; the main things are sub-LN (`Block`),
-features of unit length (`VisionTransformer`), latents that are among their own keys (`Resampler`), positions that
-begin at 2 and have all sines before all cosines (`token_positions`, `sinusoidal_positions`). notebooks/03_decoder
-has the whole list, and what breaks without each. The file goes from the configuration through picture, decoder
-and whole model to generation. Its last section, Speed, is there for nothing else and may be left for later: until
-then read `Linear` as nn.Linear.
+Where it differs from a textbook transformer:
+- sub-LN: a second LayerNorm inside attention and MLP (`Block`)
+- ViT features of unit length (`VisionTransformer`)
+- latents appended to the keys and values (`Resampler`)
+- position ids that start at 2; sinusoids stored as [sin | cos] (`token_positions`, `sinusoidal_positions`)
+
+Order: config, shared layers, vision, decoder, model, generation. Reading and writing checkpoints,
+and the faster linear layers that replace nn.Linear on a CPU, are in load_weights.py.
 """
 
-import json
 import math
-import warnings
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy
-from dataclasses import dataclass, fields
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-BOS, PAD, EOS = 0, 1, 2  # the first ids of every vocabulary in the published layout
+from tokenizer import Tokenizer, iou
+
+BOS, PAD, EOS = 0, 1, 2  # the first ids of every published vocabulary
 
 # ----------------------------------------------------------------------------------------------------
 # Configuration  (walkthrough: notebooks/06_weights)
 # ----------------------------------------------------------------------------------------------------
 
 
+def check_integers(where: str, minimum: int = 1, **values) -> None:
+    """ValueError, naming the field, unless all values are integers of at least `minimum`."""
+    for name, value in values.items():
+        if type(value) is not int or value < minimum:
+            raise ValueError(f"{where} {name}: expected an integer of at least {minimum}, got {value!r}")
+
+
+def check_eps(where: str, value) -> None:
+    if not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ValueError(f"{where} layer_norm_eps: expected a number between 0 and 1, got {value!r}")
+
+
 @dataclass(frozen=True)
 class VisionConfig:
-    """The ViT; the defaults are CLIP's ViT-L/14."""
+    """The ViT. Defaults: CLIP's ViT-L/14."""
 
-    image_size: int = 224  # pixels a side
-    patch_size: int = 14  # pixels a side
+    image_size: int = 224  # pixels per side
+    patch_size: int = 14  # pixels per side
     width: int = 1024  # E
     layers: int = 24
     heads: int = 16
     mlp_width: int = 4096
     layer_norm_eps: float = 1e-5
 
+    def __post_init__(self):
+        check_integers("vision", image_size=self.image_size, patch_size=self.patch_size, width=self.width)
+        check_integers("vision", layers=self.layers, heads=self.heads, mlp_width=self.mlp_width)
+        check_eps("vision", self.layer_norm_eps)
+        if self.width % self.heads:
+            raise ValueError(f"vision width {self.width} is not a multiple of heads {self.heads}")
+        if self.image_size < self.patch_size:
+            raise ValueError(
+                f"vision image_size {self.image_size} is smaller than patch_size {self.patch_size}"
+            )
+
     @property
     def grid(self) -> int:
-        """Patches a side."""
+        """Patches per side."""
         return self.image_size // self.patch_size
 
     @property
@@ -86,238 +113,171 @@ class TextConfig:
     layers: int = 24
     heads: int = 32
     mlp_width: int = 8192
-    max_positions: int = 2048  # the longest sequence seen in training
+    max_positions: int = 2048  # context length in training
     layer_norm_eps: float = 1e-5
-    no_repeat_ngram_size: int = 3  # what the checkpoint asks of whoever generates with it
+    no_repeat_ngram_size: int = 3  # the checkpoint's default for generation; 0 for no n-gram blocking
+
+    def __post_init__(self):
+        check_integers(
+            "text", vocab_size=self.vocab_size, width=self.width, layers=self.layers, heads=self.heads
+        )
+        check_integers("text", mlp_width=self.mlp_width, max_positions=self.max_positions)
+        check_integers("text", minimum=0, no_repeat_ngram_size=self.no_repeat_ngram_size)
+        check_eps("text", self.layer_norm_eps)
+        if self.width % self.heads:
+            raise ValueError(f"text width {self.width} is not a multiple of heads {self.heads}")
 
 
 @dataclass(frozen=True)
 class Kosmos2Config:
-    """All sizes of a Kosmos-2; the defaults are the published model (1.66 B parameters)."""
+    """All sizes of a Kosmos-2. Defaults: the published model (1.66 B parameters)."""
 
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
-    latent_query_num: int = 64  # Q
+    latent_query_num: int = 64  # Q, under its published name
 
     def __post_init__(self):
-        """Refuse sizes no model can have, with a ValueError that names the field."""
-        for part, config in (("vision", self.vision), ("text", self.text), ("config", self)):
-            for f in fields(config):
-                value, zero_ok = getattr(config, f.name), f.name == "no_repeat_ngram_size"
-                if f.type is int and (type(value) is not int or value < (0 if zero_ok else 1)):
-                    raise ValueError(f"{part} {f.name} is {value!r}; it must be a whole number{'' if zero_ok else ' above zero'}")
-                if f.type is float and not (isinstance(value, (int, float)) and 0 < value < 1):
-                    raise ValueError(f"{part} {f.name} is {value!r}; it must lie between 0 and 1")
-            if part != "config" and config.width % config.heads:
-                raise ValueError(f"{part} width {config.width} is not a multiple of its {config.heads} heads")
-        if self.vision.image_size < self.vision.patch_size:
-            raise ValueError(
-                f"vision image_size {self.vision.image_size} is smaller than one patch ({self.vision.patch_size})"
-            )
+        check_integers("config", latent_query_num=self.latent_query_num)
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Kosmos2Config":
-        """Read a published config.json. Unknown keys are ignored, missing ones mean the published value.
+        """Read a published config.json: see `load_weights.read_config`."""
+        from load_weights import read_config  # load_weights imports this file
 
-        Raises FileNotFoundError where there is no such file, ValueError for a file that is not JSON,
-        belongs to another architecture, or holds values this code would compute wrongly.
-        """
-        try:
-            published = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:  # not UTF-8 or not JSON
-            raise ValueError(f"{path} is not valid JSON ({error})") from None
-        if not isinstance(published, dict):
-            raise ValueError(f"{path} must hold a JSON object, not a {type(published).__name__}")
-        parts = {name: published.get(name) or {} for name in ("vision_config", "text_config")}
-        for name, part in parts.items():
-            if not isinstance(part, dict):
-                raise ValueError(f"{path}: {name} must be a JSON object, not {part!r}")
-        for where, key, supported in FIXED:
-            value = (parts[where] if where else published).get(key, supported)
-            if value != supported:
-                raise ValueError(f"{path}: {key} is {value!r}; a Kosmos-2 has {supported!r}, and only that is built")
+        return read_config(path)
 
-        def read(part, names):
-            return {ours: part[key] for ours, key in names.items() if key in part}
-
-        try:
-            return cls(
-                vision=VisionConfig(**read(parts["vision_config"], VISION_KEYS)),
-                text=TextConfig(**read(parts["text_config"], TEXT_KEYS)),
-                **read(published, {"latent_query_num": "latent_query_num"}),
-            )
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
-    def to_published(self) -> dict:
-        """The same configuration under the names of a published config.json."""
-        published = {"model_type": "kosmos-2", "architectures": ["Kosmos2ForConditionalGeneration"]}
-        published["latent_query_num"] = self.latent_query_num
-        published["vision_config"] = {key: getattr(self.vision, ours) for ours, key in VISION_KEYS.items()}
-        published["text_config"] = {key: getattr(self.text, ours) for ours, key in TEXT_KEYS.items()}
-        for where, key, value in FIXED:
-            (published[where] if where else published)[key] = value
-        return published
-
-
-# Our field -> its key in a published config.json.
-VISION_KEYS = {
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "mlp_width": "intermediate_size",
-    "layer_norm_eps": "layer_norm_eps",
-}
-TEXT_KEYS = {
-    "vocab_size": "vocab_size",
-    "width": "embed_dim",
-    "layers": "layers",
-    "heads": "attention_heads",
-    "mlp_width": "ffn_dim",
-    "max_positions": "max_position_embeddings",
-    "layer_norm_eps": "layer_norm_eps",
-    "no_repeat_ngram_size": "no_repeat_ngram_size",
-}
-# What every Kosmos-2 has in common and this file therefore writes down as code: (part, key, value).
-FIXED = [
-    ("", "model_type", "kosmos-2"),
-    ("vision_config", "hidden_act", "quick_gelu"),
-    ("vision_config", "num_channels", 3),
-    ("text_config", "activation_function", "gelu"),
-    ("text_config", "scale_embedding", True),
-    ("text_config", "add_cross_attention", False),
-    ("text_config", "bos_token_id", BOS),
-    ("text_config", "pad_token_id", PAD),
-    ("text_config", "eos_token_id", EOS),
-]
 
 # ----------------------------------------------------------------------------------------------------
-# Parts that the vision transformer, the resampler and the decoder share
+# Layers shared by the ViT, the resampler and the decoder
 # ----------------------------------------------------------------------------------------------------
 
 
-# Random weights to begin a training with. Uniform ones: for normal ones on the "meta" device, where checkpoints are
-# planned, PyTorch imports its compiler, which takes a second. (`Decoder` avoids those of nn.Embedding for that reason.)
-def random_parameter(*shape: int, size: float) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape).uniform_(-size, size))
+def random_parameter(*shape: int, bound: float) -> nn.Parameter:
+    """Uniform initial weights. (On the "meta" device, where the loader builds models, normal_()
+    would make PyTorch import its compiler, which takes a second.)"""
+    return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
 
 
 class KVCache:
-    """The keys and values one attention layer has computed so far, in memory taken once.
+    """The keys and values of one attention layer for all positions so far, in a fixed buffer.
 
-    A new token attends to all earlier ones, and their keys and values never change: keeping them turns
-    the cost of a token from a pass over the whole sequence into a pass over one position.
+    A new token attends to all earlier ones, and their keys and values never change. With a cache, a
+    decoding step runs one position through the model instead of the whole sequence.
     """
 
-    def __init__(self, rows: int, heads: int, capacity: int, head_width: int, like: Tensor):
-        self.keys = like.new_empty(rows, heads, capacity, head_width)
+    def __init__(self, batch: int, heads: int, capacity: int, head_width: int, like: Tensor):
+        self.keys = like.new_empty(batch, heads, capacity, head_width)
         self.values = torch.empty_like(self.keys)
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the (B, H, T, hd) of new positions; returns those of all positions, (B, H, S, hd)."""
-        start, self.length = self.length, self.length + k.shape[2]
+        """Store k and v (B, H, T, hd) of new positions; returns those of all, (B, H, S, hd)."""
+        start = self.length
+        self.length += k.shape[2]
         self.keys[:, :, start : self.length] = k
         self.values[:, :, start : self.length] = v
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-    def view(self, rows: slice) -> "KVCache":
-        """Some rows, in the same memory."""
-        part = copy(self)
-        part.keys, part.values = self.keys[rows], self.values[rows]
-        return part
+    def reorder(self, rows: Tensor) -> None:
+        """Keep these rows, in this order; a row may repeat."""
+        self.keys = self._reordered(self.keys, rows)
+        self.values = self._reordered(self.values, rows)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order: rows that finished go, beams that won are copied."""
-        for name, old in (("keys", self.keys), ("values", self.values)):
-            new = old.new_empty(len(rows), *old.shape[1:])
-            new[:, :, : self.length] = old[rows, :, : self.length]
-            setattr(self, name, new)
+    def _reordered(self, old: Tensor, rows: Tensor) -> Tensor:
+        new = old.new_empty(len(rows), *old.shape[1:])
+        new[:, :, : self.length] = old[rows, :, : self.length]  # not the unused part
+        return new
 
 
 class Attention(nn.Module):
     """Multi-head attention with biases on all four projections.
 
-    Differs from the textbook in `sub_ln`: MAGNETO (arXiv 2210.06423) normalises the concatenated heads
-    once more before the output projection, which keeps deep decoders stable.
+    Differs from the textbook in `sub_ln`: MAGNETO (arXiv 2210.06423) normalizes the concatenated
+    heads once more before the output projection, which keeps deep decoders stable.
     """
 
     def __init__(self, width: int, heads: int, sub_ln: bool = False, eps: float = 1e-5):
         super().__init__()
         self.heads = heads
-        self.q_proj = Linear(width, width)
-        self.k_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
-        self.qkv_proj: PackedLinear | None = None  # instead of these three, in self-attention with packed weights
-        self.out_proj = Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
         self.inner_attn_ln = nn.LayerNorm(width, eps) if sub_ln else nn.Identity()
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Queries from x (B, T, D); keys and values from context (B, S, D), by default x itself.
 
-        mask: bool, broadcast to (B, H, T, S), True where a query may look.
+        mask: bool, broadcast to (B, H, T, S), True where attention is allowed.
         """
         B, T, D = x.shape
         q, k, v = self.project(x, context)
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, S, hd), S now with all earlier positions
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # softmax(q·kᵀ / √hd)·v, (B, H, T, hd)
-        x = x.transpose(1, 2).reshape(B, T, D)  # (B, T, D)
-        return self.out_proj(self.inner_attn_ln(x))
+            k, v = cache.append(k, v)  # (B, H, S, hd), S including all earlier positions
+        # softmax(q·kᵀ / √hd)·v
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, hd)
+        heads = heads.transpose(1, 2).reshape(B, T, D)  # (B, T, D)
+        return self.out_proj(self.inner_attn_ln(heads))
 
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, hd), keys and values (B, H, S, hd)."""
-        if self.qkv_proj is not None:  # one long product reads memory faster than three short ones
-            q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
-        else:
-            context = x if context is None else context
-            q, k, v = self.q_proj(x), self.k_proj(context), self.v_proj(context)
+        if context is None:
+            context = x
+        q = self.q_proj(x)
+        k = self.k_proj(context)
+        v = self.v_proj(context)
         return self.split_heads(q), self.split_heads(k), self.split_heads(v)
 
     def split_heads(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
         return x.view(B, T, self.heads, D // self.heads).transpose(1, 2)  # (B, H, T, hd)
 
-    def weights(self, x: Tensor, context=None, mask=None, cache: KVCache | None = None) -> Tensor:
-        """Where the queries of the `forward` just run with these arguments looked, (B, H, T, S).
+    def attention_weights(self, x: Tensor, context=None, mask=None, cache: KVCache | None = None) -> Tensor:
+        """Attention weights (B, H, T, S) of the forward pass just run with these arguments.
 
-        For looking at only: the kernel that `forward` uses never writes the weights down.
+        For inspection only: the kernel that `forward` uses never materializes them.
         """
         q, k, _ = self.project(x, context)  # (B, H, T, hd), (B, H, S, hd)
-        k = k if cache is None else cache.keys[:, :, : cache.length]
+        if cache is not None:
+            k = cache.keys[:, :, : cache.length]
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
-        return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(dim=-1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return scores.softmax(dim=-1)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's cheap approximation of GELU; the decoder uses the exact one."""
+    """CLIP's cheap approximation of GELU. (The decoder uses the exact GELU.)"""
     return x * torch.sigmoid(1.702 * x)
 
 
 class MLP(nn.Module):
-    """Two linear layers around an activation; `sub_ln` normalises between the activation and the second."""
+    """Two linear layers around an activation; sub_ln adds a LayerNorm after the activation."""
 
     def __init__(self, width: int, mlp_width: int, activation, sub_ln: bool, eps: float):
         super().__init__()
         self.activation = activation
-        self.fc1 = Linear(width, mlp_width)
-        self.fc2 = Linear(mlp_width, width)
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc2 = nn.Linear(mlp_width, width)
         self.ffn_layernorm = nn.LayerNorm(mlp_width, eps) if sub_ln else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.ffn_layernorm(self.activation(self.fc1(x))))
+        hidden = self.activation(self.fc1(x))
+        return self.fc2(self.ffn_layernorm(hidden))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: the ViT's as it is, the decoder's with sub-LN.
+    """A pre-norm transformer block: plain in the ViT, with sub-LN in the decoder.
 
-    Pre-norm alone lets the size of what each layer adds drift with depth. Sub-LN (MAGNETO, arXiv
-    2210.06423, section 2) adds a LayerNorm before the last projection of attention and of MLP, so that
-    both always project inputs of one scale.
+    With pre-norm alone, the scale of what each layer adds drifts with depth. Sub-LN (MAGNETO, arXiv
+    2210.06423, section 2) adds a LayerNorm before the last projection of attention and MLP, so both
+    project inputs of one scale.
     """
 
     def __init__(self, width: int, heads: int, mlp_width: int, activation, sub_ln: bool, eps: float):
@@ -334,172 +294,256 @@ class Block(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------
-# From a picture to image embeddings  (walkthrough: notebooks/01_vision, notebooks/02_resampler)
+# From an image to image embeddings  (walkthrough: notebooks/01_vision, notebooks/02_resampler)
 # ----------------------------------------------------------------------------------------------------
 
-# CLIP's statistics of its training pictures, RGB.
+# CLIP's per-channel mean and standard deviation, RGB.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def preprocess_image(image: Image.Image, image_size: int) -> Tensor:
-    """A picture of any size and mode -> pixels (3, image_size, image_size), float32.
+    """An image of any size and mode -> pixels (3, image_size, image_size), float32.
 
-    The whole picture is squashed to a square (its aspect is not kept), so that a box in 0..1 of the
-    square is the same box in 0..1 of the picture.
+    The whole image is squashed to a square (aspect ratio is not preserved), so a box in 0..1 of the
+    square is the same box in 0..1 of the image. ValueError for pixel values whose brightness is
+    unknown: see `to_rgb`.
     """
-    image = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image, dtype=np.float32) / 255  # (S, S, 3)
+    image = to_rgb(image).resize((image_size, image_size), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image, dtype=np.float32) / 255  # (image_size, image_size, 3)
     pixels = (pixels - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, S, S)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, image_size, image_size)
+
+
+def preprocess_images(images: list[Image.Image], image_size: int) -> Tensor:
+    """`preprocess_image` for a list of images: pixels (I, 3, image_size, image_size)."""
+    return torch.stack([preprocess_image(image, image_size) for image in images])
+
+
+# The Orientation tag of EXIF -> what makes the image upright.
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image file -> RGB, upright, transparency on white.
+
+    Only the Orientation tag of EXIF is used. (ImageOps.exif_transpose would also write the whole
+    block back, which fails for many real files.) FileNotFoundError or ValueError, naming the file,
+    if it cannot be read.
+    """
+    if re.match(r"\w+:/", str(path)) and not Path(path).exists():
+        raise ValueError(f"{path} is a URL; download the image first")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no image at {path}")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            try:
+                orientation = image.getexif().get(ExifTags.Base.Orientation)
+            except Exception:  # a damaged EXIF block does not make the image unreadable
+                orientation = None
+            image = to_rgb(image)
+            return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
+    except Exception as error:  # Pillow's decoders raise many kinds
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image that Pillow can read"
+        raise ValueError(f"cannot read {path}: {reason}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode -> RGB, with transparency composited on white.
+
+    Pillow would clip modes with more than 8 bits. Integer modes are read as 16 bits (0..65535),
+    float mode as 0..1 or, if its maximum is above 1, as 0..255. ValueError for values outside of
+    that.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        image = to_8_bits(image)
+    if image.has_transparency_data:
+        if image.mode == "La":  # Pillow converts premultiplied gray only to LA
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit, 32-bit or float grayscale image -> 8 bits with the same brightness."""
+    values = np.asarray(image).astype(np.float32)
+    low, high = float(values.min()), float(values.max())
+    if image.mode != "F":
+        limit = 65535.0
+    elif high <= 1:
+        limit = 1.0
+    else:
+        limit = 255.0
+    if not (low >= 0 and high <= limit):  # also true for NaN
+        raise ValueError(f"mode {image.mode} image with values {low:g} to {high:g}: expected 0 to {limit:g}")
+    return Image.fromarray((values * (255 / limit)).round().astype(np.uint8))
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's ViT (arXiv 2103.00020), all N positions of its last layer, each scaled to length one.
+    """CLIP's ViT (arXiv 2103.00020): all N positions of its last layer, each scaled to unit length.
 
-    Differs from CLIP's use of it: [CLS] is not singled out but handed on with the patches, there is no
-    projection into CLIP's joint space, and the features are normalised position by position.
+    Differs from CLIP: [CLS] is passed on together with the patches, there is no projection into
+    CLIP's joint space, and the features are normalized position by position.
     """
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         E, eps = config.width, config.layer_norm_eps
-        self.class_embedding = random_parameter(E, size=E**-0.5)
+        self.class_embedding = random_parameter(E, bound=E**-0.5)
         self.patch_embedding = nn.Conv2d(3, E, config.patch_size, stride=config.patch_size, bias=False)
-        self.position_embedding = random_parameter(config.positions, E, size=E**-0.5)
+        self.position_embedding = random_parameter(config.positions, E, bound=E**-0.5)
         self.pre_layernorm = nn.LayerNorm(E, eps)
         self.layers = nn.ModuleList(
-            Block(E, config.heads, config.mlp_width, quick_gelu, sub_ln=False, eps=eps) for _ in range(config.layers)
+            Block(E, config.heads, config.mlp_width, quick_gelu, sub_ln=False, eps=eps)
+            for _ in range(config.layers)
         )
         self.post_layernorm = nn.LayerNorm(E, eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, S, S) -> features (B, N, E)."""
-        patches = self.patch_embedding(pixels)  # (B, E, grid, grid)
-        places = self.place_embedding(*patches.shape[2:])  # (N, E)
-        patches = patches.flatten(2).transpose(1, 2)  # (B, N-1, E), row by row from the upper left
+        """pixels (B, 3, height, width) -> features (B, N, E)."""
+        patches = self.patch_embedding(pixels)  # (B, E, rows, columns)
+        positions = self.interpolate_positions(patches.shape[2], patches.shape[3])  # (N, E)
+        patches = patches.flatten(2).transpose(1, 2)  # (B, N-1, E), row by row from the top left
         cls = self.class_embedding.expand(len(pixels), 1, -1)  # (B, 1, E)
         x = torch.cat([cls, patches], dim=1)  # (B, N, E)
-        x = self.pre_layernorm(x + places)
+        x = self.pre_layernorm(x + positions)
         for layer in self.layers:
             x = layer(x)
         return F.normalize(self.post_layernorm(x), dim=-1)
 
-    def place_embedding(self, rows: int, columns: int) -> Tensor:
-        """The learned positions (N, E); for another grid than the trained one, bicubically interpolated."""
+    def interpolate_positions(self, rows: int, columns: int) -> Tensor:
+        """The position embeddings (N, E), bicubically interpolated if the grid size differs."""
         grid = math.isqrt(len(self.position_embedding) - 1)
         if rows == columns == grid:
             return self.position_embedding
-        cls, patches = self.position_embedding[:1], self.position_embedding[1:]
-        patches = patches.T.reshape(1, -1, grid, grid)  # (1, E, grid, grid)
+        cls = self.position_embedding[:1]
+        patches = self.position_embedding[1:].T.reshape(1, -1, grid, grid)  # (1, E, grid, grid)
         patches = F.interpolate(patches, size=(rows, columns), mode="bicubic")  # (1, E, rows, columns)
         return torch.cat([cls, patches.flatten(2)[0].T])  # (1 + rows * columns, E)
 
 
 class Resampler(nn.Module):
-    """N features of the ViT -> Q embeddings of the decoder, by one cross-attention.
+    """N features of the ViT -> Q embeddings for the decoder, by one cross-attention.
 
-    Q learned queries look at the picture, so its cost in the decoder does not grow with its patches.
-    Differs from a textbook attention layer: the queries are themselves appended to the keys and values
-    (as in Flamingo's resampler, arXiv 2204.14198, section 3.1.1), and there is no LayerNorm, no residual,
-    no MLP. The queries carry the order; the keys know their place only from the ViT's positions.
+    Q learned queries attend to the features, so the decoder's cost is independent of the number of
+    patches. Differs from a textbook attention layer: the queries themselves are appended to the
+    keys and values (as in Flamingo's resampler, arXiv 2204.14198, section 3.1.1), and there is no
+    LayerNorm, residual or MLP. Outputs are ordered by query; spatial information comes only from
+    the ViT's position embeddings.
     """
 
     def __init__(self, config: Kosmos2Config):
         super().__init__()
         D = config.text.width
-        self.dense = Linear(config.vision.width, D)
-        self.latent_query = random_parameter(config.latent_query_num, D, size=1.0)
+        self.dense = nn.Linear(config.vision.width, D)
+        self.latent_query = random_parameter(config.latent_query_num, D, bound=1.0)
         self.x_attn = Attention(D, config.text.heads)
 
     def forward(self, features: Tensor) -> Tensor:
         """features (B, N, E) -> image_embeds (B, Q, D)."""
         features = self.dense(features)  # (B, N, D)
         latents = self.latent_query.expand(len(features), -1, -1)  # (B, Q, D)
-        return self.x_attn(latents, torch.cat([features, latents], dim=1))  # (B, Q, D)
+        return self.x_attn(latents, context=torch.cat([features, latents], dim=1))  # (B, Q, D)
 
 
 # ----------------------------------------------------------------------------------------------------
 # The decoder  (walkthrough: notebooks/03_decoder)
 # ----------------------------------------------------------------------------------------------------
 
+FIRST_POSITION = 2  # from fairseq, which reserves position 1 for padding; 0 is unused
+
 
 def sinusoidal_positions(positions: Tensor, width: int) -> Tensor:
-    """positions (B, T), whole numbers -> their encodings (B, T, width), float32.
+    """Integer positions (B, T) -> position encodings (B, T, width), float32.
 
-    Differs from "Attention Is All You Need" (3.5): all sines come first, then all cosines, instead of the
-    two in turn, and the longest wavelength is reached at the last frequency exactly.
+    Differs from "Attention Is All You Need" (section 3.5): all sines come first, then all cosines,
+    instead of being interleaved, and the last frequency reaches the longest wavelength exactly.
     """
     half = width // 2
     step = math.log(10000) / max(half - 1, 1)
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=positions.device) * -step)
+    frequencies = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=positions.device) * -step
+    )  # (half,)
     angles = positions[..., None].float() * frequencies  # (B, T, half)
-    table = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (B, T, 2 half)
+    table = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (B, T, 2 * half)
     return F.pad(table, (0, width % 2))  # (B, T, width): an odd width ends in a zero
 
 
-FIRST_POSITION = 2  # inherited from fairseq: there, position 1 belongs to padding and 0 to nothing
-
-
 def token_positions(tokens: Tensor, pad_mask: Tensor | None = None) -> Tensor:
-    """The position of every token (B, T): 2, 3, 4, ... counted over the tokens that are not padding."""
+    """Position ids (B, T): 2, 3, 4, ..., counting only tokens that are not padding."""
     check_mask("pad_mask", pad_mask, tokens)
     real = torch.ones_like(tokens) if pad_mask is None else (~pad_mask).long()
     return real.cumsum(dim=1) + FIRST_POSITION - 1
 
 
 def check_mask(name: str, mask: Tensor | None, tokens: Tensor) -> None:
-    """ValueError for a mask that is not bool (B, T) like the tokens it speaks of."""
+    """ValueError for a mask that is not bool with the shape of tokens."""
     if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
-        raise ValueError(f"{name} is {mask.dtype} {tuple(mask.shape)}; wanted is bool {tuple(tokens.shape)}")
+        raise ValueError(f"{name}: expected bool {tuple(tokens.shape)}, got {mask.dtype} {tuple(mask.shape)}")
 
 
 def causal_mask(T: int, S: int, pad_mask: Tensor | None = None, device=None) -> Tensor | None:
-    """Which of S positions the last T of them may look at: bool, (T, S), or (B, 1, T, S) with padding.
+    """The attention mask of the last T of S positions: bool, (T, S), or (B, 1, T, S) with padding.
 
-    None where all may look at all. pad_mask (B, S) is True on padding. A padding position looks at
-    itself: a softmax over nothing would be NaN, and nobody reads its output.
+    None if nothing is masked. pad_mask (B, S) is True on padding. A padding position attends to
+    itself: a fully masked row would give NaN; its output is never used.
     """
     if T == 1 and pad_mask is None:
         return None
-    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)  # (T, S)
     if pad_mask is None:
         return mask
-    itself = torch.eye(S, dtype=torch.bool, device=device)[S - T :]
+    itself = torch.eye(S, dtype=torch.bool, device=device)[S - T :]  # (T, S)
     return (mask & ~pad_mask[:, None, :] | itself)[:, None]  # (B, 1, T, S)
 
 
 class Embedding(nn.Embedding):
-    """Token embeddings that are also the output projection."""
+    """Token embeddings that are also the output projection (tied weights)."""
 
     def unembed(self, x: Tensor) -> Tensor:
         """x (..., D) -> logits (..., V)."""
-        return linear(x, self.weight)
+        return F.linear(x, self.weight)
 
 
 class Decoder(nn.Module):
-    """A causal transformer; its embedding matrix is also its output projection (tied)."""
+    """A causal transformer with tied input and output embeddings."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
         D, eps = config.width, config.layer_norm_eps
-        self.embed_tokens = Embedding.from_pretrained(random_parameter(config.vocab_size, D, size=D**-0.5), freeze=False)
+        weight = random_parameter(config.vocab_size, D, bound=D**-0.5)
+        self.embed_tokens = Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(
-            Block(D, config.heads, config.mlp_width, F.gelu, sub_ln=True, eps=eps) for _ in range(config.layers)
+            Block(D, config.heads, config.mlp_width, F.gelu, sub_ln=True, eps=eps)
+            for _ in range(config.layers)
         )
         self.layer_norm = nn.LayerNorm(D, eps)
 
     def forward(
         self, x: Tensor, positions: Tensor, mask: Tensor | None = None, caches: list[KVCache] | None = None
     ) -> Tensor:
-        """x (B, T, D) as it comes from the embedding, positions (B, T) -> x (B, T, D) after the last norm.
+        """Embeddings x (B, T, D) and position ids (B, T) -> x (B, T, D) after the last norm.
 
-        The sqrt(D) makes embeddings of length about one as large as the position table; image
-        embeddings are scaled and given positions like any word, because they were put in before.
+        The sqrt(D) makes embeddings of about unit length as large as the position encodings. Image
+        embeddings are scaled and given positions like any token, because they were inserted
+        earlier.
         """
         x = x * math.sqrt(x.shape[-1]) + sinusoidal_positions(positions, x.shape[-1]).to(x.dtype)
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
-            x = layer(x, mask, cache)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, mask, cache=caches[i] if caches else None)
         return self.layer_norm(x)
 
     def unembed(self, x: Tensor) -> Tensor:
@@ -513,10 +557,10 @@ class Decoder(nn.Module):
 
 
 class Kosmos2(nn.Module):
-    """The grounded vision-language model: see the top of this file for the data flow.
+    """The grounded vision-language model; the module docstring shows its data flow.
 
-    A batch may mix rows with no picture, one or several: `pixels` or `image_embeds` hold the pictures of
-    all rows in reading order, and `image_mask` marks the Q slots of each.
+    A batch may mix rows with no image, one or several: `pixels` or `image_embeds` hold the images
+    of all rows in reading order, and `image_mask` marks the Q slots of each.
     """
 
     def __init__(self, config: Kosmos2Config):
@@ -527,48 +571,40 @@ class Kosmos2(nn.Module):
         self.decoder = Decoder(config.text)
 
     def encode_image(self, pixels: Tensor, interpolate: bool = False) -> Tensor:
-        """pixels (B, 3, S, S) -> image_embeds (B, Q, D).
+        """pixels (B, 3, image_size, image_size) -> image_embeds (B, Q, D).
 
-        interpolate: take pictures of any height and width of at least a patch, by interpolating the ViT's
-        positions; without it ValueError for another size than the trained one.
+        interpolate: accept any image of at least one patch, by interpolating the ViT's position
+        embeddings; without it, ValueError for any size but the trained one.
         """
         size, patch = self.config.vision.image_size, self.config.vision.patch_size
-        fits = pixels.dim() == 4 and pixels.shape[1] == 3
-        if not fits or (min(pixels.shape[2:]) < patch if interpolate else pixels.shape[2:] != (size, size)):
-            wanted = f"height and width of at least {patch}" if interpolate else f"(B, 3, {size}, {size})"
-            raise ValueError(f"pixels have shape {tuple(pixels.shape)}; this model wants {wanted}")
-        pixels = pixels.to(self.vision.class_embedding.dtype)
-        parts = pixels.split(rows_at_a_time(pixels, self.config.vision.positions * self.config.vision.mlp_width))
-        return torch.cat([self.resampler(self.vision(part)) for part in parts])
+        shape = tuple(pixels.shape)
+        if pixels.dim() != 4 or shape[1] != 3:
+            raise ValueError(f"pixels: expected (B, 3, {size}, {size}), got {shape}")
+        if interpolate and min(shape[2:]) < patch:
+            raise ValueError(f"pixels: expected a height and width of at least {patch}, got {shape}")
+        if not interpolate and shape[2:] != (size, size):
+            raise ValueError(f"pixels: expected (B, 3, {size}, {size}), got {shape}")
+        features = self.vision(pixels.to(self.vision.class_embedding.dtype))  # (B, N, E)
+        return self.resampler(features)  # (B, Q, D)
 
-    def embed(
-        self,
-        tokens: Tensor,
-        pixels: Tensor | None = None,
-        image_embeds: Tensor | None = None,
-        image_mask: Tensor | None = None,
-    ) -> Tensor:
-        """tokens (B, T) -> x (B, T, D), with the image embeddings in place of those of the image slots.
+    def embed(self, tokens: Tensor, pixels=None, image_embeds=None, image_mask=None) -> Tensor:
+        """tokens (B, T) -> x (B, T, D), with the image embeddings in the image slots.
 
-        ValueError where pictures and slots do not match.
+        Arguments as in `forward`. ValueError if images and slots do not match.
         """
         self._check_tokens(tokens)
-        x = self.decoder.embed_tokens(tokens)  # (B, T, D)
+        check_mask("image_mask", image_mask, tokens)
         if pixels is not None and image_embeds is not None:
-            raise ValueError("give pixels or image_embeds, not both")
+            raise ValueError("pass either pixels or image_embeds, not both")
         if pixels is not None:
             image_embeds = self.encode_image(pixels)
-        Q, D = self.config.latent_query_num, self.config.text.width
-        if image_embeds is not None and tuple(image_embeds.shape[1:]) != (Q, D):
-            raise ValueError(f"image_embeds have shape {tuple(image_embeds.shape)}; this model wants (I, {Q}, {D})")
-        check_mask("image_mask", image_mask, tokens)
-        slots = torch.zeros(len(tokens), dtype=torch.long) if image_mask is None else image_mask.sum(dim=1)  # (B,)
-        filled = 0 if image_embeds is None else len(image_embeds) * Q
-        if int(slots.sum()) != filled or (slots % Q).any():
-            raise ValueError(f"image_mask marks {slots.tolist()} slots in its rows, but the pictures fill {filled} ({Q} each)")
-        if filled:
-            x = x.masked_scatter(image_mask[..., None], image_embeds.to(x.dtype))
-        return x
+        self._check_slots(image_embeds, image_mask)
+        x = self.decoder.embed_tokens(tokens)  # (B, T, D)
+        if image_embeds is None or len(image_embeds) == 0:
+            return x
+        # The mask's True entries, read row by row, take the image embeddings one after the other.
+        # So image i fills the i-th run of Q slots, whichever row it is in.
+        return x.masked_scatter(image_mask[..., None], image_embeds.to(x.dtype))  # (B, T, D)
 
     def forward(
         self,
@@ -579,106 +615,160 @@ class Kosmos2(nn.Module):
         pad_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of the next token after every position, and with labels also the loss.
+        """Next-token logits at every position, and with labels also the loss.
 
         tokens      (B, T) ids
-        pixels      (I, 3, S, S) or image_embeds (I, Q, D): all pictures of the batch, in reading order
+        pixels      (I, 3, image_size, image_size) or image_embeds (I, Q, D): all images, in reading order
         image_mask  (B, T) bool, True on the I x Q image slots
         pad_mask    (B, T) bool, True on padding, on either side
         labels      (B, T) ids, shifted by one in here; -100 is ignored
         Returns logits (B, T, V), or (logits, mean cross-entropy).
-        Raises ValueError for shapes that do not fit and rows longer than the trained positions.
+        Raises ValueError for shapes that do not fit and for rows longer than the context.
         """
         x = self.embed(tokens, pixels, image_embeds, image_mask)
         T = tokens.shape[1]
         positions = token_positions(tokens, pad_mask)
         self._check_length(positions)
         x = self.decoder(x, positions, causal_mask(T, T, pad_mask, tokens.device))
-        logits = self.decoder.unembed(x)
+        logits = self.decoder.unembed(x)  # (B, T, V)
         if labels is None:
             return logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+        predicted = logits[:, :-1].flatten(0, 1).float()  # (B * (T - 1), V)
+        loss = F.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=-100)
         return logits, loss
 
     def _check_tokens(self, tokens: Tensor) -> None:
         V = self.config.text.vocab_size
         if tokens.dim() != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; wanted are rows of at least one id, (B, T)")
+            raise ValueError(f"tokens: expected (B, T) with T >= 1, got {tuple(tokens.shape)}")
         if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < V):
-            raise ValueError(f"token ids must lie in 0..{V - 1}; is this the tokenizer of another checkpoint?")
+            raise ValueError(f"token ids must be in 0..{V - 1}; is this the tokenizer of another checkpoint?")
+
+    def _check_slots(self, image_embeds: Tensor | None, image_mask: Tensor | None) -> None:
+        Q, D = self.config.latent_query_num, self.config.text.width
+        if image_embeds is not None and tuple(image_embeds.shape[1:]) != (Q, D):
+            raise ValueError(f"image_embeds: expected (I, {Q}, {D}), got {tuple(image_embeds.shape)}")
+        images = 0 if image_embeds is None else len(image_embeds)
+        slots = [] if image_mask is None else image_mask.sum(dim=1).tolist()
+        if sum(slots) != images * Q or any(count % Q for count in slots):
+            raise ValueError(f"image_mask marks {slots} slots per row; {images} images need {Q} slots each")
 
     def _check_length(self, positions: Tensor, new_tokens: int = 0) -> None:
         if not positions.numel():
             return
-        length, limit = int(positions.max()) - FIRST_POSITION + 1, self.config.text.max_positions
-        if length + new_tokens > limit:
-            plus = f" and {new_tokens} new ones were asked for" if new_tokens else ""
+        limit = self.config.text.max_positions
+        length = int(positions.max()) - FIRST_POSITION + 1
+        room = limit - length
+        if room < 0 or (room == 0 and new_tokens > 0):
+            raise ValueError(f"the prompt has {length} tokens, the context {limit}; shorten the prompt")
+        if new_tokens > room:
             raise ValueError(
-                f"the prompt has {length} tokens{plus}, but the model was trained on {limit} positions; "
-                + (f"ask for at most {limit - length}" if new_tokens and length < limit else "shorten the prompt")
+                f"the prompt has {length} tokens and the context {limit}; "
+                f"{new_tokens} new tokens do not fit, ask for at most {room}"
             )
 
     @torch.inference_mode()
     def generate(
-        self,
-        tokens: Tensor,
-        pixels: Tensor | None = None,
-        image_embeds: Tensor | None = None,
-        image_mask: Tensor | None = None,
-        pad_mask: Tensor | None = None,
-        **options,
-    ) -> "list[NewTokens]":
+        self, tokens: Tensor, pixels=None, image_embeds=None, image_mask=None, pad_mask=None, **options
+    ) -> list[list[int]]:
         """Continue every row; returns the new ids of each, ending with </s> or at max_new_tokens.
 
-        Inputs as in `forward`; rows of different length go in padded on the left. Options are the fields
-        of `GenerationOptions`, by name. A row's result depends neither on the other rows nor on its
-        padding: transformers 5.23 shifts the positions of padded rows when decoding begins. Each row is a
-        `NewTokens`, a list of ids that also knows their probabilities.
-        Raises ValueError for options out of range and prompts that leave no room in the trained positions.
+        Arguments as in `forward`; rows of different lengths must be padded on the left (`pad_left`).
+        Options are the fields of `GenerationOptions`, by name. A row's result depends neither on
+        the other rows nor on its padding. (transformers 5.23 shifts the positions of padded rows
+        when decoding begins.)
+        Raises ValueError for options out of range and for prompts that exceed the context length.
         """
-        state = self.start(tokens, pixels, image_embeds, image_mask, pad_mask, **options)
-        return beam_search(state) if state.options.num_beams > 1 else state.finish()
+        state = self.prefill(tokens, pixels, image_embeds, image_mask, pad_mask, **options)
+        return [result.ids for result in finish(state)]
 
     def stream(self, *inputs, **options) -> Iterator[list[int | None]]:
-        """`generate`, one step at a time: yields the next id of every row, None for a row that has ended."""
-        yield from self.start(*inputs, **options)
+        """`generate`, step by step: yields the new id of every row, None for finished rows."""
+        yield from decode(self.prefill(*inputs, **options))
 
     @torch.inference_mode()
-    def start(
-        self, tokens, pixels=None, image_embeds=None, image_mask=None, pad_mask=None, past=None, **options
-    ) -> "Generation":
-        """Read the prompts of `generate` and stop there: the Generation yields what `stream` yields.
+    def prefill(
+        self,
+        tokens: Tensor,
+        pixels=None,
+        image_embeds=None,
+        image_mask=None,
+        pad_mask=None,
+        prefix=None,
+        **options,
+    ) -> "DecodeState":
+        """Run the prompts of `generate`; `decode` or `beam_search` continue from here.
 
-        past: a Generation of one row that has read what comes before all of these prompts, and generated
-        nothing. So many questions about one picture cost one reading of it:
+        prefix: the DecodeState after the common beginning of all prompts, one row without padding
+        and without new tokens; `tokens` then holds only what follows it. Several questions about
+        one image share its prefill this way:
 
-            past = model.start(picture_tokens, pixels, image_mask=image_mask, max_new_tokens=0)
-            answers = model.start(questions, pad_mask=pad_mask, past=past).finish()
+            prefix = model.prefill(image_tokens, pixels, image_mask=image_mask, max_new_tokens=0)
+            answers = finish(model.prefill(questions, pad_mask=pad_mask, prefix=prefix))
         """
-        options = GenerationOptions(**options)
-        return Generation(self, tokens, pixels, image_embeds, image_mask, pad_mask, options, past)
+        checked = GenerationOptions(**options)
+        check_mask("pad_mask", pad_mask, tokens)
+        if pad_mask is not None and not pad_mask.any():
+            pad_mask = None
+        if pad_mask is not None and pad_mask[:, -1].any():
+            raise ValueError("generation needs left padding, but pad_mask is True at the end of a row")
+        if prefix is not None and not prefix.is_prefix():
+            raise ValueError("prefix: expected one row without padding and without new tokens")
+        x = self.embed(tokens, pixels, image_embeds, image_mask)  # (B, T, D)
+        B, T, D = x.shape
+        past = 0 if prefix is None else prefix.caches[0].length
+        positions = token_positions(tokens, pad_mask) + past
+        self._check_length(positions, checked.max_new_tokens)
+
+        heads = self.config.text.heads
+        capacity = past + T + max(checked.max_new_tokens - 1, 0)
+        caches = [KVCache(B, heads, capacity, D // heads, like=x) for _ in self.decoder.layers]
+        prompts = [row.tolist() for row in tokens]
+        if pad_mask is not None:
+            prompts = [row[~padding].tolist() for row, padding in zip(tokens, pad_mask, strict=True)]
+            pad_mask = F.pad(pad_mask, (past, 0), value=False)  # (B, past + T)
+        if prefix is not None:
+            prompts = [prefix.prompts[0] + prompt for prompt in prompts]
+            for cache, shared in zip(caches, prefix.caches, strict=True):
+                keys, values = shared.keys[:, :, :past], shared.values[:, :, :past]
+                cache.append(keys.expand(B, -1, -1, -1), values.expand(B, -1, -1, -1))
+
+        x = self.decoder(x, positions, causal_mask(T, past + T, pad_mask, x.device), caches)  # (B, T, D)
+        next_position = positions[:, -1:] + 1  # (B, 1)
+        return DecodeState(self, checked, prompts, caches, next_position, pad_mask, self.next_logits(x))
+
+    def next_logits(self, x: Tensor) -> Tensor:
+        """x (B, T, D) after the decoder -> float32 logits (B, V) of the next token."""
+        logits = self.decoder.unembed(x[:, -1]).float()  # (B, V)
+        if not torch.isfinite(logits.sum()):
+            raise ValueError(
+                "the logits are not finite: the weights are damaged or too large for this precision"
+            )
+        return logits
 
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect what happens inside while the model runs: hidden states and attention, by module name.
+    """Record block outputs and attention weights during a forward pass, by module name.
 
         with record(model) as seen:
             model.encode_image(pixels)
-        seen["vision.layers.3"][0]    what block 3 put out, (B, N, E)
-        seen["resampler.x_attn"][0]   where the latents looked, (B, H, Q, N + Q)
+        seen["vision.layers.3"][0]    output of block 3, (B, N, E)
+        seen["resampler.x_attn"][0]   attention weights of the latents, (B, H, Q, N + Q)
 
-    Every run adds an entry to the lists: of a generation the first is the prompt's, then one a token. (A large batch
-    on a CPU runs in parts, `rows_at_a_time`, and adds one for each.)
+    Every forward pass adds an entry: during generation, one for the prompt, then one per token.
     """
     seen: dict[str, list[Tensor]] = {}
 
     def keep(module, inputs, options, output, name):
-        value = module.weights(*inputs, **options) if isinstance(module, Attention) else output
-        seen.setdefault(name, []).append(value.detach())
+        if isinstance(module, Attention):
+            output = module.attention_weights(*inputs, **options)
+        seen.setdefault(name, []).append(output.detach())
 
-    watched = [(name, module) for name, module in model.named_modules() if isinstance(module, (Block, Attention))]
-    hooks = [module.register_forward_hook(partial(keep, name=name), with_kwargs=True) for name, module in watched]
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, (Block, Attention)):
+            hooks.append(module.register_forward_hook(partial(keep, name=name), with_kwargs=True))
     try:
         yield seen
     finally:
@@ -690,209 +780,233 @@ def record(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 # Generation  (walkthrough: notebooks/05_sampling)
 # ----------------------------------------------------------------------------------------------------
 
+# (ids so far, number of tokens that may still follow) -> bool (V,), True where a token may come
+# next; None if all may.
+Constraint = Callable[[list[int], int], np.ndarray | None]
+
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to continue a text. ValueError for a value out of its range."""
+    """How to continue a prompt. ValueError for a value out of its range."""
 
-    max_new_tokens: int = 128  # at most so many; prompt and new tokens must fit the trained positions
+    max_new_tokens: int = (
+        430  # upper limit; prompt + new tokens must fit the context. 430: the original demo's limit
+    )
     min_new_tokens: int = 0  # </s> is forbidden before
-    temperature: float = 0.0  # 0 takes the likeliest token, 1 samples from the model's distribution
-    top_k: int | None = None  # sample among the k likeliest only
-    top_p: float | None = None  # sample among the fewest likeliest tokens whose probabilities reach p
+    temperature: float = 0.0  # 0 takes the most likely token, 1 samples from the model's distribution
+    top_k: int | None = None  # sample among the k most likely tokens
+    top_p: float | None = (
+        None  # nucleus sampling: keep the smallest set of top tokens with total probability >= p
+    )
     num_beams: int = 1  # above 1: beam search, which does not sample
-    # n: no n tokens in a row, the prompt's and the ids in its image slots included, come twice. The published model is used with 3
-    # (config.text.no_repeat_ngram_size); transformers 5.23 loses that setting while it loads.
+    # Forbid repeating any n-gram, prompt and image slots included. The published model is used with
+    # 3 (config.text.no_repeat_ngram_size); transformers 5.23 loses that setting while loading.
     no_repeat_ngram_size: int = 0
-    seed: int | None = None  # repeatable sampling: every row draws the same numbers, those it would draw alone
-    # (ids so far, tokens left) -> bool (V,), True where a token may come next; None where any may. Such as
-    # Tokenizer.well_formed, which keeps boxes whole.
-    constraint: Callable[[list[int], int], np.ndarray | None] | None = None
+    seed: int | None = None  # all rows share one random stream, so batching does not change results
+    constraint: Constraint | None = None  # such as Tokenizer.allowed_tokens, which keeps boxes complete
 
     def __post_init__(self):
-        least = dict(max_new_tokens=0, min_new_tokens=0, no_repeat_ngram_size=0, num_beams=1)
-        least |= dict(top_k=1) if self.top_k is not None else {}
-        for name, value in least.items():
-            given = getattr(self, name)
-            if type(given) is not int or given < value:
-                raise ValueError(f"{name} is {given!r}; it must be a whole number, at least {value}")
+        check_integers(
+            "option", minimum=0, max_new_tokens=self.max_new_tokens, min_new_tokens=self.min_new_tokens
+        )
+        check_integers("option", minimum=0, no_repeat_ngram_size=self.no_repeat_ngram_size)
+        check_integers("option", num_beams=self.num_beams)
+        if self.top_k is not None:
+            check_integers("option", top_k=self.top_k)
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens ({self.max_new_tokens})")
+            raise ValueError(
+                f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens ({self.max_new_tokens})"
+            )
         if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature!r}; it must be 0 (greedy) or a positive number")
+            raise ValueError(
+                f"temperature: expected 0 (greedy) or a positive number, got {self.temperature!r}"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
+            raise ValueError(f"top_p: expected a number above 0 and at most 1, got {self.top_p!r}")
         if self.seed is not None and (type(self.seed) is not int or not -(2**63) <= self.seed < 2**64):
-            raise ValueError(f"seed is {self.seed!r}; it must be a whole number of at most 64 bits")
+            raise ValueError(f"seed: expected an integer of at most 64 bits, got {self.seed!r}")
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError("beam search does not sample; use temperature 0 or num_beams 1")
 
 
-class NewTokens(list):
-    """The new ids of a row, and in `probabilities` what the model gave each of them.
+@dataclass(frozen=True)
+class Generated:
+    """The new ids of a sequence, and the probability the model gave to each.
 
-    These are the model's own, before temperature, blocks and constraints.
+    Probabilities are the model's own: before temperature, n-gram blocking and constraints.
     """
 
-    def __init__(self, ids=(), probabilities=()):
-        super().__init__(ids)
-        self.probabilities = list(probabilities)
+    ids: list[int] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
 
-    def __getitem__(self, at):
-        found = super().__getitem__(at)
-        return NewTokens(found, self.probabilities[at]) if isinstance(at, slice) else found
-
-    def plus(self, token: int, probability: float) -> "NewTokens":
-        return NewTokens([*self, token], [*self.probabilities, probability])
+    def plus(self, token: int, probability: float) -> "Generated":
+        return Generated([*self.ids, token], [*self.probabilities, probability])
 
 
-class Generation:
-    """A batch in the middle of being generated: the running texts, their caches and their next logits.
+@dataclass
+class DecodeState:
+    """Decoding state of a batch: sequences, KV caches and next-token logits.
 
-    Iterating yields at every step the next id of every row, None for a row that has ended. `results` holds
-    what every row has got so far; `texts` the same for the texts still running, of which a beam search
-    has several for a row and others none.
+    Sequence i continues prompts[rows[i]]. At first there is one for each prompt; finished ones
+    leave the batch, and a beam search has several for each.
     """
 
-    def __init__(self, model, tokens, pixels, image_embeds, image_mask, pad_mask, options, past=None):
-        check_mask("pad_mask", pad_mask, tokens)
-        if pad_mask is not None and not pad_mask.any():
-            pad_mask = None
-        if pad_mask is not None and pad_mask[:, -1].any():
-            raise ValueError("to generate, rows must be padded on the left: pad_mask is True at the end of a row")
-        if past is not None and (len(past.rows) != 1 or past.pad_mask is not None or past.texts[0]):
-            raise ValueError("past must be one row without padding that has generated nothing")
-        x = model.embed(tokens, pixels, image_embeds, image_mask)  # (B, T, D)
-        B, T, _ = x.shape
-        P = 0 if past is None else past.caches[0].length  # positions read before
-        self.model, self.options, self.left = model, options, options.max_new_tokens
-        self.rows = list(range(B))  # the row of `tokens` that each running text continues
-        self.results = [NewTokens() for _ in self.rows]
-        self.texts = list(self.results)
-        pads = torch.zeros_like(tokens, dtype=torch.bool) if pad_mask is None else pad_mask
-        before = [] if past is None else past.prompts[0]
-        self.prompts = [before + row[~pad].tolist() for row, pad in zip(tokens, pads, strict=True)]
-        self.random = None if options.seed is None else torch.Generator().manual_seed(options.seed)
-        positions = token_positions(tokens, pad_mask) + P
-        model._check_length(positions, options.max_new_tokens)
-        self.next_position = positions[:, -1:] + 1  # (B, 1)
-        text = model.config.text
-        capacity = P + T + max(options.max_new_tokens - 1, 0)
-        self.caches = [KVCache(B, text.heads, capacity, text.width // text.heads, like=x) for _ in range(text.layers)]
-        if past is not None:
-            for cache, old in zip(self.caches, past.caches, strict=True):
-                cache.append(*(kv[:, :, :P].expand(B, -1, -1, -1) for kv in (old.keys, old.values)))
-        self.pad_mask = None if pad_mask is None else F.pad(pad_mask, (P, 0), value=False)  # (B, P + T)
-        self.predict(x, positions, causal_mask(T, P + T, self.pad_mask, x.device))
+    model: Kosmos2
+    options: GenerationOptions
+    prompts: list[list[int]]
+    caches: list[KVCache]  # one for each layer
+    next_position: Tensor  # (B, 1)
+    pad_mask: Tensor | None  # (B, S)
+    logits: Tensor  # (B, V)
+    rows: list[int] = field(init=False)
+    sequences: list[Generated] = field(init=False)
+    results: list[Generated] = field(init=False)  # what `decode` has generated for each prompt
 
-    def predict(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> None:
-        """Run new positions x (B, T, D) through the decoder, some rows at a time, and ask the last one what is next."""
-        B, T, _ = x.shape
-        step, last = rows_at_a_time(x, T * self.model.config.text.mlp_width), []
-        for start in range(0, max(B, 1), step):
-            rows = slice(start, start + step)
-            seen = mask if mask is None or mask.dim() == 2 else mask[rows]
-            caches = [cache.view(rows) for cache in self.caches]
-            last.append(self.model.decoder(x[rows], positions[rows], seen, caches)[:, -1])  # (step or fewer, D)
-        for cache in self.caches:
-            cache.length += T
-        self.logits = self.model.decoder.unembed(torch.cat(last)).float()  # (B, V)
-        if not torch.isfinite(self.logits.sum()):
-            raise ValueError("the logits are not finite: the weights are damaged, or too large for this precision")
+    def __post_init__(self):
+        self.rows = list(range(len(self.prompts)))
+        self.sequences = [Generated() for _ in self.rows]
+        self.results = list(self.sequences)
 
-    @torch.inference_mode()
-    def __iter__(self) -> Iterator[list[int | None]]:
-        if self.options.num_beams > 1:
-            raise ValueError("a beam search knows its text only at the end; stream with num_beams=1")
-        while self.rows and self.left:
-            chosen = self.draw()
-            grown = self.grow(range(len(chosen)), chosen)
-            step: list[int | None] = [None] * len(self.results)
-            for row, token, text in zip(self.rows, chosen, grown, strict=True):
-                step[row], self.results[row] = token, text
-            yield step
-            going = [i for i, token in enumerate(chosen) if token != EOS]
-            self.advance(going, [grown[i] for i in going])
+    def is_prefix(self) -> bool:
+        """Whether other prompts can continue from here: see `Kosmos2.prefill`."""
+        return len(self.rows) == 1 and self.pad_mask is None and not self.sequences[0].ids
 
-    def finish(self) -> list[NewTokens]:
-        """Generate to the end."""
-        for _ in self:
-            pass
-        return self.results
+    def append(self, parents: list[int], tokens: list[int]) -> list[Generated]:
+        """The sequences `parents`, each with one more token."""
+        logits = self.logits[parents, tokens]  # (len(parents),)
+        probabilities = (logits - self.logits.logsumexp(dim=-1)[parents]).exp().tolist()
+        return [self.sequences[i].plus(t, p) for i, t, p in zip(parents, tokens, probabilities, strict=True)]
 
-    def forbid(self, scores: Tensor) -> Tensor:
-        """Next logits or log-probabilities (B, V), with -inf where a token may not come.
+    def step(self, parents: list[int], sequences: list[Generated]) -> None:
+        """Continue with these sequences only, made by `append`: run their last tokens through the
+        decoder.
 
-        A rule that would leave a text nothing to go on with is dropped, the later ones first.
+        parents: what each sequence was made from. A parent may repeat; all others leave the batch.
         """
-        scores, o = scores.clone(), self.options
-        scores[:, PAD] = -math.inf  # no text contains it; the original forbids it, transformers does not
-        for i, (row, new) in enumerate(zip(self.rows, self.texts, strict=True)):
-            text, rules = self.prompts[row] + new, []
-            if len(new) < o.min_new_tokens:
-                rules.append([EOS])
-            if o.constraint is not None:
-                allowed = o.constraint(text, o.max_new_tokens - len(new))
-                rules += [] if allowed is None else [~torch.from_numpy(allowed).to(scores.device)]
-            if o.no_repeat_ngram_size:
-                rules.append(repeated_ngrams(text, o.no_repeat_ngram_size))
-            for rule in rules:
-                ruled = scores[i].clone()
-                ruled[rule] = -math.inf
-                scores[i] = ruled if ruled.max() > -math.inf else scores[i]
-        return scores
-
-    def draw(self) -> list[int]:
-        """The next token of every running text, greedily or by sampling."""
-        logits, o = self.forbid(self.logits), self.options
-        u = torch.rand(len(self.rows) if self.random is None else 1, generator=self.random).to(logits.device)
-        return sample(logits, o.temperature, o.top_k, o.top_p, u).tolist()
-
-    def grow(self, parents, tokens: list[int]) -> list[NewTokens]:
-        """Each of these running texts with one more token."""
-        chosen = self.logits[list(parents), tokens]  # (len(parents),)
-        probabilities = (chosen - self.logits.logsumexp(dim=-1)[list(parents)]).exp().tolist()
-        return [self.texts[i].plus(t, p) for i, t, p in zip(parents, tokens, probabilities, strict=True)]
-
-    def advance(self, parents: list[int], texts: list[NewTokens]) -> None:
-        """Go on with these texts, grown from those of `parents` (several from one, maybe); the others end here."""
+        device = self.next_position.device
         if parents != list(range(len(self.rows))):
-            index = torch.tensor(parents, dtype=torch.long, device=self.next_position.device)
+            index = torch.tensor(parents, dtype=torch.long, device=device)
             for cache in self.caches:
-                cache.select(index)
+                cache.reorder(index)
             self.next_position = self.next_position[index]
-            self.pad_mask = None if self.pad_mask is None else self.pad_mask[index]
-        self.texts, self.rows, self.left = texts, [self.rows[i] for i in parents], self.left - 1
-        if not self.rows or not self.left:  # nobody will ask what follows the last token
+            if self.pad_mask is not None:
+                self.pad_mask = self.pad_mask[index]
+        self.rows = [self.rows[i] for i in parents]
+        self.sequences = sequences
+        if not sequences:
             return
         if self.pad_mask is not None:
             self.pad_mask = F.pad(self.pad_mask, (0, 1), value=False)  # (B, S)
-        tokens = torch.tensor([[text[-1]] for text in texts], device=self.next_position.device)
+        tokens = torch.tensor([[sequence.ids[-1]] for sequence in sequences], device=device)  # (B, 1)
         x = self.model.decoder.embed_tokens(tokens)  # (B, 1, D)
-        self.predict(x, self.next_position, causal_mask(1, self.caches[0].length + 1, self.pad_mask, x.device))
+        mask = causal_mask(1, self.caches[0].length + 1, self.pad_mask, device)
+        x = self.model.decoder(x, self.next_position, mask, self.caches)
         self.next_position = self.next_position + 1
+        self.logits = self.model.next_logits(x)  # (B, V)
+
+
+@torch.inference_mode()
+def decode(state: DecodeState) -> Iterator[list[int | None]]:
+    """The decoding loop. Yields, after each step, the new id of every prompt, None for those that
+    have ended.
+
+    `state.results` holds what has been generated so far.
+    """
+    options = state.options
+    if options.num_beams > 1:
+        raise ValueError("beam search cannot stream; use num_beams 1")
+    generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
+    for remaining in range(options.max_new_tokens, 0, -1):
+        logits = mask_logits(state.logits, state, remaining)  # (B, V)
+        uniform = torch.rand(len(logits) if generator is None else 1, generator=generator).to(logits.device)
+        tokens = sample(logits, options.temperature, options.top_k, options.top_p, uniform).tolist()
+        tokens = [cut_markup(state, i, token, remaining) for i, token in enumerate(tokens)]
+        sequences = state.append(list(range(len(tokens))), tokens)
+        new_ids: list[int | None] = [None] * len(state.prompts)
+        for row, sequence in zip(state.rows, sequences, strict=True):
+            state.results[row] = sequence
+            new_ids[row] = sequence.ids[-1]
+        yield new_ids
+        unfinished = [i for i, token in enumerate(tokens) if token != EOS]
+        if not unfinished or remaining == 1:
+            return
+        state.step(unfinished, [sequences[i] for i in unfinished])
+
+
+def finish(state: DecodeState) -> list[Generated]:
+    """Generate to the end, by beam search if num_beams > 1; returns one result for each prompt."""
+    if state.options.num_beams > 1:
+        return beam_search(state)
+    for _ in decode(state):
+        pass
+    return state.results
+
+
+def mask_logits(scores: Tensor, state: DecodeState, remaining: int) -> Tensor:
+    """Next-token logits or log-probabilities (B, V), with -inf for tokens that may not come next.
+
+    A rule that would leave no token is skipped; earlier rules take precedence.
+    """
+    options = state.options
+    scores = scores.clone()
+    scores[:, PAD] = -math.inf  # never part of a text. The original forbids it, too; transformers does not.
+    for i, sequence in enumerate(state.sequences):
+        ids = state.prompts[state.rows[i]] + sequence.ids
+        rules = []
+        if len(sequence.ids) < options.min_new_tokens:
+            rules.append([EOS])
+        if options.constraint is not None:
+            allowed = options.constraint(ids, state.model.config.text.max_positions)
+            if allowed is not None:
+                rules.append(~torch.from_numpy(allowed).to(scores.device))
+        if options.no_repeat_ngram_size:
+            rules.append(repeated_ngrams(ids, options.no_repeat_ngram_size))
+        for forbidden in rules:
+            masked = scores[i].clone()
+            masked[forbidden] = -math.inf
+            if masked.max() > -math.inf:
+                scores[i] = masked
+    return scores
+
+
+def cut_markup(state: DecodeState, i: int, token: int, remaining: int) -> int:
+    """The token, or </s> instead of markup that can no longer be completed: the length limit cuts a
+    text short, but never changes it."""
+    if state.options.constraint is None:
+        return token
+    ids = state.prompts[state.rows[i]] + state.sequences[i].ids
+    allowed = state.options.constraint(ids, remaining)
+    return token if allowed is None or allowed[token] or not allowed.any() else EOS
 
 
 def pad_left(rows: list[tuple[list[int], list[bool]]], device=None) -> tuple[Tensor, Tensor, Tensor]:
-    """[(ids, image_mask)] of any lengths -> tokens, image_mask, pad_mask, each (B, T), for `generate`."""
+    """(ids, image_mask) of rows of any lengths -> tokens, image_mask, pad_mask, each (B, T), for
+    `generate`."""
     T = max(len(ids) for ids, _ in rows)
     tokens = [[PAD] * (T - len(ids)) + list(ids) for ids, _ in rows]
     image_mask = [[False] * (T - len(mask)) + list(mask) for _, mask in rows]
     pad_mask = [[True] * (T - len(ids)) + [False] * len(ids) for ids, _ in rows]
-    return tuple(torch.tensor(t, device=device) for t in (tokens, image_mask, pad_mask))
+    return (
+        torch.tensor(tokens, device=device),
+        torch.tensor(image_mask, device=device),
+        torch.tensor(pad_mask, device=device),
+    )
 
 
-def repeated_ngrams(tokens: list[int], n: int) -> list[int]:
-    """The ids that would complete a run of n tokens which `tokens` already contains."""
-    tail = tokens[len(tokens) - n + 1 :]
-    return [tokens[i + n - 1] for i in range(len(tokens) - n + 1) if tokens[i : i + n - 1] == tail]
+def repeated_ngrams(ids: list[int], n: int) -> list[int]:
+    """The ids that would complete an n-gram which `ids` already contains."""
+    tail = ids[len(ids) - n + 1 :]
+    starts = range(len(ids) - n + 1)
+    return [ids[i + n - 1] for i in starts if ids[i : i + n - 1] == tail]
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, u: Tensor) -> Tensor:
-    """logits (B, V), uniform numbers u (B,) or (1,) -> token ids (B,).
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, uniform: Tensor
+) -> Tensor:
+    """logits (B, V) and uniform random numbers (B,) or (1,) -> token ids (B,).
 
-    Drawn by inverting the cumulative distribution over tokens sorted by probability, which needs one
-    uniform number a token and no more.
+    Samples by inverting the cumulative distribution over tokens sorted by probability, which needs
+    exactly one random number per token.
     """
     if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
@@ -901,182 +1015,116 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     if top_k is not None:
         probs[:, top_k:] = 0
         probs /= probs.sum(dim=-1, keepdim=True)
-    if top_p is not None:
-        ahead = probs.cumsum(dim=-1) - probs  # the mass of all likelier tokens
-        ahead[:, 0] = 0
-        probs[ahead >= top_p] = 0  # the token that crosses p stays
-    cdf = probs.cumsum(dim=-1)
-    drawn = (cdf < u[:, None] * cdf[:, -1:]).sum(dim=-1, keepdim=True)  # (B, 1)
-    return ids.gather(1, drawn)[:, 0]
+    if top_p is not None and top_p < 1:
+        # Total probability of all more likely tokens.
+        before = F.pad(probs.cumsum(dim=-1)[:, :-1], (1, 0))  # (B, V)
+        probs[before >= top_p] = 0  # the token that crosses p stays
+    cdf = probs.cumsum(dim=-1)  # (B, V)
+    chosen = (cdf < uniform[:, None] * cdf[:, -1:]).sum(dim=-1, keepdim=True)  # (B, 1)
+    return ids.gather(1, chosen)[:, 0]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Beam search, for texts and for boxes
+# ----------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def beam_search(state: Generation) -> list[NewTokens]:
-    """Keep the num_beams likeliest texts of every row at every step; returns the best finished one of each.
+def beam_search(state: DecodeState) -> list[Generated]:
+    """Keep the num_beams most likely sequences of every prompt at each step; returns the best
+    finished one of each.
 
-    A finished text's score is the mean log-probability of its new tokens. A row stops when it has num_beams
-    finished texts and its best running one scores no better than the worst of them.
+    The score of a finished sequence is the mean log-probability of its new tokens. A prompt is done
+    when it has num_beams finished sequences and its best unfinished one scores no better than the
+    worst of them.
     """
-    K, limit = state.options.num_beams, state.options.max_new_tokens
-    totals = torch.zeros(len(state.rows))  # summed log-probability of every running text, blocks applied
-    finished: list[list[tuple[float, NewTokens]]] = [[] for _ in state.rows]
+    num_beams, limit = state.options.num_beams, state.options.max_new_tokens
+    totals = torch.zeros(len(state.rows))  # summed log-probability of every sequence
+    finished: list[list[tuple[float, Generated]]] = [[] for _ in state.prompts]
     for length in range(1, limit + 1):
-        if not state.rows:
-            break
-        scores = state.forbid(state.logits.log_softmax(dim=-1)).cpu() + totals[:, None]  # (texts, V)
+        scores = mask_logits(state.logits.log_softmax(dim=-1), state, limit - length + 1)
+        scores = scores.cpu() + totals[:, None]  # (B, V)
         kept = []
         for row in dict.fromkeys(state.rows):
             beams = [i for i, r in enumerate(state.rows) if r == row]
-            running, ended = best_continuations(scores, beams, K, last=length == limit)
-            texts = state.grow([i for _, i, _ in ended], [token for _, _, token in ended])
-            finished[row] += [(score / length, text) for (score, _, _), text in zip(ended, texts, strict=True)]
-            finished[row] = sorted(finished[row], key=lambda text: -text[0])[:K]
-            full = len(finished[row]) == K
-            if running and not (full and running[0][0] / length <= finished[row][-1][0]):
+            running, ended = best_continuations(state, scores, beams, remaining=limit - length + 1)
+            sequences = state.append([i for _, i, _ in ended], [token for _, _, token in ended])
+            for (score, _, _), sequence in zip(ended, sequences, strict=True):
+                finished[row].append((score / length, sequence))
+            finished[row] = sorted(finished[row], key=lambda found: -found[0])[:num_beams]
+            done = (
+                len(finished[row]) == num_beams and running and running[0][0] / length <= finished[row][-1][0]
+            )
+            if not done:
                 kept += running
-        totals = torch.tensor([score for score, _, _ in kept])
+        if not kept:
+            break
         parents = [i for _, i, _ in kept]
-        state.advance(parents, state.grow(parents, [token for _, _, token in kept]))
-    return [texts[0][1] if texts else NewTokens() for texts in finished]
+        sequences = state.append(parents, [token for _, _, token in kept])
+        totals = torch.tensor([score for score, _, _ in kept])
+        state.step(parents, sequences)
+    return [found[0][1] if found else Generated() for found in finished]
 
 
-def best_continuations(scores: Tensor, beams: list[int], K: int, last: bool):
-    """Of one row's candidates (score, text, token): the K best that go on, and those of the K best that end.
+def best_continuations(state: DecodeState, scores: Tensor, beams: list[int], remaining: int):
+    """The best candidates (score, beam, token) of one prompt: num_beams that go on, and those of
+    the best that end.
 
-    A text ends in at most one way, by </s>, so among 2 K candidates there are always K that go on.
+    A sequence ends in only one way, by </s>, so among 2 * num_beams candidates there are always
+    num_beams that go on.
     """
     V = scores.shape[1]
-    best, where = scores[beams].flatten().topk(min(2 * K, len(beams) * V))
-    candidates = [(s, beams[at // V], at % V) for s, at in zip(best.tolist(), where.tolist(), strict=True)]
-    running = [c for c in candidates if not last and c[2] != EOS and c[0] > -math.inf]
-    ended = [c for c in candidates[:K] if (last or c[2] == EOS) and c[0] > -math.inf]
-    return running[:K], ended
+    num_beams = state.options.num_beams
+    best, flat_index = scores[beams].flatten().topk(min(2 * num_beams, len(beams) * V))
+    running, ended = [], []
+    for rank, (score, index) in enumerate(zip(best.tolist(), flat_index.tolist(), strict=True)):
+        if score == -math.inf:
+            break
+        beam = beams[index // V]
+        token = cut_markup(state, beam, index % V, remaining)
+        if token != EOS and remaining > 1:
+            running.append((score, beam, token))
+        elif rank < num_beams:
+            ended.append((score, beam, token))
+    return running[:num_beams], ended
 
 
-# ----------------------------------------------------------------------------------------------------
-# Speed: the same numbers sooner, or nearly the same much sooner  (walkthrough: notebooks/09_speed)
-# ----------------------------------------------------------------------------------------------------
+MOST_CANDIDATES = 2000  # boxes that `rank_boxes` looks at; most are neighbors of one another
 
 
-class Linear(nn.Linear):
-    """nn.Linear that uses all cores even for a few rows."""
+@torch.inference_mode()
+def rank_boxes(
+    state: DecodeState, tokenizer: Tokenizer, count: int, beam: int = 32
+) -> list[tuple[float, int, int]]:
+    """The most likely distinct boxes for one prompt that ends in <object>: (score, top-left,
+    bottom-right index).
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-FEW_ROWS, MANY_WEIGHTS = 16, 2**20
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear: x (..., K) times weight (N, K) transposed, plus bias (N,).
-
-    A step of decoding multiplies a single row with each weight once, so it takes as long as reading them
-    all. PyTorch's CPU kernel gives such a product to one core, which cannot read as fast as the memory
-    delivers. As a batch of products with slices of the matrix it goes to all cores: twice as fast on two.
+    A beam search over the two tokens of a box, with `beam` top-left corners; of boxes that overlap
+    with IoU >= 0.5, only the most likely is kept. The score is the geometric mean of the two
+    probabilities. Consumes `state`, which needs max_new_tokens >= 2.
     """
-    rows, (N, K) = x.numel() // x.shape[-1], weight.shape
-    if rows > FEW_ROWS or N * K < MANY_WEIGHTS or x.device.type != "cpu" or x.dtype != torch.float32:
-        return F.linear(x, weight, bias)
-    slices = max(n for n in range(1, 65) if N % n == 0)  # enough for all cores, and still long
-    columns = x.reshape(rows, K).T.expand(slices, K, rows)
-    y = torch.bmm(weight.view(slices, N // slices, K), columns)  # (slices, N / slices, rows)
-    y = y.reshape(N, rows).T.reshape(*x.shape[:-1], N)
-    return y if bias is None else y + bias
+    if len(state.rows) != 1 or state.options.max_new_tokens < 2 or count < 1:
+        raise ValueError("rank_boxes: expected one prompt, max_new_tokens >= 2 and count >= 1")
+    grid, first_location = tokenizer.grid, tokenizer.first_location
+    cells = torch.arange(grid**2)
+    first = state.logits[0].softmax(dim=-1)[first_location:].cpu()  # (grid²,)
+    p_first, top_left = first.topk(min(beam, len(cells)))  # (beam,)
+    parents = [0] * len(top_left)
+    state.step(parents, state.append(parents, (top_left + first_location).tolist()))
+    p_second = state.logits.softmax(dim=-1)[:, first_location:].cpu()  # (beam, grid²)
+    below = cells // grid >= top_left[:, None] // grid
+    right = cells % grid >= top_left[:, None] % grid
+    joint = (p_first[:, None] * p_second * (below & right)).flatten()  # (beam * grid²,)
 
-
-class PackedLinear(nn.Module):
-    """A linear layer with weights of 8 or 16 bits, for CPUs; what goes in and comes out is float32.
-
-    Decoding takes as long as reading the weights, so narrower ones decode faster: float16 twice, int8 four
-    times. In int8 the weights of output n are scale[n] * q[n], q from -127 to 127; each row of x is rounded
-    in the same way by a scale of its own, so that it does not depend on its neighbours; sums are exact.
-    PyTorch's fbgemm kernels do it where they are built in. Elsewhere (ARM) plain arithmetic gives the same numbers;
-    that saves memory, but no time.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None):
-        """weight (N, K): float16; or int8, and then with its scale (N,)."""
-        super().__init__()
-        self.bias, self.scale, self.weight, self.packed = bias, scale, weight, None
-        if hasattr(torch.ops.quantized, KERNEL) and {"x86", "fbgemm"} & set(torch.backends.quantized.supported_engines):
-            self.weight, self.packed = None, pack(weight, bias, scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.scale is None:
-            if self.packed is not None:
-                return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
-            return F.linear(x, self.weight.float(), self.bias)
-        size = largest(x)  # (..., 1)
-        if self.packed is not None:
-            y = multiply(x / size, self.packed, input_steps())
-        else:
-            y = F.linear((x / size * 127).round() / 127, self.weight.float()) * self.scale
-        return y.mul_(size) if self.bias is None else torch.addcmul(self.bias, y, size, out=y)
-
-
-class PackedEmbedding(nn.Module):
-    """`Embedding` in 8 or 16 bits: a row for a token, and the whole of it as a PackedLinear for the logits."""
-
-    def __init__(self, weight: Tensor, scale: Tensor | None = None):
-        super().__init__()
-        self.weight, self.scale, self.unembed = weight, scale, PackedLinear(weight, None, scale)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        rows = self.weight[tokens].float()
-        return rows if self.scale is None else rows * self.scale[tokens][..., None]
-
-
-KERNEL = "linear_with_input_q_dq_qweight_dq_output_fp32"
-
-
-def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None):
-    """Weights in the order in which PyTorch's kernels read them; for int8 without the bias."""
-    if scale is None:
-        return torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
-    with warnings.catch_warnings(action="ignore"):  # PyTorch means to replace these kernels one day
-        zero = torch.zeros(len(scale), dtype=torch.long)
-        weight = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero, 0)
-    return torch.ops.quantized.linear_prepack(weight, None)
-
-
-def multiply(x: Tensor, packed, steps: int) -> Tensor:
-    """x (..., K) in -1..1, rounded to `steps` steps on either side of zero, times packed int8 weights."""
-    return getattr(torch.ops.quantized, KERNEL)(x, 1 / steps, steps + 1, packed)
-
-
-@lru_cache
-def input_steps() -> int:
-    """127 steps, or 63 on CPUs without VNNI instructions: there pairs of products are added in 16 bits.
-
-    The kernel stores inputs as 1 to 255. Two products of 255 and 127 do not fit 16 bits, and are cut off without a
-    word; this trial sees whether they are.
-    """
-    trial = pack(torch.full((16, 64), 127, dtype=torch.int8), None, torch.ones(16))
-    return 127 if torch.allclose(multiply(torch.ones(1, 64), trial, 127), torch.tensor(64.0 * 127)) else 63
-
-
-def largest(x: Tensor) -> Tensor:
-    """The largest absolute value of each row, (..., 1), not zero; faster than x.abs().amax(), which writes x anew."""
-    return torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True)).clamp(min=1e-30)
-
-
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (N, K) -> int8 (N, K) and scale (N,) such that scale * int8 approximates weight."""
-    scale = largest(weight)[:, 0] / 127
-    q = torch.empty(weight.shape, dtype=torch.int8)
-    for part, rows, step in zip(q.split(512), weight.split(512), scale[:, None].split(512), strict=True):
-        part.copy_((rows / step).round_())  # in parts that stay in the cache
-    return q, scale
-
-
-CACHE = 2**22  # activations, 16 MiB of float32: what may stay in a CPU's cache from one operation to the next
-
-
-def rows_at_a_time(batch: Tensor, activations: int) -> int:
-    """How many rows of a batch to compute together, each with so many activations in its widest layer.
-
-    What does not fit the cache is written to memory and read again by every operation: 16 pictures of the
-    published size take the ViT nearly twice as long at once as three at a time.
-    """
-    return max(1, CACHE // activations) if batch.device.type == "cpu" else max(1, len(batch))
+    found: list[tuple[float, int, int]] = []
+    kept: list[tuple[int, int, int, int]] = []
+    best, flat_index = joint.topk(min(MOST_CANDIDATES, len(joint)))
+    for probability, index in zip(best.tolist(), flat_index.tolist(), strict=True):
+        ul, lr = int(top_left[index // len(cells)]), index % len(cells)
+        box = (ul % grid, ul // grid, lr % grid + 1, lr // grid + 1)  # in whole cells
+        if probability > 0 and all(iou(box, other) < 0.5 for other in kept):
+            found.append((math.sqrt(probability), ul, lr))
+            kept.append(box)
+        if len(found) == count:
+            break
+    return found

@@ -1,52 +1,68 @@
-"""Checkpoints of Kosmos-2 in every form they come in -> a model of kosmos2.py, every tensor accounted for.
+"""Load a Kosmos-2 checkpoint in any published format, checking every tensor.
 
-    python load_weights.py CHECKPOINT               says what is in it and whether it is complete
-    python load_weights.py CHECKPOINT --save DIR    rewrites it in the published layout
+    python load_weights.py CHECKPOINT               report what is in it and whether it is complete
+    python load_weights.py CHECKPOINT --save DIR    rewrite it in the published layout
 
-CHECKPOINT is a folder in the published layout (config.json, sentencepiece.bpe.model, and model.safetensors
-or shards with an index), a .safetensors file, a Hugging Face pytorch_model.bin, the original kosmos-2.pt
-of fairseq, or a hub id such as microsoft/kosmos-2-patch14-224.
+CHECKPOINT is a folder in the published layout (config.json, sentencepiece.bpe.model, and
+model.safetensors or shards with an index), a .safetensors file, a Hugging Face pytorch_model.bin,
+the original kosmos-2.pt of fairseq, a state dict saved from a training run, or a hub id such as
+microsoft/kosmos-2-patch14-224.
 
-Three names for one tensor: NAMES is the whole map. Nothing is transposed, split or joined between them.
+Order: names, config.json, files, faster linear layers, loading, saving, the command.
 """
 
 import argparse
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import sys
+import warnings
 import zipfile
-from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from kosmos2 import Attention, Embedding, Kosmos2, Kosmos2Config, Linear, PackedEmbedding, PackedLinear, quantize
-from tokenizer import Tokenizer
+from kosmos2 import (
+    BOS,
+    EOS,
+    PAD,
+    Attention,
+    Block,
+    Embedding,
+    Kosmos2,
+    Kosmos2Config,
+    TextConfig,
+    VisionConfig,
+)
+from tokenizer import TAGS, Tokenizer, open_sentencepiece
 
-HUB_ID = "microsoft/kosmos-2-patch14-224"
 SENTENCEPIECE = "sentencepiece.bpe.model"
 
-# What a precision means: the type of all weights and activations. On a CPU fp16 and int8 are only how the
-# large matrices are kept (PackedLinear): everything else is float32 there.
+# The dtype of all weights and activations. On a CPU, fp16 and int8 are the storage format of the
+# large matrices only (`PackedLinear`); everything else is float32 there.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
 PACKED = ("fp16", "int8")
 
 # ----------------------------------------------------------------------------------------------------
-# The names
+# Tensor names
 # ----------------------------------------------------------------------------------------------------
 
-# Beginnings of names: here, in the published (Hugging Face) layout, in the original (fairseq) one. {} is a
-# layer's number. The first line that fits counts; what follows the beginning is the same in all three.
+# Name prefixes: ours, Hugging Face, fairseq. First match wins; {} is the number of a layer. What
+# follows the prefix is the same in all three layouts: tensors are only renamed, never transposed,
+# split or merged.
+# fmt: off
 NAMES = [
     ("vision.class_embedding", "vision_model.model.embeddings.class_embedding", "img_model.visual.class_embedding"),
     ("vision.patch_embedding.", "vision_model.model.embeddings.patch_embedding.", "img_model.visual.conv1."),
@@ -64,289 +80,625 @@ NAMES = [
     ("decoder.layers.{}.norm2.", "text_model.model.layers.{}.final_layer_norm.", "gpt_model.decoder.layers.{}.final_layer_norm."),
     ("decoder.layers.{}.mlp.", "text_model.model.layers.{}.ffn.", "gpt_model.decoder.layers.{}.ffn."),
     ("decoder.", "text_model.model.", "gpt_model.decoder."),
-]  # fmt: skip
+]
+# fmt: on
+OURS, HUGGING_FACE, FAIRSEQ = 0, 1, 2  # the columns of NAMES
+LAYOUTS = ["kosmos2.py", "the published (Hugging Face)", "the original (fairseq)"]
+FIRST_WORDS = {
+    column: {row[column].split(".")[0] for row in NAMES} for column in (OURS, HUGGING_FACE, FAIRSEQ)
+}
+
 EMBEDDING = "decoder.embed_tokens.weight"
-TIED = {"text_model.lm_head.weight", "gpt_model.decoder.output_projection.weight"}  # EMBEDDING once more
-LEFTOVERS = {  # buffers that older versions stored and nothing reads
+OUTPUT_PROJECTIONS = {
+    "text_model.lm_head.weight",
+    "gpt_model.decoder.output_projection.weight",
+}  # equal to EMBEDDING
+UNUSED_BUFFERS = {  # stored by older versions
     "text_model.model.embed_positions.weights",
     "vision_model.model.embeddings.position_ids",
     "gpt_model.decoder.embed_positions._float_tensor",
     "gpt_model.decoder.self_attn_sope.scale",
 }
+# Names that torch.compile, FSDP, activation checkpointing and DDP put in front of a wrapped module.
+WRAPPERS = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
 
 
-def rename(name: str, column: int) -> str | None:
-    """The name of one of our tensors in another layout: 1 is the published one, 2 the original."""
+def rename(name: str, layout: int) -> str | None:
+    """The name of one of our tensors in another layout."""
     for row in NAMES:
-        match = re.match(re.escape(row[0]).replace(r"\{\}", r"(\d+)"), name)
+        match = re.match(re.escape(row[OURS]).replace(r"\{\}", r"(\d+)"), name)
         if match:
-            return row[column].format(*match.groups()) + name[match.end() :]
+            return row[layout].format(*match.groups()) + name[match.end() :]
     return None
 
 
+def strip_wrappers(names: list[str]) -> dict[str, str]:
+    """Each stored name -> the name without wrappers and without a prefix that all names share."""
+    stripped = {name: re.sub(rf"(?<![^.]){WRAPPERS}", "", name) for name in names}
+    known = set().union(*FIRST_WORDS.values())
+    while True:
+        first_words = {name.split(".")[0] for name in stripped.values()}
+        if len(first_words) != 1 or first_words & known or not all("." in name for name in stripped.values()):
+            return stripped
+        stripped = {stored: name.partition(".")[2] for stored, name in stripped.items()}
+
+
 # ----------------------------------------------------------------------------------------------------
-# The files
+# config.json
+# ----------------------------------------------------------------------------------------------------
+
+# Our field -> its key in a published config.json.
+VISION_KEYS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "layer_norm_eps": "layer_norm_eps",
+}
+TEXT_KEYS = {
+    "vocab_size": "vocab_size",
+    "width": "embed_dim",
+    "layers": "layers",
+    "heads": "attention_heads",
+    "mlp_width": "ffn_dim",
+    "max_positions": "max_position_embeddings",
+    "layer_norm_eps": "layer_norm_eps",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
+}
+# Settings that are hard-coded in kosmos2.py: (part, key, value).
+HARD_CODED = [
+    ("", "model_type", "kosmos-2"),
+    ("vision_config", "hidden_act", "quick_gelu"),
+    ("vision_config", "num_channels", 3),
+    ("text_config", "activation_function", "gelu"),
+    ("text_config", "scale_embedding", True),
+    ("text_config", "add_cross_attention", False),
+    ("text_config", "bos_token_id", BOS),
+    ("text_config", "pad_token_id", PAD),
+    ("text_config", "eos_token_id", EOS),
+]
+
+
+def read_config(path: str | Path) -> Kosmos2Config:
+    """Read a published config.json. Unknown keys are ignored, missing keys default to the published
+    values.
+
+    no_repeat_ngram_size is read from config.json, then from generation_config.json next to it,
+    where transformers 5 moves it when it saves a model. Raises FileNotFoundError if there is no
+    such file; ValueError for a file that is not JSON, belongs to another architecture, or has
+    values that kosmos2.py does not support.
+    """
+    published = read_json(path)
+    parts = {"": published}
+    for name in ("vision_config", "text_config"):
+        parts[name] = published.get(name) or {}
+        if not isinstance(parts[name], dict):
+            raise ValueError(f"{path}: {name}: expected a JSON object, got {parts[name]!r}")
+    for part, key, supported in HARD_CODED:
+        value = parts[part].get(key, supported)
+        if value != supported:
+            raise ValueError(f"{path}: {key} is {value!r}; only {supported!r} is supported")
+    vision = {
+        ours: parts["vision_config"][key]
+        for ours, key in VISION_KEYS.items()
+        if key in parts["vision_config"]
+    }
+    text = {ours: parts["text_config"][key] for ours, key in TEXT_KEYS.items() if key in parts["text_config"]}
+    ngram_size = find_ngram_size(path, published)
+    if ngram_size is not None:
+        text.setdefault("no_repeat_ngram_size", ngram_size)
+    latents = published.get("latent_query_num", Kosmos2Config.latent_query_num)
+    try:
+        return Kosmos2Config(VisionConfig(**vision), TextConfig(**text), latents)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def find_ngram_size(path: str | Path, published: dict) -> int | None:
+    """no_repeat_ngram_size outside of text_config: at the top of config.json or in
+    generation_config.json."""
+    if "no_repeat_ngram_size" in published:
+        return published["no_repeat_ngram_size"]
+    generation_config = Path(path).with_name("generation_config.json")
+    if not generation_config.is_file():
+        return None
+    return read_json(generation_config).get("no_repeat_ngram_size")
+
+
+def read_json(path: str | Path) -> dict:
+    """A JSON object, with or without a byte order mark."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # not UTF-8 or not JSON
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def published_config(config: Kosmos2Config) -> dict:
+    """The content of a published config.json."""
+    published = {"model_type": "kosmos-2", "architectures": ["Kosmos2ForConditionalGeneration"]}
+    published["latent_query_num"] = config.latent_query_num
+    published["vision_config"] = {key: getattr(config.vision, ours) for ours, key in VISION_KEYS.items()}
+    published["text_config"] = {key: getattr(config.text, ours) for ours, key in TEXT_KEYS.items()}
+    for part, key, value in HARD_CODED:
+        if part:
+            published[part][key] = value
+    return published
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files
 # ----------------------------------------------------------------------------------------------------
 
 
-class Stored(NamedTuple):
-    """A tensor in a file: what is known without reading it, and how to read it."""
+class LazyTensor(NamedTuple):
+    """A tensor in a file: what is known without reading it, and a function that reads it."""
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], Tensor]
 
 
-def read_safetensors(path: Path) -> dict[str, Stored]:
-    """The tensors of a .safetensors file; ValueError if it is damaged.
+FLOATS = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # safetensors -> torch
 
-    The file is mapped anew for every tensor: pages of a mapping count as the process's memory until it is
-    taken down, and one mapping of the whole file would in the end hold all of it beside the copy.
-    """
 
-    def reader(name):
-        def read():
+def read_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a .safetensors file; ValueError if it is damaged."""
+
+    def reader(name: str) -> Callable[[], Tensor]:
+        # Reopen the file per tensor: one long-lived mmap would keep every page resident and double
+        # peak memory.
+        def read() -> Tensor:
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(name)
 
         return read
 
+    found = {}
     try:
         with safe_open(path, framework="pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return {n: Stored(tuple(p.get_shape()), p.get_dtype().lower(), reader(n)) for n, p in parts.items()}
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                part = file.get_slice(name)
+                dtype = part.get_dtype().lower()
+                found[name] = LazyTensor(tuple(part.get_shape()), FLOATS.get(dtype, dtype), reader(name))
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); download it again") from None
+        raise ValueError(
+            f"{path} is damaged or not a safetensors file ({error}); download it again"
+        ) from None
+    return found
 
 
-class _Inert:
-    """Stands in for every object a checkpoint pickles beside its tensors (fairseq: argparse, omegaconf, …).
-
-    Whatever the pickle wants done with it, nothing happens.
-    """
+class Inert:
+    """Stands in for objects that were pickled next to the tensors (argparse, omegaconf, ...). It
+    ignores everything."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
 
     def __init__(self, *args, **kwargs): ...
+
     def __setstate__(self, state): ...
-    def __setitem__(self, key, value): ...
-    def append(self, item): ...
-    def extend(self, items): ...
-    def add(self, item): ...
-    def __call__(self, *args, **kwargs):
-        return self
 
 
-class _Storage(NamedTuple):
-    key: str
-    dtype: torch.dtype
-    size: int
+def inert_dict(*args) -> dict:
+    """Stands in for defaultdict, whose items PyTorch only restores into a dict."""
+    return {}
 
 
-class _StridedTensor(NamedTuple):
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+def read_torch(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a file written by torch.save: pytorch_model.bin, fairseq's kosmos-2.pt, a
+    training checkpoint.
 
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Reads what torch.save wrote without running any of it.
-
-    A pickle is a program: it names functions and has them called. This one gets nothing but descriptions of
-    tensors and `_Inert`, whatever it names, so that no code of the file or of this machine can run.
+    A pickle can call any function, so the file is read with weights_only=True, and every other
+    class it names is replaced by `Inert`. ValueError if the file is damaged or cannot be read that
+    way.
     """
-
-    STORAGES = {
-        f"{name}Storage": dtype
-        for name, dtype in [
-            ("Float", torch.float32), ("Half", torch.float16), ("BFloat16", torch.bfloat16), ("Double", torch.float64),
-            ("Long", torch.int64), ("Int", torch.int32), ("Short", torch.int16), ("Char", torch.int8),
-            ("Byte", torch.uint8), ("Bool", torch.bool),
-        ]
-    }  # fmt: skip
-
-    def find_class(self, module, name):
-        if module == "torch" and name in self.STORAGES:
-            return self.STORAGES[name]
-        return {
-            ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, stride, *_: _StridedTensor(
-                storage, offset, tuple(shape), tuple(stride)
-            ),
-            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            ("collections", "OrderedDict"): OrderedDict,
-        }.get((module, name), _Inert)
-
-    def persistent_load(self, reference):
-        _, dtype, key, _, size = reference
-        return _Storage(str(key), dtype, size)
-
-
-def read_torch(path: Path) -> dict[str, Stored]:
-    """The tensors of a file written by torch.save: pytorch_model.bin or fairseq's kosmos-2.pt.
-
-    ValueError if it is damaged, or in the format from before PyTorch 1.6 with objects that are not tensors.
-    """
-    if not zipfile.is_zipfile(path):
-        return _read_legacy_torch(path)
     try:
-        archive = zipfile.ZipFile(path)
-        index = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        with archive.open(index) as file:
-            content = _TensorUnpickler(file).load()
-    except StopIteration:
-        raise ValueError(f"{path} is a zip file, but not one that torch.save wrote") from None
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); download it again") from None
-    folder = index.removesuffix("data.pkl")
-
-    def reader(tensor: _StridedTensor):
-        def read():
-            try:
-                data = bytearray(archive.read(f"{folder}data/{tensor.storage.key}"))
-                flat = torch.frombuffer(data, dtype=tensor.storage.dtype)
-                return flat.as_strided(tensor.shape, tensor.stride, tensor.offset)
-            except (KeyError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
-                raise ValueError(f"{path} is damaged ({error}); download it again") from None
-
-        return read
-
-    return {
-        name: Stored(t.shape, str(t.storage.dtype).removeprefix("torch."), reader(t))
-        for name, t in _state_dict(content, path).items()
-        if isinstance(t, _StridedTensor)
-    }
-
-
-def _read_legacy_torch(path: Path) -> dict[str, Stored]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError("checksum error")
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            stand_ins = [
+                (inert_dict if name == "collections.defaultdict" else Inert, name) for name in unsafe
+            ]
+            with torch.serialization.safe_globals(stand_ins):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        else:  # the format before PyTorch 1.6
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
+        reason = str(error).strip().split("\n")[0][:100]
         raise ValueError(
-            f"{path} is not a checkpoint that can be read safely ({type(error).__name__}); "
-            "if it is a good one from an old PyTorch, load it there and torch.save its state dict again"
+            f"{path} is damaged or cannot be read safely ({type(error).__name__}: {reason}); download it again, "
+            "or if you trust it, re-save its state dict with a recent PyTorch"
         ) from None
     return {
-        name: Stored(tuple(t.shape), str(t.dtype).removeprefix("torch."), lambda t=t: t.detach())
-        for name, t in _state_dict(content, path).items()
-        if isinstance(t, Tensor)
+        name: LazyTensor(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.detach)
+        for name, t in unwrap_state_dict(content, path).items()
     }
 
 
-def _state_dict(content, path: Path) -> dict:
-    """fairseq keeps the weights under "model", Hugging Face at the top."""
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no state dict")
-    return {name: value for name, value in content.items() if isinstance(name, str)}
+def unwrap_state_dict(content, path: Path) -> dict[str, Tensor]:
+    """The state dict in what torch.save stored: the object itself or an entry, such as fairseq's
+    "model"."""
+    for _ in range(4):
+        if not isinstance(content, dict):
+            break
+        tensors = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
+        entries = [
+            content[key]
+            for key in ("state_dict", "model_state_dict", "model", "module", "ema")
+            if key in content
+        ]
+        inner = [entry for entry in entries if isinstance(entry, dict)]
+        if not inner:
+            return tensors
+        content = inner[0]
+    raise ValueError(
+        f"{path} has no state dict; expected tensors by name, or a dict with a state_dict or model entry"
+    )
+
+
+# How files of other kinds begin, and their endings.
+OTHER_FORMATS = [
+    (b"GGUF", ".gguf", "a GGUF file (llama.cpp)"),
+    (b"\x89HDF", ".h5", "an HDF5 file (TensorFlow)"),
+    (None, ".onnx", "an ONNX file"),
+    (None, ".msgpack", "a Flax file"),
+    (None, ".tflite", "a TensorFlow Lite file"),
+]
+WEIGHT_FILES = [
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "kosmos-2.pt",
+]
+
+
+def read_tensors(file: Path) -> dict[str, LazyTensor]:
+    """The tensors of a file in any supported format; ValueError names the format if it is another
+    one."""
+    with open(file, "rb") as opened:
+        beginning = opened.read(40)
+    if beginning.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull`")
+    for magic, ending, kind in OTHER_FORMATS:
+        if (magic and beginning.startswith(magic)) or file.suffix.lower() == ending:
+            raise ValueError(f"{file} is {kind}; expected .safetensors, .bin or .pt")
+    return read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
 
 
 def find_checkpoint(path: str | Path) -> tuple[Path, list[Path]]:
-    """A folder, file or hub id -> (the folder it lies in, the files with its weights).
-
-    FileNotFoundError where there is none, saying what was looked for or how to get it.
-    """
+    """A folder, file or hub id -> (its folder, the files with its weights); FileNotFoundError if
+    there are none."""
     given, path = str(path), Path(path)
     if not path.exists():
-        is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given) and not Path(given.split("/")[0]).exists()
-        if not is_hub_id or path.suffix in (".safetensors", ".bin", ".pt", ".json"):
-            raise FileNotFoundError(f"there is no checkpoint at {given}")
-        path = _download(given)
+        looks_like_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given) and not path.parent.exists()
+        if not looks_like_hub_id or path.suffix in (".safetensors", ".bin", ".pt", ".json"):
+            raise FileNotFoundError(f"no checkpoint at {given}")
+        path = download(given)
     if path.is_file():
-        if path.name.endswith(".index.json"):
-            return path.parent, _shards(path)
-        return path.parent, [path]
-    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-                 "kosmos-2.pt"):  # fmt: skip
-        if (path / name).is_file():
-            return path, _shards(path / name) if name.endswith(".json") else [path / name]
-    raise FileNotFoundError(f"{path} holds no model.safetensors, pytorch_model.bin, index of shards or kosmos-2.pt")
+        return path.parent, read_index(path) if path.name.endswith(".index.json") else [path]
+    for name in WEIGHT_FILES:
+        file = path / name
+        if file.is_file():
+            return path, read_index(file) if name.endswith(".index.json") else [file]
+    others = [
+        f"{file.name} is {kind}"
+        for file in sorted(path.iterdir())
+        for _, e, kind in OTHER_FORMATS
+        if file.suffix.lower() == e
+    ]
+    if (path / "adapter_model.safetensors").is_file():
+        others.append("adapter_model.safetensors is a LoRA adapter: merge it into its base model first")
+    hint = f" ({'; '.join(others)})" if others else ""
+    raise FileNotFoundError(
+        f"no model.safetensors, pytorch_model.bin, shard index or kosmos-2.pt in {path}{hint}"
+    )
 
 
-def _shards(index: Path) -> list[Path]:
+def read_index(index: Path) -> list[Path]:
+    """The shards that an index file lists."""
     try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = sorted(set(read_json(index)["weight_map"].values()))
         shards = [index.parent / Path(name).name for name in files]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is not an index of shards; download it again") from None
+        raise ValueError(f"{index} is not a shard index; download it again") from None
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
-        raise FileNotFoundError(f"{index} names {', '.join(missing)}, not there; download the missing shards")
+        raise FileNotFoundError(f"{index} lists {', '.join(missing)}, which are missing; download them")
     return shards
 
 
-def _download(hub_id: str) -> Path:
+def download(hub_id: str) -> Path:
+    """Fetch a checkpoint from the Hugging Face hub; returns its folder."""
     by_hand = (
-        f"get config.json, model.safetensors and {SENTENCEPIECE} from the page of {hub_id} on the Hugging Face hub, "
-        "put them into one folder and give that folder"
+        f"download config.json, model.safetensors and {SENTENCEPIECE} of {hub_id} from the Hugging Face hub "
+        "into one folder and pass that folder"
     )
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import snapshot_download  # optional
     except ImportError:
-        raise FileNotFoundError(f"there is no {hub_id} here; pip install huggingface_hub to fetch it, or {by_hand}") from None
+        raise FileNotFoundError(
+            f"{hub_id} not found locally; pip install huggingface_hub to fetch it, or {by_hand}"
+        ) from None
+    files = ["config.json", "generation_config.json", "model*.safetensors*", SENTENCEPIECE]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["config.json", "model*.safetensors*", SENTENCEPIECE]))
-    except Exception as error:  # network, permissions, unknown repository: the library has a kind for each
+        return Path(snapshot_download(hub_id, allow_patterns=files))
+    except (
+        Exception
+    ) as error:  # network, permissions, unknown repository: the library has an exception for each
         raise FileNotFoundError(f"could not fetch {hub_id} ({type(error).__name__}); {by_hand}") from None
 
 
 # ----------------------------------------------------------------------------------------------------
-# From the files to a model
+# Faster linear layers  (walkthrough: notebooks/09_speed)
+#
+# Decoding is memory-bound: each step multiplies one row by every weight, so it takes as long as
+# reading the weights. kosmos2.py uses plain nn.Linear; after building the model, the loader
+# replaces its layers by these.
+# ----------------------------------------------------------------------------------------------------
+
+FEW_ROWS = 16  # from here on, PyTorch's own kernel uses all cores
+MANY_WEIGHTS = 2**20  # smaller matrices stay in the cache of one core
+
+
+class MultiCoreLinear(nn.Linear):
+    """nn.Linear that uses all cores even for a few rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return multi_core_linear(x, self.weight, self.bias)
+
+
+class MultiCoreEmbedding(Embedding):
+    """Embedding whose output projection uses all cores even for a few rows."""
+
+    def unembed(self, x: Tensor) -> Tensor:
+        return multi_core_linear(x, self.weight)
+
+
+def multi_core_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear: x (..., in) times weight (out, in) transposed, plus bias (out,).
+
+    PyTorch runs a one-row matmul on one core, which cannot saturate memory bandwidth. A batched
+    matmul over slices of the matrix uses all cores.
+    """
+    n_out, n_in = weight.shape
+    rows = x.numel() // n_in
+    if rows > FEW_ROWS or weight.numel() < MANY_WEIGHTS or x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    slices = max(n for n in range(1, 65) if n_out % n == 0)  # enough for all cores, each still large
+    columns = x.reshape(rows, n_in).T.expand(slices, n_in, rows)  # (slices, in, rows)
+    y = torch.bmm(weight.view(slices, n_out // slices, n_in), columns)  # (slices, out / slices, rows)
+    y = y.reshape(n_out, rows).T.reshape(*x.shape[:-1], n_out)  # (..., out)
+    return y if bias is None else y + bias
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with 8- or 16-bit weights, for CPUs; inputs and outputs are float32.
+
+    In int8, the weights of output n are scale[n] * q[n] with q in -127..127. Each row of x is
+    rounded the same way, with a scale of its own, so rows are independent of each other; sums are
+    exact. Uses PyTorch's fbgemm kernels where they are available. Elsewhere (ARM) plain arithmetic
+    gives the same numbers and saves memory, but no time.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None):
+        """weight (out, in): float16, or int8 with its scale (out,)."""
+        super().__init__()
+        self.bias, self.scale = bias, scale
+        self.weight, self.packed = weight, None
+        engines = torch.backends.quantized.supported_engines
+        if hasattr(torch.ops.quantized, INT8_KERNEL) and ("x86" in engines or "fbgemm" in engines):
+            self.weight, self.packed = None, pack(weight, bias, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return self.forward_fp16(x)
+        size = absmax(x)  # (..., 1)
+        if self.packed is not None:
+            y = int8_matmul(x / size, self.packed, input_steps())
+        else:
+            y = F.linear((x / size * 127).round() / 127, self.weight.float()) * self.scale
+        if self.bias is None:
+            return y.mul_(size)
+        return torch.addcmul(self.bias, y, size, out=y)
+
+    def forward_fp16(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        return F.linear(x, self.weight.float(), self.bias)
+
+
+class PackedAttention(Attention):
+    """Self-attention with queries, keys and values as one packed matmul, which is faster than
+    three."""
+
+    qkv_proj: PackedLinear
+
+    def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if context is not None:
+            raise ValueError("PackedAttention is self-attention: queries, keys and values have one input")
+        q, k, v = self.qkv_proj(x).chunk(3, dim=-1)  # (B, T, D) each
+        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
+
+
+class PackedEmbedding(nn.Module):
+    """`Embedding` in 8 or 16 bits: rows for tokens, and the whole matrix as a PackedLinear for the
+    logits."""
+
+    def __init__(self, weight: Tensor, scale: Tensor | None = None):
+        super().__init__()
+        self.weight, self.scale = weight, scale
+        self.unembed = PackedLinear(weight, None, scale)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = self.weight[tokens].float()  # (B, T, D)
+        return rows if self.scale is None else rows * self.scale[tokens][..., None]
+
+
+INT8_KERNEL = "linear_with_input_q_dq_qweight_dq_output_fp32"
+
+
+def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None):
+    """Weights in the memory layout of PyTorch's kernels; for int8 without the bias."""
+    if scale is None:
+        return torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+    with warnings.catch_warnings(action="ignore"):  # these kernels are deprecated
+        zero_points = torch.zeros(len(scale), dtype=torch.long)
+        weight = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero_points, 0)
+    return torch.ops.quantized.linear_prepack(weight, None)
+
+
+def int8_matmul(x: Tensor, packed, steps: int) -> Tensor:
+    """x (..., in) in -1..1, rounded to `steps` steps on either side of zero, times packed int8
+    weights."""
+    kernel = getattr(torch.ops.quantized, INT8_KERNEL)
+    return kernel(x, 1 / steps, steps + 1, packed)
+
+
+@lru_cache
+def input_steps() -> int:
+    """127, or 63 on CPUs without VNNI instructions, which add pairs of products in int16.
+
+    The kernel stores inputs as 1 to 255. Two products of 255 and 127 overflow int16 and saturate
+    silently; this checks for it with one small matmul.
+    """
+    trial = pack(torch.full((16, 64), 127, dtype=torch.int8), None, torch.ones(16))
+    exact = torch.allclose(int8_matmul(torch.ones(1, 64), trial, 127), torch.tensor(64.0 * 127))
+    return 127 if exact else 63
+
+
+def absmax(x: Tensor) -> Tensor:
+    """The largest absolute value of each row, (..., 1), at least 1e-30. (x.abs().amax() would write
+    x once more.)"""
+    high = x.amax(dim=-1, keepdim=True)
+    low = x.amin(dim=-1, keepdim=True)
+    return torch.maximum(high, -low).clamp(min=1e-30)
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (out, in) -> int8 (out, in) and scale (out,) such that scale * int8 approximates
+    weight."""
+    scale = absmax(weight)[:, 0] / 127
+    quantized = torch.empty(weight.shape, dtype=torch.int8)
+    for start in range(0, len(weight), 512):  # parts that stay in the cache
+        rows = slice(start, start + 512)
+        quantized[rows].copy_((weight[rows] / scale[rows, None]).round_())
+    return quantized, scale
+
+
+def use_multi_core_layers(model: Kosmos2) -> None:
+    """Replace the linear layers and the embedding of a model on the meta device; the names of its
+    tensors stay."""
+    with torch.device("meta"):
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear:
+                replacement = MultiCoreLinear(module.in_features, module.out_features)
+                set_module(model, name, replacement)
+            elif type(module) is Embedding:
+                set_module(model, name, MultiCoreEmbedding.from_pretrained(module.weight, freeze=False))
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Loading
 # ----------------------------------------------------------------------------------------------------
 
 
 class Checkpoint:
-    """What a path holds: its configuration, and its tensors under our names, not yet read.
+    """The configuration of a checkpoint and its tensors under our names, not read yet.
 
-    Raises FileNotFoundError and ValueError for what cannot be found or understood; whether it is complete,
-    `problems` tells.
+    Raises FileNotFoundError and ValueError for files that cannot be found or understood; `problems`
+    reports missing or unexpected tensors.
     """
 
     def __init__(self, path: str | Path):
         self.folder, self.files = find_checkpoint(path)
-        config = self.folder / "config.json"
-        self.config = Kosmos2Config.from_json(config) if config.is_file() else Kosmos2Config()
-        self.stored: dict[str, Stored] = {}
+        config_file = self.folder / "config.json"
+        self.has_config = config_file.is_file()
+        self.config = read_config(config_file) if self.has_config else Kosmos2Config()
+        stored: dict[str, LazyTensor] = {}
         for file in self.files:
-            found = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
-            if twice := sorted(found.keys() & self.stored.keys()):
-                raise ValueError(f"{file} holds tensors that another shard holds too: {listing(twice)}")
-            self.stored |= found
+            found = read_tensors(file)
+            repeated = sorted(found.keys() & stored.keys())
+            if repeated:
+                raise ValueError(f"{file} has tensors that another shard has, too: {listing(repeated)}")
+            stored |= found
+        for name in stored:
+            if not name.isprintable():
+                raise ValueError(
+                    f"{self.files[0]} is damaged (a tensor is named {name!r}); download it again"
+                )
+        self.stored = {name: stored[original] for original, name in strip_wrappers(list(stored)).items()}
+        self.layout = HUGGING_FACE
+        for layout, words in FIRST_WORDS.items():
+            if any(name.split(".")[0] in words for name in self.stored):
+                self.layout = layout
         with torch.device("meta"):
             self.model = Kosmos2(self.config)
-        self.layout = 2 if any(name.startswith(("gpt_model.", "img_model.")) for name in self.stored) else 1
-        wanted = {ours: rename(ours, self.layout) for ours in self.model.state_dict()}
-        self.tied = sorted(TIED & self.stored.keys())
-        if self.tied and wanted[EMBEDDING] not in self.stored:
-            wanted[EMBEDDING] = self.tied.pop()
-        self.names = wanted  # ours -> the file's
-        if odd := [name for name in self.stored if not name.isprintable()]:
-            raise ValueError(f"{self.files[0]} is damaged (a tensor has the name {odd[0]!r}); download it again")
-        if len(self.stored.keys() & set(wanted.values())) < len(wanted) / 10:
-            found = listing(sorted(self.stored), most=3)
-            raise ValueError(f"{path} looks like the checkpoint of another model, not Kosmos-2: it holds {found or 'nothing'}")
+        self.names = {ours: rename(ours, self.layout) for ours in self.model.state_dict()}  # ours -> stored
+        self.tied = sorted(OUTPUT_PROJECTIONS & self.stored.keys())
+        if self.tied and self.names[EMBEDDING] not in self.stored:
+            self.names[EMBEDDING] = self.tied.pop()
+        if len(self.stored.keys() & set(self.names.values())) < len(self.names) / 10:
+            found = listing(sorted(stored), most=3) or "no tensors"
+            raise ValueError(
+                f"{path} looks like the checkpoint of another model, not Kosmos-2: it has {found}"
+            )
 
     def problems(self) -> list[str]:
-        """Nothing, or what is wrong with the set of tensors, each by name."""
+        """What is wrong with the set of tensors, each by name; empty if nothing is."""
         shapes = {self.names[ours]: tuple(t.shape) for ours, t in self.model.state_dict().items()}
         missing = sorted(shapes.keys() - self.stored.keys())
-        unexpected = sorted(self.stored.keys() - shapes.keys() - TIED - LEFTOVERS)
-        misshaped = [
-            f"{name} {self.stored[name].shape}, wanted {shape}"
-            for name, shape in shapes.items()
-            if name in self.stored and self.stored[name].shape != shape
+        unexpected = sorted(self.stored.keys() - shapes.keys() - OUTPUT_PROJECTIONS - UNUSED_BUFFERS)
+        wrong_shape, wrong_type = [], []
+        for name, shape in shapes.items():
+            tensor = self.stored.get(name)
+            if tensor is None:
+                continue
+            if tensor.shape != shape:
+                wrong_shape.append(f"{name}: expected {shape}, got {tensor.shape}")
+            if tensor.dtype not in FLOATS.values():
+                wrong_type.append(f"{name}: {tensor.dtype}")
+        found = [
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of the wrong shape", wrong_shape),
+            ("not floating point (quantized weights without scales?)", wrong_type),
         ]
-        found = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshaped)]
-        return [f"{len(names)} {what}: {listing(names)}" for what, names in found if names]
+        problems = [f"{len(names)} {what}: {listing(names)}" for what, names in found if names]
+        if problems and not self.has_config:
+            problems.append(
+                "there is no config.json next to the weights, so the published sizes were expected"
+            )
+        if any("lora_" in name for name in unexpected):
+            problems.append("some are LoRA weights: merge the adapter into its base model first")
+        return problems
 
-    def size(self, ours: str) -> int:
-        """How many numbers a tensor has."""
+    def notes(self) -> list[str]:
+        """What a user should know about a complete checkpoint."""
+        if (self.folder / "adapter_model.safetensors").is_file() or (
+            self.folder / "adapter_model.bin"
+        ).is_file():
+            return [f"the LoRA adapter in {self.folder} is not applied; merge it into the weights first"]
+        return []
+
+    def numel(self, ours: str) -> int:
+        """Number of elements."""
         return math.prod(self.stored[self.names[ours]].shape)
 
     def tensor(self, ours: str, dtype: torch.dtype, device="cpu", copy: bool = True) -> Tensor:
-        """One tensor, read, checked and converted; as a copy, or it may keep the file mapped."""
+        """One tensor, read, checked and converted; with copy=False it may keep the file mapped."""
         stored = self.stored[self.names[ours]]
         tensor = stored.read().to(device=device, dtype=dtype, copy=copy)
         # NaN and infinity survive a sum, which needs no memory of the tensor's size.
@@ -354,40 +706,52 @@ class Checkpoint:
             where = f"{self.names[ours]} in {self.files[0].parent}"
             if torch.isfinite(stored.read()).all():
                 raise ValueError(f"{where} has values too large for {dtype}; load it as fp32 or bf16")
-            raise ValueError(f"{where} holds NaN or infinite values; the checkpoint is damaged")
+            raise ValueError(f"{where} has NaN or infinite values; the checkpoint is damaged")
         return tensor
 
 
 def load_checkpoint(
-    path: str | Path, precision: str = "fp32", device: str | torch.device = "cpu", tokenizer: str | Path | None = None
+    path: str | Path,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    tokenizer: str | Path | None = None,
 ) -> tuple[Kosmos2, Tokenizer]:
-    """Read a checkpoint in any of the accepted forms -> (model in eval mode, tokenizer).
+    """Load a checkpoint in any accepted format -> (model in eval mode, tokenizer).
 
-    path: see the top of this file. config.json is read from beside the weights where there is one, else the
-    published sizes are meant. The sentencepiece model is taken from beside the weights, or from `tokenizer`.
-    precision: fp32 (exact, the default), bf16 (half the memory), fp16 (for GPUs; on a CPU for the weights
-    only, twice as fast), int8 (for CPUs, faster still); independent of the dtype the weights are stored in.
-    Needs little more memory than the weights themselves, in that precision; int8 half as much again.
+    path: see the module docstring. config.json next to the weights is used if present, otherwise
+    the published sizes. The sentencepiece model is taken from next to the weights, or from
+    `tokenizer`. precision: fp32 (exact, the default), bf16 (half the memory), fp16 (for GPUs; on a
+    CPU for the weights only, twice as fast), int8 (for CPUs, faster still); independent of the
+    stored dtype. Needs little more memory than the weights in that precision; int8 half as much
+    again.
 
-    Raises FileNotFoundError for files that are not there, ValueError for a checkpoint with tensors missing,
-    unexpected, of the wrong shape or not finite, each listed by name, and for a tokenizer that does not fit.
+    Raises FileNotFoundError for missing files; ValueError for a checkpoint with tensors that are
+    missing, unexpected, of the wrong shape or type, or not finite, each listed by name, and for a
+    tokenizer that does not fit.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-    if precision == "int8" and torch.device(device).type != "cpu":
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    on_cpu = torch.device(device).type == "cpu"
+    if precision == "int8" and not on_cpu:
         raise ValueError("int8 is for CPUs; use bf16 or fp16 on other devices")
     checkpoint = Checkpoint(path)
-    if problems := checkpoint.problems():
+    problems = checkpoint.problems()
+    if problems:
         raise ValueError(f"{path} is not a complete Kosmos-2 of these sizes; tensors " + "; ".join(problems))
-    words = find_tokenizer(checkpoint, tokenizer)
-    if precision in PACKED and torch.device(device).type == "cpu":
-        return read_packed(checkpoint, precision).eval(), words
-    return read_model(checkpoint, PRECISIONS[precision], device).eval(), words
+    for note in checkpoint.notes():
+        warnings.warn(note, stacklevel=2)
+    found_tokenizer = find_tokenizer(checkpoint, tokenizer)
+    if precision in PACKED and on_cpu:
+        return read_packed(checkpoint, precision).eval(), found_tokenizer
+    if precision == "fp32" and on_cpu:
+        use_multi_core_layers(checkpoint.model)
+    return read_model(checkpoint, PRECISIONS[precision], device).eval(), found_tokenizer
 
 
 def read_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device = "cpu") -> Kosmos2:
-    """All tensors in one type, the largest first: while a tensor is converted it is in memory twice."""
-    largest_first = sorted(checkpoint.names, key=checkpoint.size, reverse=True)
+    """All tensors in one dtype, the largest first: a tensor is in memory twice while it is
+    converted."""
+    largest_first = sorted(checkpoint.names, key=checkpoint.numel, reverse=True)
     state = {name: checkpoint.tensor(name, dtype, device) for name in largest_first}
     check_tied(checkpoint, state[EMBEDDING])
     checkpoint.model.load_state_dict(state, strict=True, assign=True)
@@ -395,93 +759,120 @@ def read_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.d
 
 
 def read_packed(checkpoint: Checkpoint, precision: str) -> Kosmos2:
-    """The large matrices in 8 or 16 bits, packed as they are read, the rest as float32; not to be trained."""
+    """The large matrices in 8 or 16 bits, packed as they are read, the rest as float32; for
+    inference only."""
     model = checkpoint.model
-    sources = {name: [name] for name, module in model.named_modules() if isinstance(module, (Linear, Embedding))}
+    sources = {}  # a packed module -> the modules whose weights it stacks
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Block):  # blocks have self-attention: q, k and v share one input
+            attention = PackedAttention(module.attn.out_proj.in_features, module.attn.heads)
+            attention.inner_attn_ln = module.attn.inner_attn_ln
+            attention.q_proj = attention.k_proj = attention.v_proj = None
+            module.attn = attention
+            sources[f"{name}.attn.qkv_proj"] = [f"{name}.attn.{part}_proj" for part in "qkv"]
     for name, module in model.named_modules():
-        if isinstance(module, Attention) and module is not model.resampler.x_attn:  # the rest has one input for all three
-            sources[f"{name}.qkv_proj"] = [f"{name}.{part}_proj" for part in "qkv"]
-            for part in "qkv":
-                del sources[f"{name}.{part}_proj"]
-                setattr(module, f"{part}_proj", None)
+        if isinstance(module, (nn.Linear, Embedding)):
+            sources[name] = [name]
 
-    def pack(name: str) -> torch.nn.Module:
-        half = precision == "fp16"  # then the weight itself is kept, and must not hold on to the file
-        weights = [checkpoint.tensor(f"{n}.weight", torch.float16 if half else torch.float32, copy=half) for n in sources[name]]
+    def packed_module(name: str) -> nn.Module:
+        half = precision == "fp16"
+        dtype = torch.float16 if half else torch.float32
+        weights = [checkpoint.tensor(f"{n}.weight", dtype, copy=half) for n in sources[name]]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        packed, scale = (weight, None) if half else quantize(weight)
-        if name + ".weight" == EMBEDDING:
+        quantized, scale = (weight, None) if half else quantize(weight)
+        if f"{name}.weight" == EMBEDDING:
             check_tied(checkpoint, weight)
-            return PackedEmbedding(packed, scale)
+            return PackedEmbedding(quantized, scale)
         bias = torch.cat([checkpoint.tensor(f"{n}.bias", torch.float32) for n in sources[name]])
-        return PackedLinear(packed, bias, scale)
+        return PackedLinear(quantized, bias, scale)
 
-    largest_first = sorted(sources, key=lambda name: checkpoint.size(f"{sources[name][0]}.weight"), reverse=True)
+    largest_first = sorted(
+        sources, key=lambda name: checkpoint.numel(f"{sources[name][0]}.weight"), reverse=True
+    )
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for name, module in zip(largest_first, pool.map(pack, largest_first), strict=True):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, module)
+        for name, module in zip(largest_first, pool.map(packed_module, largest_first), strict=True):
+            set_module(model, name, module)
     rest = {name: checkpoint.tensor(name, torch.float32) for name in model.state_dict()}
     model.load_state_dict(rest, strict=True, assign=True)
-    return model.requires_grad_(False)  # packed weights have no gradients, so neither has the rest
+    return model.requires_grad_(False)
 
 
 def check_tied(checkpoint: Checkpoint, embedding: Tensor) -> None:
-    """ValueError where a file stores the output projection, too, and it is not the embedding."""
+    """ValueError if a stored output projection differs from the embedding."""
     for name in checkpoint.tied:
         if not torch.equal(checkpoint.stored[name].read().to(embedding), embedding):
-            raise ValueError(f"{name} differs from the token embedding, which a Kosmos-2 uses for both")
+            raise ValueError(f"{name} differs from the token embedding; Kosmos-2 uses one matrix for both")
 
 
 def find_tokenizer(checkpoint: Checkpoint, path: str | Path | None = None) -> Tokenizer:
-    """The tokenizer beside a checkpoint, or at `path`; ValueError if the vocabulary is another one's."""
-    model_file = Path(path) if path is not None else checkpoint.folder / SENTENCEPIECE
+    """The tokenizer next to a checkpoint, or at `path`; ValueError if its vocabulary does not fit.
+
+    The grid of location tokens follows from the size of the vocabulary.
+    """
+    model_file = checkpoint.folder if path is None else Path(path)
     if model_file.is_dir():
         model_file /= SENTENCEPIECE
     if not model_file.is_file():
-        raise FileNotFoundError(f"there is no {SENTENCEPIECE} at {model_file}; give the path of one as the tokenizer")
-    tokenizer = Tokenizer(model_file, checkpoint.config.latent_query_num)
-    if tokenizer.vocab_size != checkpoint.config.text.vocab_size:
+        raise FileNotFoundError(f"no {SENTENCEPIECE} at {model_file}; pass the path of one as the tokenizer")
+    others = open_sentencepiece(model_file).vocab_size() + 1 + len(TAGS) + 1  # pieces, <pad>, tags, <mask>
+    vocab_size = checkpoint.config.text.vocab_size
+    grid = math.isqrt(max(0, vocab_size - others))
+    if grid < 1 or others + grid**2 != vocab_size:
         raise ValueError(
-            f"{model_file} makes a vocabulary of {tokenizer.vocab_size} "
-            f"(with locations in a {tokenizer.grid} x {tokenizer.grid} grid), but the checkpoint "
-            f"has embeddings for {checkpoint.config.text.vocab_size}; give the sentencepiece model it was trained with"
+            f"{model_file} does not fit: with its {others} tokens and a grid of location tokens the vocabulary cannot "
+            f"have the checkpoint's {vocab_size}; pass the sentencepiece model that it was trained with"
         )
-    return tokenizer
+    return Tokenizer(model_file, checkpoint.config.latent_query_num, grid)
 
 
 def listing(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    text = ", ".join(names[:most])
+    return f"{text} and {len(names) - most} more" if len(names) > most else text
+
+
+# ----------------------------------------------------------------------------------------------------
+# Saving
+# ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, renamed to `path` at the end, so that no file is left
+    half-written."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_checkpoint(model: Kosmos2, sentencepiece_file: str | Path, folder: str | Path) -> None:
     """Write a model in the published layout, which this loader and transformers both read.
 
-    Every file is written beside its place and then moved there, so that none is ever half written.
-    ValueError for a model in int8, or in fp16 on a CPU: its weights are not at hand any more.
+    ValueError for a model in int8, or in fp16 on a CPU: the original weights are gone.
     """
     if isinstance(model.decoder.embed_tokens, PackedEmbedding):
         raise ValueError("a packed model cannot be saved; load it as fp32 or bf16")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {rename(name, 1): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    config = model.config.to_published() | {"dtype": str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")}
-
-    def write(name, how):
-        part = folder / f"{name}.part"
+    state = {
+        rename(name, HUGGING_FACE): t.detach().cpu().contiguous() for name, t in model.state_dict().items()
+    }
+    dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
+    config = published_config(model.config) | {"dtype": dtype}
+    tokenizer_file = folder / SENTENCEPIECE
+    if not tokenizer_file.exists() or not os.path.samefile(sentencepiece_file, tokenizer_file):
+        with replacing(tokenizer_file) as part:
+            shutil.copyfile(sentencepiece_file, part)
+    with replacing(folder / "model.safetensors") as part:
         try:
-            how(part)
-            part.chmod(0o644)  # safetensors writes files that only their owner can read
-            os.replace(part, folder / name)
+            save_file(state, part, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"cannot write {part}: {error}") from None
-        finally:
-            part.unlink(missing_ok=True)
-
-    if not (folder / SENTENCEPIECE).exists() or not os.path.samefile(sentencepiece_file, folder / SENTENCEPIECE):
-        write(SENTENCEPIECE, lambda part: shutil.copyfile(sentencepiece_file, part))
-    write("model.safetensors", lambda part: save_file(state, part, metadata={"format": "pt"}))
-    write("config.json", lambda part: part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
+        part.chmod(0o644)  # safetensors makes files readable only by their owner
+    with replacing(folder / "config.json") as part:
+        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -490,41 +881,48 @@ def save_checkpoint(model: Kosmos2, sentencepiece_file: str | Path, folder: str 
 
 
 def report(checkpoint: Checkpoint) -> str:
-    """What a checkpoint holds, a line for each part of the model."""
-    lines = [f"{'part':<12}{'tensors':>8}{'parameters':>15}  stored as"]
+    """What a checkpoint contains, one line for each part of the model."""
+    lines = [
+        f"{len(checkpoint.files)} file(s) in {checkpoint.folder}, names of {LAYOUTS[checkpoint.layout]} layout"
+    ]
+    lines.append(f"{'part':<12}{'tensors':>8}{'parameters':>15}  stored as")
     for part in ("vision", "resampler", "decoder"):
-        names = [theirs for ours, theirs in checkpoint.names.items() if ours.startswith(part)]
-        stored = [checkpoint.stored[name] for name in names if name in checkpoint.stored]
-        count = sum(math.prod(s.shape) for s in stored)
-        types = ", ".join(f"{dtype} x {n}" for dtype, n in Counter(s.dtype for s in stored).items())
-        lines.append(f"{part:<12}{len(stored):>8}{count:>15,}  {types}")
-    extra = sorted((TIED | LEFTOVERS) & checkpoint.stored.keys() - set(checkpoint.names.values()))
-    if extra:
-        lines.append(f"not needed: {', '.join(extra)}")
-    layout = "the original (fairseq)" if checkpoint.layout == 2 else "the published (Hugging Face)"
-    files = f"{len(checkpoint.files)} file{'s' if len(checkpoint.files) > 1 else ''}"
-    return "\n".join([f"{files} in {checkpoint.folder}, names of {layout} layout", *lines])
+        names = [stored for ours, stored in checkpoint.names.items() if ours.startswith(part)]
+        tensors = [checkpoint.stored[name] for name in names if name in checkpoint.stored]
+        parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+        dtypes = Counter(tensor.dtype for tensor in tensors)
+        stored_as = ", ".join(f"{dtype} x {count}" for dtype, count in dtypes.items())
+        lines.append(f"{part:<12}{len(tensors):>8}{parameters:>15,}  {stored_as}")
+    unused = sorted(
+        (OUTPUT_PROJECTIONS | UNUSED_BUFFERS) & checkpoint.stored.keys() - set(checkpoint.names.values())
+    )
+    if unused:
+        lines.append(f"not needed: {', '.join(unused)}")
+    return "\n".join(lines + checkpoint.notes())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Show what is in a Kosmos-2 checkpoint, or rewrite it.")
     parser.add_argument("checkpoint", help="folder, .safetensors, .bin, .pt or hub id")
     parser.add_argument("--save", metavar="DIR", type=Path, help="write it to DIR in the published layout")
-    parser.add_argument("--tokenizer", metavar="FILE", help="the sentencepiece model, if it is not beside the weights")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="the sentencepiece model, if it is not next to the weights"
+    )
     args = parser.parse_args()
     try:
         checkpoint = Checkpoint(args.checkpoint)
         print(report(checkpoint))
         problems = checkpoint.problems()
-        print("complete" if not problems else "NOT complete: tensors " + "; ".join(problems))
         if problems:
+            print("NOT complete: tensors " + "; ".join(problems))
             return 1
+        print("complete")
         if args.save:
-            dtypes = Counter(s.dtype for s in checkpoint.stored.values())
-            kept = {"float16": "fp16", "f16": "fp16", "bfloat16": "bf16", "bf16": "bf16"}
-            dtype = PRECISIONS[kept.get(dtypes.most_common(1)[0][0], "fp32")]
-            words = find_tokenizer(checkpoint, args.tokenizer).model_file
-            save_checkpoint(read_model(checkpoint, dtype), words, args.save)
+            dtypes = Counter(tensor.dtype for tensor in checkpoint.stored.values())
+            most_common = dtypes.most_common(1)[0][0]
+            dtype = getattr(torch, most_common) if most_common in ("float16", "bfloat16") else torch.float32
+            model_file = find_tokenizer(checkpoint, args.tokenizer).model_file
+            save_checkpoint(read_model(checkpoint, dtype), model_file, args.save)
             print(f"wrote {args.save}")
     except (OSError, ValueError) as error:
         print(f"load_weights: {error}", file=sys.stderr)

@@ -1,162 +1,889 @@
-"""Ask Kosmos-2 about pictures: the sentence on stdout, the picture with its boxes in a file.
+"""Run Kosmos-2 on images: prints the text, saves the image with its boxes drawn.
 
-    python sample.py                                          the bundled picture, the bundled small model
+    python sample.py                                          the bundled image and the bundled small model
     python sample.py photo.jpg --checkpoint microsoft/kosmos-2-patch14-224
     python sample.py photo.jpg --task ground --text "a snowman"
     python sample.py photo.jpg --task vqa --text "What is special about this image?" --text "Where is the fire?"
     python sample.py photo.jpg --task refer --box 120,40,380,300
-    python sample.py folder --results captions.jsonl          many pictures; --resume goes on after a stop
+    python sample.py folder --results captions.jsonl          a folder; --resume continues an interrupted run
+    python sample.py folder --output page.html                one page with all images, captions and boxes
+    python sample.py --requests requests.jsonl --json         one request per line: image, task and text, or prompt
 
-Progress, timings and errors go to stderr. Exit status: 0 done, 1 something could not be read or run (the
-other pictures are still done), 2 usage, 130 interrupted. Under torchrun the pictures are shared out.
+Text and JSON go to stdout, progress, timings and errors to stderr. Exit status: 0 done, 1 something
+could not be read or run (the other images are still done), 2 usage, 130 interrupted. Under
+torchrun, requests are split across processes.
 """
 
 import argparse
+import base64
+import html
+import io
 import json
+import logging
 import os
 import re
 import sys
 import time
-from collections import deque
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+from PIL import Image, ImageDraw, ImageFont
 
-# The published prompts: for each task the prompt, and whether it is the beginning of the sentence to print.
-TASKS = {
-    "caption": ("<grounding>An image of", True),
-    "detail": ("<grounding>Describe this image in detail:", False),
-    "plain": ("An image of", True),
-    "ground": ("<grounding><phrase> {text}</phrase>", True),
-    "refer": ("<grounding><phrase> It</phrase> is", True),
-    "vqa": ("<grounding> Question: {text} Answer:", False),
-    "answer": ("Question: {text} Answer:", False),
-    "context": ("<image> {text}<image>", False),
-    "text": ("{text}", True),
+from tokenizer import PROMPTS, Entity, parse, strip_tags, tokens_to_box
+
+HERE = Path(__file__).resolve().parent
+
+TASKS = [*PROMPTS, "context", "text"]
+CONTINUED = {"caption", "plain", "ground", "refer", "text"}  # the prompt is the beginning of the answer
+TAKES_TEXT = {
+    "ground": "a phrase",
+    "refer": "a referring expression",
+    "vqa": "a question",
+    "answer": "a question",
+    "context": "what to say about each image but the last",
+    "text": "the beginning of a text",
 }
-NEEDED = {
-    "ground": "a phrase", "vqa": "a question", "answer": "a question", "text": "the beginning of a text",
-    "context": "what to say about a picture, for each picture but the last",
-}  # fmt: skip
+DEFAULT_NEW_TOKENS = 430  # the original demo's limit after a normal prompt; fewer if the context has no room
+
+
+class Request(NamedTuple):
+    """What to ask about some images. The command line, a folder and --requests are three ways to
+    list requests."""
+
+    images: tuple[Path, ...]
+    prompt: str
+    boxes: tuple = ()  # one for each phrase of the prompt, as given by the user
+    continued: bool = True  # the prompt is the beginning of the answer
+    wants_boxes: bool = False  # the boxes are the answer
+    block_ngrams: bool = True
+    extra: dict = {}  # copied to the result
+
+    def key(self) -> tuple:
+        """What identifies a request in a results file."""
+        return tuple(str(path.resolve()) for path in self.images), self.prompt, json.dumps(self.boxes)
+
+
+class Answer(NamedTuple):
+    """The answer to a request."""
+
+    text: str
+    raw: str  # the tagged text as the model wrote it
+    entities: list[Entity]
+
+
+class Loaded(NamedTuple):
+    """Consecutive requests about the same images, ready for the model."""
+
+    requests: list[Request]
+    pixels: list  # of tensors (3, image_size, image_size)
+    size: tuple[int, int]  # of the last image, which the answers are about
+    image: Image.Image | None  # the last image, if it will be drawn
+    prompts: list[tuple[list[int], list[bool]]]  # (ids, image_mask) of each request
+
+
+# ----------------------------------------------------------------------------------------------------
+# The command line
+# ----------------------------------------------------------------------------------------------------
+
+# Decoding options: name, type, help. The library checks their values (kosmos2.GenerationOptions).
+DECODING = [
+    ("max-new-tokens", int, f"upper limit (default: {DEFAULT_NEW_TOKENS}, or what fits the context)"),
+    ("min-new-tokens", int, "no end before this many"),
+    (
+        "temperature",
+        float,
+        "0 (default) takes the most likely token, 1 samples from the model's distribution",
+    ),
+    ("top-k", int, "sample among the k most likely tokens"),
+    ("top-p", float, "sample among the most likely tokens that together reach probability p"),
+    ("num-beams", int, "above 1: beam search"),
+    ("no-repeat-ngram-size", int, "default: the checkpoint's setting; 0 for --task context"),
+    ("seed", int, "make sampling repeatable"),
+]
 
 
 def make_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="files or folders; none: the bundled picture")
-    p.add_argument("--checkpoint", default=str(HERE / "tiny"), help="folder, file or hub id (default: the bundled model)")
-    p.add_argument("--tokenizer", help="the sentencepiece model, if it is not beside the weights")
-    what = p.add_argument_group("what to ask")
-    what.add_argument("--task", choices=TASKS, default="caption", help="a published prompt (default: caption)")
-    what.add_argument(
-        "--text", action="append",
-        help="the phrase to ground, the expression to refer by, or the question; repeatable: the picture is read once",
-    )  # fmt: skip
-    what.add_argument("--top-boxes", type=int, metavar="K", help="the K likeliest boxes for a phrase (ground, refer)")
-    what.add_argument("--prompt", help="a prompt of your own instead of a task; <image> marks where pictures go")
-    what.add_argument(
-        "--box", action="append", type=box_argument, metavar="X1,Y1,X2,Y2",
-        help="box of the next <phrase>…</phrase>: 0..1, or pixels, or two location indices; repeatable",
-    )  # fmt: skip
-    how = p.add_argument_group("how to decode")
-    how.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    how.add_argument("--min-new-tokens", type=int, default=0, metavar="N")
-    how.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token")
-    how.add_argument("--top-k", type=int, metavar="K")
-    how.add_argument("--top-p", type=float, metavar="P")
-    how.add_argument("--num-beams", type=int, default=1, metavar="N")
-    how.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="default: what the checkpoint asks for")
-    how.add_argument("--seed", type=int, help="makes sampling repeatable")
-    how.add_argument("--free-markup", action="store_true", help="let the model write broken boxes, if it wants to")
-    where = p.add_argument_group("where to run")
-    where.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps")
-    where.add_argument("--precision", choices=["fp32", "bf16", "fp16", "int8"], default="fp32", help="of the weights; fp32 (default) is exact, int8 fastest on a CPU")
-    where.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default: 8)")
-    out = p.add_argument_group("what to write")
-    out.add_argument("--output", type=Path, metavar="FILE_OR_DIR", help="the picture with its boxes, or a folder for them (default: STEM.boxes.png for a single picture)")
-    out.add_argument("--scores", action="store_true", help="write on the picture how sure the model is of each box")
-    out.add_argument("--json", action="store_true", help="one JSON object a line instead of the sentence")
-    out.add_argument("--results", type=Path, metavar="JSONL", help="write these lines to a file, each as it is done")
-    out.add_argument("--resume", action="store_true", help="go on with a --results file: skip the pictures it holds")
-    out.add_argument("--debug", action="store_true", help="show where an error came from")
+    p.add_argument(
+        "images", nargs="*", type=Path, metavar="IMAGE", help="files or folders; default: the bundled image"
+    )
+    p.add_argument(
+        "--checkpoint", default=str(HERE / "tiny"), help="folder, file or hub id (default: bundled model)"
+    )
+    p.add_argument("--tokenizer", help="the sentencepiece model, if it is not next to the weights")
+    p.add_argument("--task", choices=TASKS, help="a published prompt (default: caption)")
+    p.add_argument(
+        "--text",
+        action="append",
+        help="phrase, referring expression or question; may be repeated (the image is encoded once)",
+    )
+    p.add_argument("--prompt", help="your own prompt instead of a task; <image> marks where images go")
+    p.add_argument(
+        "--box",
+        action="append",
+        type=parse_box,
+        metavar="X1,Y1,X2,Y2",
+        help="box of the next <phrase> in the prompt: 0..1, pixels or two location indices; may be repeated",
+    )
+    p.add_argument(
+        "--top-boxes", type=int, metavar="K", help="the K most likely boxes of a phrase (ground, refer)"
+    )
+    p.add_argument(
+        "--requests", metavar="JSONL", help="a request per line: image, task, text, prompt, boxes; - is stdin"
+    )
+    decoding = p.add_argument_group("decoding")
+    for name, kind, text in DECODING:
+        decoding.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps")
+    p.add_argument(
+        "--precision",
+        choices=["fp32", "bf16", "fp16", "int8"],
+        default="fp32",
+        help="of the weights: fp32 (default) is exact, int8 fastest on a CPU",
+    )
+    p.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests per batch (default: 8)")
+    p.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="image with boxes, a folder for such images, or page.html (default: STEM.boxes.png for a single image)",
+    )
+    p.add_argument("--json", action="store_true", help="print a JSON object per line instead of the text")
+    p.add_argument(
+        "--results", type=Path, metavar="JSONL", help="write the JSON lines to a file, each as it is done"
+    )
+    p.add_argument(
+        "--resume", action="store_true", help="continue a --results file: skip what it already has"
+    )
     return p
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    """The command line; what contradicts itself ends in a line on stderr and exit status 2."""
+    """The command line; conflicting options exit with status 2."""
     p = make_parser()
     args = p.parse_args(argv)
-    if args.prompt is not None and (args.text is not None or args.task != "caption"):
-        p.error("--prompt takes the place of --task and --text; give one or the other")
-    if args.prompt is None:
-        if args.task in ("caption", "detail", "plain") and args.text is not None:
-            p.error(f"--task {args.task} takes no --text")
-        needed = NEEDED.get(args.task)
-        if (args.text or needed) and not all(text.strip() for text in args.text or [""]):
-            p.error(f"--task {args.task} needs --text that is not empty: {needed or 'an expression'}")
-        if args.task == "refer" and not args.text and not args.box:
-            p.error("--task refer needs --box (to be put into words) or --text (an expression, to be found)")
-        if args.task == "text" and (args.images or args.box or args.output):
-            p.error("--task text goes without pictures: no IMAGE, --box or --output")
-    if args.text and args.box and args.task in ("ground", "refer"):
-        p.error("--text asks for a box and --box gives one; use one of them, or --prompt")
-    if any(tag in text for text in args.text or [] for tag in ("<image>", "</image>")):
-        p.error("--text cannot hold pictures; use --prompt")
-    findable = args.task in ("ground", "refer") and args.text and args.prompt is None
-    if args.top_boxes is not None and not (findable and args.top_boxes > 0):
-        p.error("--top-boxes wants a number above zero and --task ground or refer with --text")
+    if args.prompt is not None and (args.text or args.task):
+        p.error("--prompt replaces --task and --text; use one or the other")
+    if args.requests and (args.images or args.prompt or args.task or args.text or args.box):
+        p.error("--requests replaces IMAGE, --task, --text, --prompt and --box")
+    if args.top_boxes is not None and args.top_boxes < 1:
+        p.error("--top-boxes must be positive")
     if args.batch_size < 1:
-        p.error("--batch-size must be at least 1")
+        p.error("--batch-size must be positive")
     if args.resume and args.results is None:
-        p.error("--resume needs --results, the file to go on with")
+        p.error("--resume requires --results, the file to continue")
+    if args.results is not None and args.results.is_dir():
+        p.error(f"--results {args.results} is a folder; expected a file")
+    if args.task == "text" and (args.images or args.output):
+        p.error("--task text takes no IMAGE and no --output")
+    if not args.requests and args.prompt is None:
+        try:
+            task_prompts(args.task or "caption", args.text or [], args.box or [])
+        except ValueError as error:
+            p.error(str(error))
+    if args.top_boxes and not args.requests and not (args.text and args.task in ("ground", "refer")):
+        p.error("--top-boxes requires --task ground or refer with --text")
     return args
 
 
-def box_argument(text: str) -> tuple:
+def parse_box(text: str) -> tuple:
+    """ "120,40,380,300" -> a tuple of four numbers or two location indices."""
     try:
         values = tuple(int(v) if v.strip().isdigit() else float(v) for v in text.split(","))
     except ValueError:
         values = ()
-    if len(values) == 2 and all(isinstance(v, int) for v in values):
-        return values
-    if len(values) != 4 or any(v != v for v in values):
-        raise argparse.ArgumentTypeError(f"{text!r} is not x1,y1,x2,y2 (0..1 or pixels) or two location indices")
-    return tuple(float(v) for v in values)
+    indices = len(values) == 2 and all(type(v) is int for v in values)
+    if not indices and (len(values) != 4 or any(v != v for v in values)):
+        raise argparse.ArgumentTypeError(
+            f"expected x1,y1,x2,y2 (0..1 or pixels) or two location indices, got {text!r}"
+        )
+    return values
 
 
-def make_prompts(args: argparse.Namespace) -> list[str]:
-    """What to ask about every picture, or in --task context about all of them together."""
-    if args.prompt is not None:
-        return [args.prompt]
-    template, texts = TASKS[args.task][0], [text.strip() for text in args.text or [""]]
-    if args.task == "refer" and args.text:
-        template = TASKS["ground"][0]
-    if args.task == "context":
-        it = "<grounding><phrase> It</phrase> is" if args.box else ""
-        return ["".join(f"<image>{it} {text}" for text in texts) + f"<image>{it}"]
-    return [template.replace("{text}", text) for text in texts]
+# ----------------------------------------------------------------------------------------------------
+# Requests
+# ----------------------------------------------------------------------------------------------------
 
 
-def main(argv=None) -> int:
-    args = parse_arguments(argv)
+def task_prompts(task: str, texts: list[str], boxes: list) -> list[str]:
+    """The prompts of a task, one for each text; ValueError for texts or boxes the task does not
+    take."""
+    texts = [text.strip() for text in texts]
+    if task not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+    if texts and task not in TAKES_TEXT:
+        raise ValueError(f"task {task} takes no text")
+    if task == "refer" and not texts and not boxes:
+        raise ValueError("task refer needs a box (to describe it) or a text (an expression, to find it)")
+    if task in TAKES_TEXT and not all(texts or [""] * (task != "refer")):
+        raise ValueError(f"task {task} needs a text that is not empty: {TAKES_TEXT[task]}")
+    if texts and boxes and task in ("ground", "refer"):
+        raise ValueError(
+            f"task {task} takes a text (to find its box) or a box, not both; or use your own prompt"
+        )
+    if any("<image>" in text or "</image>" in text for text in texts):
+        raise ValueError("a text cannot contain images; use your own prompt")
+    if task == "context":
+        phrase = "<grounding><phrase> It</phrase> is" if boxes else ""
+        return ["".join(f"<image>{phrase} {text}" for text in texts) + f"<image>{phrase}"]
+    if task == "text":
+        return texts
+    if task == "refer" and texts:
+        task = "ground"
+    return [PROMPTS[task].replace("{text}", text) for text in texts or [""]]
+
+
+def make_requests(images: tuple[Path, ...], task, texts, prompt, boxes, extra: dict) -> list[Request]:
+    """The requests for some images: one, or one for each text."""
+    if prompt is not None:
+        return [Request(images, prompt, tuple(boxes), extra=extra)]
+    task = task or "caption"
+    return [
+        Request(
+            images,
+            prompt,
+            tuple(boxes),
+            continued=task in CONTINUED,
+            wants_boxes=task in ("ground", "refer") and bool(texts),
+            block_ngrams=task != "context",
+            extra=extra,
+        )
+        for prompt in task_prompts(task, texts, boxes)
+    ]
+
+
+def command_line_requests(args: argparse.Namespace) -> list[Request]:
+    """Each image with each prompt, or all images together for a prompt with several <image>
+    tags."""
+    paths = find_images(args.images) if args.images else [HERE / "tiny" / "scene.png"]
+    groups = [(path,) for path in paths]
+    if args.task == "context" or (args.prompt or "").count("<image>") > 1:
+        groups = [tuple(paths)]
+    if args.task == "text":
+        groups = [()]
+    requests = []
+    for images in groups:
+        requests += make_requests(images, args.task, args.text or [], args.prompt, args.box or [], {})
+    return requests
+
+
+def read_requests(source: str) -> list[Request]:
+    """The requests in a JSONL file, or in stdin for "-"; ValueError names the line."""
+    folder = Path() if source == "-" else Path(source).parent
+    lines = sys.stdin if source == "-" else open(source, encoding="utf-8-sig")  # noqa: SIM115
+    requests = []
+    with lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    requests.append(read_request(json.loads(line), folder))
+                except (ValueError, TypeError, AttributeError) as error:
+                    raise ValueError(f"{source}, line {number}: {error}") from None
+    if not requests:
+        raise ValueError(f"{source} has no requests")
+    return requests
+
+
+def read_request(row, folder: Path) -> Request:
+    """One line of a requests file. Relative image paths start at the current directory or at the
+    file's folder."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {row!r}")
+    extra = dict(row)
+    names, texts = extra.pop("image", []), extra.pop("text", [])
+    task, prompt, boxes = extra.pop("task", None), extra.pop("prompt", None), extra.pop("boxes", None) or []
+    names = [names] if isinstance(names, str) else names or []
+    texts = [texts] if isinstance(texts, str) else texts or []
+    if prompt is not None and (task or texts):
+        raise ValueError("prompt replaces task and text; use one or the other")
+    if len(texts) > 1 and task != "context":
+        raise ValueError("expected one text; write one request for each")
+    images = []
+    for name in names:
+        path = Path(name)
+        images.append(path if path.exists() or not (folder / path).exists() else folder / path)
+    boxes = [tuple(box) if isinstance(box, list) else box for box in boxes]
+    return make_requests(tuple(images), task, texts, prompt, boxes, extra)[0]
+
+
+def normalize_box(box: tuple, size: tuple[int, int]) -> tuple:
+    """A box in 0..1, in pixels of an image of this (width, height), or location indices -> in 0..1,
+    or indices."""
+    if box is None or len(box) == 2:
+        return box
+    typed = ",".join(str(v) for v in box)
+    if len(box) != 4:
+        raise ValueError(f"box {typed}: expected four numbers or two location indices")
+    x1, y1, x2, y2 = box
+    if not (0 <= x1 < x2 and 0 <= y1 < y2):
+        raise ValueError(f"box {typed}: expected 0 <= x1 < x2 and 0 <= y1 < y2")
+    if max(box) <= 1:
+        return box
+    if any(0 < v < 1 for v in box):
+        raise ValueError(f"box {typed} mixes 0..1 and pixels")
+    width, height = size
+    if x2 > width or y2 > height:
+        raise ValueError(f"box {typed} extends beyond the image, which is {width} x {height} pixels")
+    return x1 / width, y1 / height, x2 / width, y2 / height
+
+
+# ----------------------------------------------------------------------------------------------------
+# Images
+# ----------------------------------------------------------------------------------------------------
+
+UNREADABLE = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow recognizes but cannot decode
+
+
+def image_endings() -> set[str]:
+    """The file name endings of all formats Pillow can read."""
+    endings = Image.registered_extensions().items()
+    return {ending for ending, kind in endings if kind in Image.OPEN and kind not in UNREADABLE}
+
+
+def find_images(given: list[Path]) -> list[Path]:
+    """Files as they are, folders as the images in them, sorted by name; ValueError for a folder
+    without any."""
+    endings = image_endings()
+    found = []
+    for path in given:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(p for p in path.iterdir() if not p.name.endswith(".boxes.png"))
+        images = [p for p in inside if p.suffix.lower() in endings and not p.is_dir()]
+        skipped = Counter(
+            "folders" if p.is_dir() else p.suffix or p.name for p in inside if p not in set(images)
+        )
+        if skipped:
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in skipped.most_common(8))
+            print(f"sample: skipped in {path}: {kinds}", file=sys.stderr)
+        if not images:
+            raise ValueError(f"no images in folder {path}")
+        found += images
+    return found
+
+
+def load_images(requests: list[Request], runner: "Runner", keep_image: bool) -> Loaded:
+    """Read and preprocess the images of requests that share them.
+
+    The full image is kept only if it will be drawn: dozens of photos in memory at once would take
+    gigabytes.
+    """
+    pixels, sizes, image = [], [], None
+    for path in requests[0].images:
+        image = kosmos2.open_image(path)
+        sizes.append(image.size)
+        pixels.append(kosmos2.preprocess_image(image, runner.model.config.vision.image_size))
+    prompts = [runner.encode_prompt(request, sizes) for request in requests]
+    size = sizes[-1] if sizes else (1, 1)
+    return Loaded(requests, pixels, size, image if keep_image else None, prompts)
+
+
+def read_ahead(groups: list[list[Request]], load, batch_size: int) -> Iterator[tuple[list[Loaded], list]]:
+    """Groups of requests -> (loaded groups, [(group, error)]) of about batch_size requests, the
+    next loaded meanwhile.
+
+    An error while an image is opened, of whatever kind, concerns only the requests about that
+    image.
+    """
+
+    def collect(futures) -> tuple[list[Loaded], list]:
+        loaded, errors = [], []
+        for group, future in futures:
+            try:
+                loaded.append(future.result())
+            except Exception as error:  # Pillow's decoders raise many kinds
+                errors.append((group, error))
+        return loaded, errors
+
+    with ThreadPoolExecutor(2) as pool:
+        waiting: deque = deque()
+        for batch in batched(groups, batch_size):
+            waiting.append([(group, pool.submit(load, group)) for group in batch])
+            if len(waiting) > 1:
+                yield collect(waiting.popleft())
+        while waiting:
+            yield collect(waiting.popleft())
+
+
+def batched(groups: list[list[Request]], batch_size: int) -> Iterator[list[list[Request]]]:
+    batch: list[list[Request]] = []
+    for group in groups:
+        batch.append(group)
+        if sum(map(len, batch)) >= batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+# ----------------------------------------------------------------------------------------------------
+# Running the model
+# ----------------------------------------------------------------------------------------------------
+
+
+def import_model_code() -> None:
+    """Import PyTorch and the model. Not at the top of the file, because that takes two seconds,
+    which --help and usage errors should not cost."""
+    global torch, kosmos2, load_weights
+    import torch
+
+    import kosmos2
+    import load_weights
+
+
+class Runner:
+    """A model, its tokenizer and the decoding options of this run."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.timings = ""
+        self.stream = False  # print the text while it is generated
+        self.device = choose_device(args.device, args.precision)
+        names = [name.replace("-", "_") for name, _, _ in DECODING]
+        self.options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        kosmos2.GenerationOptions(**self.options)  # raises before the model is loaded
+        self.model, self.tokenizer = load_weights.load_checkpoint(
+            args.checkpoint, args.precision, self.device, args.tokenizer
+        )
+        self.image_ids, self.image_mask = self.tokenizer.encode_prompt("")
+
+    def encode_prompt(self, request: Request, sizes: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """The ids and image_mask of a request. Boxes in pixels are in the image in front of their
+        phrase."""
+        if not request.boxes:
+            return self.tokenizer.encode_prompt(request.prompt, len(sizes))
+        boxes = []
+        phrases = [match.start() for match in re.finditer("<phrase>", request.prompt)]
+        for box, phrase in zip_longest(request.boxes, phrases[: len(request.boxes)], fillvalue=0):
+            image = max(request.prompt[:phrase].count("<image>") - 1, 0)
+            size = sizes[min(image, len(sizes) - 1)] if sizes else (1, 1)
+            boxes.append(
+                [normalize_box(b, size) for b in box] if is_box_list(box) else normalize_box(box, size)
+            )
+        return self.tokenizer.encode_prompt(request.prompt, len(sizes), boxes)
+
+    def answer(self, batch: list[Loaded]) -> list[list[Answer]]:
+        """The answers to all requests of a batch."""
+        started = time.perf_counter()
+        pixels = [image for loaded in batch for image in loaded.pixels]
+        embeds = None
+        if pixels:
+            with torch.inference_mode():
+                embeds = self.model.encode_image(torch.stack(pixels).to(self.device))
+        self.timings = f"vision {(time.perf_counter() - started) * 1000:.0f} ms"
+        answers: dict[tuple[int, int], Answer] = {}
+        together = []  # (position, request, prompt, image embeddings) of requests that run as one batch
+        first_image = 0
+        for i, loaded in enumerate(batch):
+            own = None if embeds is None else embeds[first_image : first_image + len(loaded.pixels)]
+            first_image += len(loaded.pixels)
+            rows = [
+                ((i, j), *pair, own)
+                for j, pair in enumerate(zip(loaded.requests, loaded.prompts, strict=True))
+            ]
+            if self.args.top_boxes:
+                answers |= {position: self.rank(prompt[0], own) for position, _, prompt, own in rows}
+            elif len(rows) > 1 and all(self.begins_with_image(prompt) for prompt in loaded.prompts):
+                answers |= self.run(rows, self.prefill_image(own))
+            else:
+                together += rows
+        for block_ngrams in (True, False):
+            rows = [row for row in together if row[1].block_ngrams == block_ngrams]
+            if rows:
+                answers |= self.run(rows)
+        return [[answers[i, j] for j in range(len(loaded.requests))] for i, loaded in enumerate(batch)]
+
+    def begins_with_image(self, prompt: tuple[list[int], list[bool]]) -> bool:
+        """Whether one image stands at the beginning, so that requests about it can share its
+        prefill."""
+        ids, mask = prompt
+        count = len(self.image_ids)
+        return ids[:count] == self.image_ids and len(ids) > count and not any(mask[count:])
+
+    def prefill_image(self, embeds) -> "kosmos2.DecodeState":
+        tokens, image_mask, _ = kosmos2.pad_left([(self.image_ids, self.image_mask)], self.device)
+        return self.model.prefill(tokens, image_embeds=embeds, image_mask=image_mask, max_new_tokens=0)
+
+    def run(self, rows: list, prefix=None) -> dict[tuple[int, int], Answer]:
+        """Generate for rows (position, request, prompt, image embeddings); returns the answers by
+        position."""
+        past = 0 if prefix is None else len(self.image_ids)
+        prompts = [(prompt[0][past:], prompt[1][past:]) for _, _, prompt, _ in rows]
+        tokens, image_mask, pad_mask = kosmos2.pad_left(prompts, self.device)
+        inputs = dict(pad_mask=pad_mask, prefix=prefix)
+        embeds = [own for _, _, _, own in rows if own is not None]
+        if prefix is None and embeds:
+            inputs |= dict(image_embeds=torch.cat(embeds), image_mask=image_mask)
+        request = rows[0][1]
+        options = dict(constraint=self.tokenizer.allowed_tokens) | self.options
+        if "no_repeat_ngram_size" not in options and request.block_ngrams:
+            options["no_repeat_ngram_size"] = self.model.config.text.no_repeat_ngram_size
+        if "max_new_tokens" not in options:
+            room = self.model.config.text.max_positions - max(len(prompt[0]) for _, _, prompt, _ in rows)
+            options["max_new_tokens"] = max(1, min(DEFAULT_NEW_TOKENS, room))
+        started = time.perf_counter()
+        state = self.model.prefill(tokens, **inputs, **options)
+        results = self.decode(state, rows[0], started)
+        return {
+            row[0]: self.make_answer(row[1], row[2][0], result)
+            for row, result in zip(rows, results, strict=True)
+        }
+
+    def decode(self, state, row, started: float) -> list:
+        """Generate to the end; prints the text on the way if self.stream is set."""
+        if state.options.num_beams > 1:
+            results = kosmos2.finish(state)
+            count = sum(len(result.ids) for result in results)
+            self.timings += f", {count} tokens by beam search in {time.perf_counter() - started:.2f} s"
+            return results
+        times = [started]
+        printed = ""
+        for _ in kosmos2.decode(state):
+            times.append(time.perf_counter())
+            if self.stream:
+                ids = self.answer_ids(row[1], row[2][0]) + state.results[0].ids
+                text = strip_tags(self.tokenizer.decode(ids)).lstrip()
+                print(text[len(printed) :], end="", flush=True)
+                printed = text
+        if self.stream:
+            print(flush=True)
+        first = times[min(1, len(times) - 1)] - started
+        rate = (len(times) - 2) / max(times[-1] - times[1], 1e-9) if len(times) > 2 else 0.0
+        self.timings += f", first token {first * 1000:.0f} ms, then {rate:.0f} tokens/s"
+        return state.results
+
+    def answer_ids(self, request: Request, prompt: list[int]) -> list[int]:
+        """The ids of the prompt that belong to the answer: those behind the last image, if the
+        answer continues it."""
+        if not request.continued:
+            return []
+        closing = self.tokenizer.special_ids["</image>"]
+        last = max((at for at, i in enumerate(prompt) if i == closing), default=-1)
+        return prompt[last + 1 :]
+
+    def make_answer(self, request: Request, prompt: list[int], result) -> Answer:
+        raw = self.tokenizer.decode(prompt + result.ids)
+        start = self.answer_ids(request, prompt)
+        text, entities = self.tokenizer.parse_output(start, result.ids, result.probabilities)
+        return Answer(text, raw.strip(), entities)
+
+    def rank(self, prompt: list[int], embeds) -> Answer:
+        """The most likely boxes for the phrase that a prompt ends with, best first."""
+        prefix = self.prefill_image(embeds)
+        tokens = torch.tensor([prompt[len(self.image_ids) :] + [self.tokenizer.special_ids["<object>"]]])
+        state = self.model.prefill(tokens.to(self.device), prefix=prefix, max_new_tokens=2)
+        ranked = kosmos2.rank_boxes(state, self.tokenizer, self.args.top_boxes)
+        raw = self.tokenizer.decode(prompt)
+        text, _ = parse(raw)
+        boxes = [tokens_to_box(ul, lr, self.tokenizer.grid) for _, ul, lr in ranked]
+        self.timings += f", ranked {len(boxes)} boxes"
+        return Answer(
+            text, raw.strip(), [Entity(text, (0, len(text)), boxes, [score for score, _, _ in ranked])]
+        )
+
+
+def is_box_list(box) -> bool:
+    """Whether the boxes of one phrase are a list of boxes rather than a single box."""
+    return isinstance(box, (list, tuple)) and bool(box) and not isinstance(box[0], (int, float))
+
+
+def choose_device(device: str, precision: str) -> "torch.device":
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = "cpu" if precision == "int8" else next(name for name, found in available.items() if found)
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is None and "LOCAL_RANK" in os.environ:
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if not available.get(chosen.type, True):
+        raise ValueError(f"--device {device} is not available; use --device cpu")
+    return chosen
+
+
+# ----------------------------------------------------------------------------------------------------
+# Results
+# ----------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """The --results file: one line per answer, written as soon as it is done.
+
+    Each torchrun process writes its own file, NAME.rank.jsonl; --resume reads all of them.
+    """
+
+    def __init__(self, args: argparse.Namespace, requests: list[Request], rank: int, world: int):
+        path = args.results
+        self.checkpoint = args.checkpoint
+        self.path = path.with_suffix(f".{rank}{path.suffix}") if world > 1 else path
+        for file in (path, self.path):
+            if file.exists() and not args.resume:
+                raise ValueError(f"{file} already exists; pass --resume to continue it, or another name")
+        make_folder(self.path.parent)
+        prompts = {request.prompt for request in requests}
+        self.done: Counter = Counter()
+        rank_file = re.compile(re.escape(path.stem) + r"\.\d+" + re.escape(path.suffix))
+        for file in [path, *sorted(f for f in path.parent.iterdir() if rank_file.fullmatch(f.name))]:
+            if args.resume and file.exists():
+                length = self.read(file, prompts)
+                if file == self.path:
+                    os.truncate(file, length)  # drops a line that was cut off
+        self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (closed at exit)
+
+    def read(self, file: Path, prompts: set[str]) -> int:
+        """Count the finished requests in a file; returns the length of its complete lines in
+        bytes."""
+        length = 0
+        for line in file.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            length += len(line)
+            try:
+                row = json.loads(line)
+                images = [row["image"]] if isinstance(row["image"], str) else row["image"] or []
+                request = Request(tuple(map(Path, images)), row["prompt"], tuple(row["given_boxes"]))
+                checkpoint = row["checkpoint"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{file} is not a results file: {line[:60]!r}") from None
+            if request.prompt not in prompts:
+                raise ValueError(
+                    f"{file} has answers to another prompt, {request.prompt!r}; use another --results file"
+                )
+            if checkpoint != self.checkpoint:
+                raise ValueError(
+                    f"{file} has answers of another checkpoint, {checkpoint}; use another --results file"
+                )
+            self.done[request.key()] += 1
+        return length
+
+    def is_done(self, request: Request) -> bool:
+        """Whether the file already has this request; each line counts once."""
+        key = request.key()
+        if self.done[key] == 0:
+            return False
+        self.done[key] -= 1
+        return True
+
+    def write(self, rows: list[dict]) -> None:
+        lines = [json.dumps(row | {"checkpoint": self.checkpoint}, ensure_ascii=False) for row in rows]
+        self.file.write("".join(line + "\n" for line in lines))
+        self.file.flush()
+
+
+def as_json(request: Request, answer: Answer, size: tuple[int, int]) -> dict:
+    """A line of --json and --results. Boxes are in 0..1, and in pixels of the upright image."""
+    width, height = size
+    entities = []
+    for entity in answer.entities:
+        pixel_boxes = [[x1 * width, y1 * height, x2 * width, y2 * height] for x1, y1, x2, y2 in entity.boxes]
+        entities.append(entity._asdict() | {"pixel_boxes": pixel_boxes, "scores": list(entity.scores)})
+    images = [str(path) for path in request.images]
+    row = {"image": images[0] if len(images) == 1 else images or None, "prompt": request.prompt}
+    row |= {"given_boxes": request.boxes, "text": answer.text, "raw": answer.raw, "entities": entities}
+    return request.extra | row
+
+
+def make_folder(folder: Path) -> None:
     try:
-        return run(args)
-    except KeyboardInterrupt:
-        print("sample: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # stdout was closed early, as by `| head`: nobody reads on, so nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (OSError, ValueError, RuntimeError) as error:
-        if args.debug:
-            raise
-        print(f"sample: {error}", file=sys.stderr)
-        return 1
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot create folder {folder}: {error.strerror}") from None
+
+
+def print_answers(loaded: Loaded, answers: list[Answer], many: bool) -> None:
+    """The texts; where boxes are the answer, also the boxes in pixels with their scores."""
+    for request, answer in zip(loaded.requests, answers, strict=True):
+        print(f"{request.images[-1]}: {answer.text}" if many and request.images else answer.text, flush=True)
+        if request.wants_boxes:
+            for entity in as_json(request, answer, loaded.size)["entities"]:
+                for box, score in zip(entity["pixel_boxes"], entity["scores"], strict=True):
+                    shown = "  -  " if score is None else f"{score:.3f}"
+                    print(f"  {shown}  {','.join(f'{v:.0f}' for v in box)}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Annotated images and the HTML page
+# ----------------------------------------------------------------------------------------------------
+
+# Dark enough to read as text on white and under white text.
+PALETTE = [
+    "#c62828",
+    "#1565c0",
+    "#2e7d32",
+    "#8e24aa",
+    "#b85a00",
+    "#00798a",
+    "#ad1457",
+    "#4e5d00",
+    "#5d4037",
+    "#37474f",
+]
+
+
+def draw_answers(image: Image.Image, answers: list[Answer]) -> Image.Image:
+    """The image with a box around every entity and its phrase on the box, one color for each
+    entity."""
+    scale = max(1.0, 480 / max(image.size))  # a thumbnail has no room for text
+    canvas = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    width, height = canvas.size
+    font_size = max(13, round(min(width, 1600) / 40))
+    pen, line = ImageDraw.Draw(canvas), max(2, font_size // 6)
+    entities = [entity for answer in answers for entity in answer.entities]
+    labels = []
+    for i, entity in enumerate(entities):
+        color = PALETTE[i % len(PALETTE)]
+        for x1, y1, x2, y2 in entity.boxes:
+            left, top = x1 * width, y1 * height
+            right, bottom = max(left, x2 * width - 1), max(top, y2 * height - 1)
+            pen.rectangle([left - 2, top - 2, right + 2, bottom + 2], outline="white", width=line + 4)
+            pen.rectangle([left, top, right, bottom], outline=color, width=line)
+            if entity.span[0] != entity.span[1]:
+                labels.append((entity.phrase, color, left, top, bottom))
+    placed: list[tuple] = []
+    for label in labels:
+        placed.append(draw_label(pen, *label, canvas.size, font_size, placed))
+    return canvas
+
+
+def draw_label(
+    pen, phrase: str, color: str, left, top, bottom, size, font_size: int, placed: list[tuple]
+) -> tuple:
+    """A phrase above its box, or inside or below it if there is no room; returns the rectangle it
+    takes."""
+    font = ImageFont.load_default(font_size)
+    while pen.textlength(phrase, font=font) + 8 > size[0] and len(phrase) > 2:
+        phrase = phrase.removesuffix("…")[:-1] + "…"
+    width, height = pen.textlength(phrase, font=font) + 8, round(font_size * 1.35)
+    x = min(max(left, 0), max(size[0] - width, 0))
+    choices = [min(max(y, 0), max(size[1] - height, 0)) for y in (top - height, top, bottom - height, bottom)]
+    for y in [*choices, choices[0]]:
+        if not any(x < b[2] and b[0] < x + width and y < b[3] and b[1] < y + height for b in placed):
+            break
+    pen.rectangle([x, y, x + width, y + height], fill=color)
+    pen.text((x + 4, y + height / 2), phrase, fill="white", font=font, anchor="lm")
+    return x, y, x + width, y + height
+
+
+HTML_HEAD = """<!DOCTYPE html>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Kosmos-2</title>
+<style>
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 1rem; display: grid; gap: 1.5rem;
+       grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
+figure { margin: 0 } .kosmos2-image { position: relative; display: inline-block }
+.kosmos2-image img { display: block; max-width: 100%; height: auto }
+.kosmos2-image div { position: absolute; box-sizing: border-box; border: 3px solid var(--c); border-radius: 3px;
+                     box-shadow: 0 0 0 1px #fffa }
+figcaption p { margin: .4rem 0; overflow-wrap: anywhere } figcaption small { opacity: .7 }
+a.kosmos2 { color: inherit; text-decoration: underline 3px var(--c); cursor: pointer }
+.kosmos2-on { background: color-mix(in srgb, var(--c) 30%, transparent) }
+</style>
+<script>
+for (const type of ["mouseover", "mouseout", "focusin", "focusout"]) document.addEventListener(type, event => {
+  const entity = event.target.closest && event.target.closest("[data-entity]");
+  if (!entity) return;
+  for (const other of entity.closest("figure").querySelectorAll("[data-entity]"))
+    other.classList.toggle("kosmos2-on", /over|in$/.test(type) && other.dataset.entity === entity.dataset.entity);
+});
+</script>
+"""
+
+
+def html_figure(image: Image.Image | None, answers: list[Answer], title: str = "") -> str:
+    """An image with its boxes and the captions that link to them, as HTML. Needs HTML_HEAD once per
+    page."""
+    boxes, captions, count = "", "", 0
+    for answer in answers:
+        text, done = "", 0
+        for entity in answer.entities:
+            mark = f'data-entity="{count}" style="--c: {PALETTE[count % len(PALETTE)]}'
+            scores = [f"{score:.0%}" for score in entity.scores if score is not None]
+            start, end = entity.span
+            for x1, y1, x2, y2 in entity.boxes:
+                place = f"left: {x1:.2%}; top: {y1:.2%}; width: {x2 - x1:.2%}; height: {y2 - y1:.2%}"
+                boxes += f'<div {mark}; {place}" title="{html.escape(entity.phrase)}"></div>'
+            if start >= done:
+                shown = html.escape(answer.text[start:end] or "▢")
+                text += html.escape(answer.text[done:start])
+                text += (
+                    f'<a class="kosmos2" tabindex="0" {mark}">{shown}</a><small> {" ".join(scores)}</small>'
+                )
+                done = end
+            count += 1
+        captions += f"<p>{text}{html.escape(answer.text[done:])}</p>"
+    picture = ""
+    if image is not None:
+        small = image.copy()
+        small.thumbnail((1024, 1024))
+        encoded = io.BytesIO()
+        small.save(encoded, "JPEG", quality=88)
+        source = base64.b64encode(encoded.getvalue()).decode()
+        picture = (
+            f'<div class="kosmos2-image"><img alt="" src="data:image/jpeg;base64,{source}">{boxes}</div>'
+        )
+    return (
+        f"<figure>{picture}<figcaption>{captions}<small>{html.escape(title)}</small></figcaption></figure>\n"
+    )
+
+
+class Output:
+    """Where annotated images go: one file, a folder, an HTML page, or nowhere."""
+
+    def __init__(self, args: argparse.Namespace, groups: list[list[Request]]):
+        self.args = args
+        self.path = args.output
+        self.used: set[Path] = set()
+        with_images = [group for group in groups if group[0].images]
+        single = len(with_images) == 1
+        if self.path is None and single and not (args.json or args.results or args.requests):
+            self.path = Path(f"{with_images[0][0].images[-1].stem}.boxes.png")
+        self.page = self.path is not None and self.path.suffix.lower() in (".html", ".htm")
+        self.folder = self.path is not None and (self.path.is_dir() or not self.path.suffix)
+        if self.path is None:
+            return
+        if self.page:
+            make_folder(self.path.parent)
+            if not (args.resume and self.path.exists()):
+                self.path.write_text(HTML_HEAD, encoding="utf-8")
+        elif self.folder:
+            make_folder(self.path)
+        else:
+            self.check_file(with_images)
+
+    def check_file(self, groups: list[list[Request]]) -> None:
+        if len(groups) > 1:
+            raise ValueError(
+                f"--output {self.path} is one file for {len(groups)} images; pass a folder or page.html"
+            )
+        if self.path.suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"--output {self.path}: unknown image format {self.path.suffix}")
+        image = groups[0][0].images[-1]
+        if self.path.exists() and image.exists() and self.path.samefile(image):
+            raise ValueError(f"--output {self.path} is the image itself; use another name")
+
+    def write(self, loaded: Loaded, answers: list[Answer]) -> None:
+        if self.path is None or loaded.image is None:
+            return
+        source = loaded.requests[0].images[-1]
+        if self.page:
+            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as page:
+                page.write(html_figure(loaded.image, answers, source.name))
+            return
+        file = self.path
+        if self.folder:
+            names = [source.stem, source.name, *(f"{source.stem}-{n}" for n in range(2, len(self.used) + 3))]
+            file = next(f for f in (self.path / f"{name}.boxes.png" for name in names) if f not in self.used)
+        self.used.add(file)
+        kind = Image.registered_extensions()[file.suffix.lower()]
+        with load_weights.replacing(file) as part:
+            draw_answers(loaded.image, answers).save(part, format=kind)
+        print(f"wrote {file}", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -164,540 +891,105 @@ def main(argv=None) -> int:
 # ----------------------------------------------------------------------------------------------------
 
 
-class Question(NamedTuple):
-    """One row of a batch: the pictures that are shown together, and everything that is asked about them."""
-
-    paths: list[Path]
-    pictures: list  # of PIL, upright, RGB
-    prompts: list[tuple[list[int], list[bool]]]  # (ids, image_mask) of each
-
-    @property
-    def path(self) -> Path | None:
-        """The picture that the answers are about: the last."""
-        return self.paths[-1] if self.paths else None
+def progress_bar(done: int, total: int, note: str = "") -> str:
+    filled = 30 * done // max(total, 1)
+    return f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{total}  {note}"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, ask about every picture, write; returns the exit status."""
+    """Load the model, answer all requests, write the results; returns the exit status."""
     started = time.perf_counter()
-    prompts = make_prompts(args)
-    paths = find_pictures(args.images) if args.images else [HERE / "tiny" / "scene.png"]
-    together = prompts[0].count("<image>") > 1
-    groups = [[]] if args.task == "text" else [paths] if together else [[path] for path in paths]
-    if len(groups) == 1:
-        for path in groups[0]:
-            open_picture(path)  # a mistake in its name should not cost the time of loading a model
-    if args.temperature == 0 and (args.top_k or args.top_p or args.seed is not None):
-        print("sample: at --temperature 0 nothing is drawn: --top-k, --top-p and --seed do nothing", file=sys.stderr)
-    names = output_names(args, [group[-1] for group in groups if group])
+    requests = read_requests(args.requests) if args.requests else command_line_requests(args)
+    import_model_code()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    results = Results(args, prompts, rank, world) if args.results else None
+    groups = [list(group) for _, group in groupby(requests, key=lambda request: request.images)]
+    if len(groups) == 1:
+        for path in groups[0][0].images:
+            kosmos2.open_image(path)  # fail on a bad path before loading the model
+    if not args.temperature and (args.top_k or args.top_p or args.seed is not None):
+        print("sample: --top-k, --top-p and --seed have no effect at --temperature 0", file=sys.stderr)
+    results = Results(args, requests, rank, world) if args.results else None
+    output = Output(args, groups)
     groups = groups[rank::world]
     if results is not None:
-        groups = [group for group in groups if str(group[-1] if group else None) not in results.done]
-    asker = Asker(args, prompts)
+        groups = [[request for request in group if not results.is_done(request)] for group in groups]
+        groups = [group for group in groups if group]
+    runner = Runner(args)
     print(f"loaded {args.checkpoint} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-    asker.live = len(groups) == len(prompts) == 1 and sys.stdout.isatty() and not (args.json or results)
-    progress, failed = Progress(len(groups)), []
-    for asked, errors in read_ahead(groups, asker.encode, args.batch_size):
+    many = len(groups) > 1
+    total = sum(map(len, groups))
+    runner.stream = total == 1 and sys.stdout.isatty() and not (args.json or results or args.top_boxes)
+    draws = output.path is not None
+    bar = sys.stderr.isatty()
+    failed: list[Path] = []
+    done, started = 0, time.perf_counter()
+    for batch, errors in read_ahead(groups, lambda group: load_images(group, runner, draws), args.batch_size):
         for group, error in errors:
-            progress.note(f"sample: {error}")
-            failed += group
-        for question, answers in zip(asked, asker.ask(asked), strict=True):
-            name = names.get(question.path)
+            print(("\r\033[K" if bar else "") + f"sample: {describe_error(error, group)}", file=sys.stderr)
+            failed += group[0].images[-1:]
+        for loaded, answers in zip(batch, runner.answer(batch) if batch else [], strict=True):
+            rows = [as_json(*pair, loaded.size) for pair in zip(loaded.requests, answers, strict=True)]
+            if args.json:
+                print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), flush=True)
+            elif results is None and not runner.stream:
+                print_answers(loaded, answers, many)
             try:
-                write_answers(args, question, answers, prompts, name, results, printed=asker.live)
+                output.write(loaded, answers)
             except OSError as error:
-                if isinstance(error, BrokenPipeError) or (results and not name):
-                    raise
-                progress.note(f"sample: cannot write {name}: {error.strerror or error}")
-                failed += question.paths
-        progress.show(len(asked) + len(errors), asker.timings)
-    if failed and len(paths) > 1:
-        print(f"sample: {len(failed)} of {len(paths)} failed: {', '.join(map(str, failed))}", file=sys.stderr)
+                print(f"sample: cannot write {output.path}: {error.strerror or error}", file=sys.stderr)
+                failed += loaded.requests[0].images[-1:]
+                continue
+            if results is not None:  # written last, so a listed image is complete
+                results.write(rows)
+        done += sum(len(loaded.requests) for loaded in batch) + sum(len(group) for group, _ in errors)
+        if done == total and len(groups) == 1:
+            print(runner.timings, file=sys.stderr)
+        else:
+            per_minute = 60 * done / (time.perf_counter() - started)
+            note = f"{per_minute:.0f} per minute, {(total - done) / per_minute:.1f} min left"
+            end = "" if bar and done < total else "\n"
+            print(
+                ("\r\033[K" if bar else "") + progress_bar(done, total, note),
+                end=end,
+                file=sys.stderr,
+                flush=True,
+            )
+    if failed and many:
+        print(
+            f"sample: {len(failed)} of {len(groups)} failed: {', '.join(map(str, failed))}", file=sys.stderr
+        )
     return 1 if failed else 0
 
 
-def read_ahead(groups: list[list[Path]], encode, batch_size: int):
-    """Groups of pictures -> batches of ([Question], [(group, error)]), the next one opened while this one is asked."""
-
-    def read(group):
-        pictures = [open_picture(path) for path in group]
-        return Question(group, pictures, encode(pictures))
-
-    def collect(reading):
-        asked, errors = [], []
-        for group, future in reading:
-            try:
-                asked.append(future.result())
-            except (OSError, ValueError) as error:
-                errors.append((group, error))
-        return asked, errors
-
-    with ThreadPoolExecutor(2) as pool:
-        waiting: deque = deque()
-        for at in range(0, len(groups), batch_size):
-            waiting.append([(group, pool.submit(read, group)) for group in groups[at : at + batch_size]])
-            if len(waiting) > 1:
-                yield collect(waiting.popleft())
-        while waiting:
-            yield collect(waiting.popleft())
+def describe_error(error: Exception, group: list[Request]) -> str:
+    """One line that names the image."""
+    names = ", ".join(str(path) for path in group[0].images)
+    text = str(error).split("\n")[0] or type(error).__name__
+    return text if names in text else f"{names}: {text}"
 
 
-class Progress:
-    """Where the run is, on stderr: the timings of a single batch, a bar over many."""
-
-    def __init__(self, total: int):
-        self.total, self.done, self.started = total, 0, time.perf_counter()
-        self.bar = sys.stderr.isatty()
-
-    def note(self, line: str) -> None:
-        print(("\r\033[K" if self.bar else "") + line, file=sys.stderr)
-
-    def show(self, pictures: int, timings: str) -> None:
-        self.done += pictures
-        if self.done == pictures == self.total:
-            if timings:
-                self.note(timings)
-            return
-        a_minute = 60 * self.done / (time.perf_counter() - self.started)
-        filled = 30 * self.done // self.total
-        left = (self.total - self.done) / a_minute
-        line = f"[{'#' * filled}{'.' * (30 - filled)}] {self.done}/{self.total}  {a_minute:.0f} a minute, {left:.1f} min left"
-        end = "" if self.bar and self.done < self.total else "\n"
-        print(("\r\033[K" if self.bar else "") + line, end=end, file=sys.stderr, flush=True)
-
-
-class Results:
-    """The --results file, a line for every answer, written when it is there; and which pictures it holds.
-
-    Each process of a torchrun writes a file of its own, NAME.rank.jsonl; all are read when a run goes on.
-    """
-
-    def __init__(self, args: argparse.Namespace, prompts: list[str], rank: int, world: int):
-        path = args.results
-        self.path = path.with_suffix(f".{rank}{path.suffix}") if world > 1 else path
-        for file in {path, self.path}:
-            if file.exists() and not args.resume:
-                raise ValueError(f"{file} exists; --resume goes on with it, another name starts anew")
-        self.done: set[str] = set()
-        make_folder(self.path.parent)
-        of_a_rank = re.compile(re.escape(path.stem) + r"\.\d+" + re.escape(path.suffix))
-        for file in [path, *(f for f in sorted(path.parent.iterdir()) if of_a_rank.fullmatch(f.name))]:
-            if args.resume and file.exists():
-                whole, images = finished(file, prompts)
-                self.done |= images
-                if file == self.path:
-                    os.truncate(file, whole)  # the rest was cut off by the stop
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-
-    def write(self, lines: list[str]) -> None:
-        """The lines of one picture, all at once."""
-        self.file.write("".join(line + "\n" for line in lines))
-        self.file.flush()
-
-
-def finished(file: Path, prompts: list[str]) -> tuple[int, set[str]]:
-    """(bytes up to the last finished picture, the finished pictures) of a results file.
-
-    ValueError for a file that is something else, or answers other prompts.
-    """
-    whole, at, images, current = 0, 0, set(), []
-    for line in file.read_bytes().splitlines(keepends=True):
-        at += len(line)
-        if not line.endswith(b"\n"):
-            break
-        try:
-            row = json.loads(line)
-            current.append(row["prompt"])
-            image = str(row["image"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{file} is not a results file: {line[:60]!r}") from None
-        if current != prompts[: len(current)]:
-            raise ValueError(f"{file} holds answers to {current[-1]!r}; give another --results for other prompts")
-        if len(current) == len(prompts):
-            whole, current = at, []
-            images.add(image)
-    return whole, images
-
-
-# ----------------------------------------------------------------------------------------------------
-# Asking
-# ----------------------------------------------------------------------------------------------------
-
-
-class Asker:
-    """A model, its tokenizer and the prompts of this run."""
-
-    def __init__(self, args: argparse.Namespace, prompts: list[str]):
-        import torch
-
-        from kosmos2 import GenerationOptions
-        from load_weights import load_checkpoint
-
-        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        device = args.device
-        if device == "auto":
-            device = "cpu" if args.precision == "int8" else next(name for name, there in here.items() if there)
-        self.args, self.prompts, self.live, self.timings = args, prompts, False, ""
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None and "LOCAL_RANK" in os.environ:
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if not here.get(self.device.type, True):
-            raise ValueError(f"--device {device}: this torch finds no such device here; use cpu")
-        options = dict(
-            max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens, temperature=args.temperature,
-            top_k=args.top_k, top_p=args.top_p, num_beams=args.num_beams, seed=args.seed,
-            no_repeat_ngram_size=args.no_repeat_ngram_size or 0,
-        )  # fmt: skip
-        GenerationOptions(**options)  # refuses what is out of range, before a model is loaded
-        self.model, self.tokenizer = load_checkpoint(args.checkpoint, args.precision, self.device, args.tokenizer)
-        self.keep_prompt = args.prompt is not None or TASKS[args.task][1]
-        if args.no_repeat_ngram_size is None:
-            options["no_repeat_ngram_size"] = self.model.config.text.no_repeat_ngram_size
-        self.options = options | dict(constraint=None if args.free_markup else self.tokenizer.well_formed)
-
-    def encode(self, pictures) -> list[tuple[list[int], list[bool]]]:
-        """Every prompt about these pictures as (ids, image_mask)."""
-        return [self.tokenizer.encode_prompt(p, len(pictures), self.boxes_in(p, pictures)) for p in self.prompts]
-
-    def boxes_in(self, prompt: str, pictures) -> list[tuple] | None:
-        """The boxes given for the phrases of a prompt; those in pixels are in the picture in front of the phrase."""
-        if self.args.box is None:
-            return None
-        phrases = [match.start() for match in re.finditer("<phrase>", prompt)]
-        owners = [max(prompt[:at].count("<image>") - 1, 0) for at in phrases]
-        pairs = zip_longest(self.args.box, owners[: len(self.args.box)], fillvalue=0)
-        return [in_unit(box, pictures[min(owner, len(pictures) - 1)].size) for box, owner in pairs]
-
-    def ask(self, questions: list[Question]) -> list[list[dict]]:
-        """For each question its answers: raw text, sentence, entities."""
-        if not questions:
-            return []
-        embeds = self.look([picture for q in questions for picture in q.pictures])
-        if self.args.top_boxes:
-            return [[self.rank(e[None], ids) for ids, _ in q.prompts] for e, q in zip(embeds, questions, strict=True)]
-        if embeds is None:  # text alone
-            return [self.ask_at_once(q.prompts) for q in questions]
-        if len(self.prompts) > 1:
-            return [self.ask_much(e[None], q.prompts) for e, q in zip(embeds, questions, strict=True)]
-        return [[answer] for answer in self.ask_at_once([q.prompts[0] for q in questions], embeds)]
-
-    def look(self, pictures: list):
-        """Pictures -> their embeddings, None for none."""
-        import torch
-
-        from kosmos2 import preprocess_image
-
-        started, self.vision = time.perf_counter(), "no picture"
-        if not pictures:
-            return None
-        pixels = torch.stack([preprocess_image(p, self.model.config.vision.image_size) for p in pictures])
-        with torch.inference_mode():
-            embeds = self.model.encode_image(pixels.to(self.device))
-        self.vision = f"vision {(time.perf_counter() - started) * 1000:.0f} ms"
-        return embeds
-
-    def ask_at_once(self, prompts, embeds=None) -> list[dict]:
-        """Prompts, each a row of a batch, with the embeddings of all their pictures."""
-        from kosmos2 import pad_left
-
-        tokens, image_mask, pad_mask = pad_left(prompts, self.device)
-        new = self.generate(tokens, image_embeds=embeds, image_mask=image_mask, pad_mask=pad_mask)
-        return [self.answer(ids, ids_new) for (ids, _), ids_new in zip(prompts, new, strict=True)]
-
-    def ask_much(self, embeds, prompts) -> list[dict]:
-        """Many questions about one picture: its tokens go through the decoder once."""
-        from kosmos2 import pad_left
-
-        past = self.read_picture(embeds)
-        P = len(past.prompts[0])
-        tokens, _, pad_mask = pad_left([(ids[P:], mask[P:]) for ids, mask in prompts], self.device)
-        new = self.generate(tokens, pad_mask=pad_mask, past=past)
-        return [self.answer(ids, ids_new) for (ids, _), ids_new in zip(prompts, new, strict=True)]
-
-    def read_picture(self, embeds):
-        from kosmos2 import pad_left
-
-        tokens, image_mask, _ = pad_left([self.tokenizer.encode_prompt("", 1)], self.device)
-        return self.model.start(tokens, image_embeds=embeds, image_mask=image_mask, max_new_tokens=0)
-
-    def rank(self, embeds, ids: list[int]) -> dict:
-        """The likeliest boxes for the phrase that a prompt ends in, best first."""
-        from kosmos2 import pad_left
-        from tokenizer import Entity, parse, tokens_to_box
-
-        past = self.read_picture(embeds)
-        tokens, _, _ = pad_left([(ids[len(past.prompts[0]) :] + [self.tokenizer.special["<object>"]], [])], self.device)
-        boxes = self.tokenizer.rank_boxes(self.model.start(tokens, past=past, max_new_tokens=2), self.args.top_boxes)
-        raw = self.tokenizer.decode(ids)
-        text, _ = parse(raw)
-        self.timings = f"{self.vision}, ranked {len(boxes)} boxes"
-        places, scores = [tokens_to_box(ul, lr) for _, ul, lr in boxes], [score for score, _, _ in boxes]
-        return {"text": text, "raw": raw.strip(), "entities": [Entity(text, (0, len(text)), places, scores)]}
-
-    def answer(self, ids: list[int], new) -> dict:
-        """The sentence: what was generated, after what the prompt says about the last picture if that begins it."""
-        raw = self.tokenizer.decode(ids + list(new))
-        text, entities = self.tokenizer.read(self.kept(ids), new)
-        return {"text": text, "raw": raw.strip(), "entities": entities}
-
-    def kept(self, prompt: list[int]) -> list[int]:
-        closing = self.tokenizer.special["</image>"]
-        last = max((at for at, i in enumerate(prompt) if i == closing), default=-1)
-        return prompt[last + 1 :] if self.keep_prompt else []
-
-    def generate(self, tokens, **inputs):
-        """New ids for every row; where self.live, the one text is printed as it comes."""
-        from kosmos2 import beam_search
-
-        clock = [time.perf_counter()]
-        state = self.model.start(tokens, **inputs, **self.options)
-        if self.args.num_beams > 1:
-            new = beam_search(state)
-            seconds, self.live = time.perf_counter() - clock[0], False  # its text is known only now
-            self.timings = f"{self.vision}, {sum(map(len, new))} tokens by beam search in {seconds:.2f} s"
-            return new
-        printed = ""
-        for _ in state:
-            clock.append(time.perf_counter())
-            if self.live:
-                printed = self.show(tokens[0].tolist(), state.results[0], printed)
-        if self.live:
-            print(flush=True)
-        first = clock[1] - clock[0] if len(clock) > 1 else 0.0
-        rate = (len(clock) - 2) / (clock[-1] - clock[1]) if len(clock) > 2 else 0.0
-        self.timings = f"{self.vision}, first token {first * 1000:.0f} ms, then {rate:.0f} tokens/s"
-        return state.results
-
-    def show(self, prompt: list[int], new: list[int], printed: str) -> str:
-        """Print what the newest token added to the sentence."""
-        from tokenizer import plain
-
-        text = plain(self.tokenizer.decode(self.kept(prompt) + new)).lstrip()
-        sys.stdout.write(text[len(printed) :])
-        sys.stdout.flush()
-        return text
-
-
-def in_unit(box: tuple, size: tuple[int, int]) -> tuple:
-    """A box in 0..1, in pixels of a picture of this (width, height), or location indices -> in 0..1 or indices."""
-    if len(box) == 2 or max(box) <= 1:
-        return box
-    if any(0 < v < 1 for v in box):
-        raise ValueError(f"box {box} mixes 0..1 and pixels")
-    (width, height), (x1, y1, x2, y2) = size, box
-    if x2 > width or y2 > height:
-        raise ValueError(f"box {box} reaches beyond the picture, which is {width} x {height} pixels")
-    return x1 / width, y1 / height, x2 / width, y2 / height
-
-
-# ----------------------------------------------------------------------------------------------------
-# Reading and writing pictures
-# ----------------------------------------------------------------------------------------------------
-
-
-def find_pictures(given: list[Path]) -> list[Path]:
-    """Files as they are, folders as the pictures in them by name; ValueError for a folder without any."""
-    found = []
-    for path in given:
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES and not p.stem.endswith(".boxes"))
-            if not inside:
-                raise ValueError(f"folder {path} holds no pictures ({', '.join(sorted(PICTURES))})")
-            found += inside
-        else:
-            found.append(path)
-    return found
-
-
-def open_picture(path: Path):
-    """A picture file -> an RGB picture, upright, transparency on white; ValueError naming the file."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    if "://" in str(path) or str(path).startswith(("http:/", "https:/")):
-        raise ValueError(f"{path} is an address; download the picture and give its file")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no picture at {path}")
+def main(argv=None) -> int:
+    # UTF-8 whatever the locale; file names that are not valid text are escaped.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(
+                encoding=stream.encoding if stream.isatty() else "utf-8", errors="backslashreplace"
+            )
+    warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    warnings.showwarning = lambda message, *_, **__: print(f"sample: {message}", file=sys.stderr)
+    args = parse_arguments(argv)
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):  # 16 bits: Pillow would cut the values off at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "it is not a picture Pillow can read" if "cannot identify" in str(error) else str(error)
-        raise ValueError(f"cannot read {path}: {reason}") from None
-
-
-def output_names(args: argparse.Namespace, paths: list[Path]) -> dict[Path, Path | None]:
-    """Where the picture with boxes of every input goes; None for nowhere."""
-    if args.output is None:
-        if len(paths) != 1 or args.json or args.results:
-            return dict.fromkeys(paths)
-        return {paths[0]: Path(f"{paths[0].stem}.boxes.png")}
-    if args.output.suffix and not args.output.is_dir():
-        if len(paths) > 1:
-            raise ValueError(f"--output {args.output} is one file for {len(paths)} pictures; give a folder")
-        if args.output.suffix.lower() not in PICTURES:
-            raise ValueError(f"--output {args.output}: pictures are written as {', '.join(sorted(PICTURES))}")
-        if args.output.exists() and paths[0].exists() and args.output.samefile(paths[0]):
-            raise ValueError(f"--output {args.output} is the picture itself; give another name")
-        return {paths[0]: args.output}
-    make_folder(args.output)
-    names: dict[Path, Path | None] = {}
-    for path in paths:  # two pictures of one stem, a.png and a.jpg, get two files
-        taken = set(names.values())
-        choices = [path.stem, path.name, *(f"{path.stem}-{n}" for n in range(2, len(paths) + 2))]
-        names[path] = next(n for c in choices if (n := args.output / f"{c}.boxes.png") not in taken)
-    return names
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {folder}: {error.strerror}; give another place to write to") from None
-
-
-def write_answers(args, question, answers: list[dict], prompts: list[str], name, results, printed: bool) -> None:
-    """The sentences or the JSON lines to where they go, unless they are there; the picture with all boxes to its file."""
-    path, picture = question.path, question.pictures[-1] if question.pictures else None
-    rows = [as_json(path, prompt, answer, picture) for prompt, answer in zip(prompts, answers, strict=True)]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    if args.json:
-        print("\n".join(lines), flush=True)
-    elif not printed and results is None:
-        many = len(args.images) > len(question.paths) or (path is not None and path.parent in args.images)
-        for answer, row in zip(answers, rows, strict=True):
-            print(f"{path}: {answer['text']}" if many else answer["text"], flush=True)
-            boxes = [pair for e in row["entities"] for pair in zip(e["pixel_boxes"], e["scores"], strict=True)]
-            for corners, score in boxes if args.top_boxes else []:
-                print(f"  {score:.3f}  {','.join(f'{v:.0f}' for v in corners)}", flush=True)
-    if name is not None:
-        save_picture(draw_answers(picture, answers, args.scores or bool(args.top_boxes)), name)
-        print(f"wrote {name}", file=sys.stderr)
-    if results is not None:  # last: what is in there is done
-        results.write(lines)
-
-
-def as_json(path: Path | None, prompt: str, answer: dict, picture) -> dict:
-    """A line of --json and --results. Boxes in 0..1, and in pixels of the picture as it is shown (upright)."""
-    width, height = picture.size if picture is not None else (1, 1)
-    entities = [
-        {
-            "phrase": e.phrase,
-            "span": e.span,
-            "boxes": e.boxes,
-            "pixel_boxes": [[x1 * width, y1 * height, x2 * width, y2 * height] for x1, y1, x2, y2 in e.boxes],
-            "scores": list(e.scores),
-        }
-        for e in answer["entities"]
-    ]
-    image = None if path is None else str(path)
-    return {"image": image, "prompt": prompt, "text": answer["text"], "raw": answer["raw"], "entities": entities}
-
-
-def save_picture(picture, name: Path) -> None:
-    """Written beside its place and then moved there, so that the file is never half a picture."""
-    from PIL import Image
-
-    part = name.with_name(f".{name.name}.part")
-    try:
-        picture.save(part, format=Image.registered_extensions().get(name.suffix.lower(), "PNG"))
-        os.replace(part, name)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-# Dark enough for white letters on them, and for themselves on white.
-PALETTE = ["#c62828", "#1565c0", "#2e7d32", "#8e24aa", "#b85a00", "#00798a", "#ad1457", "#4e5d00", "#5d4037", "#37474f"]
-
-
-def draw_answers(picture, answers: list[dict], with_scores: bool = False):
-    """The picture with a box around every entity, its phrase on the box, and the sentences underneath.
-
-    A phrase, its boxes and its label share one colour. Lines have a white rim, so that they show on any
-    background; labels move inside the picture where they would leave it.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    scale = max(1.0, 480 / max(picture.size))  # a thumbnail has no room for letters
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    width, height = max(size[0], 240), size[1]
-    font_size = max(13, round(min(width, 1600) / 40))
-    font = ImageFont.load_default(font_size)
-    entities = [entity for answer in answers for entity in answer["entities"]]
-    colors = [PALETTE[i % len(PALETTE)] for i in range(len(entities))]
-    lines, left = [], list(colors)
-    for answer in answers:
-        own, left = left[: len(answer["entities"])], left[len(answer["entities"]) :]
-        lines += wrap(answer["text"], answer["entities"], own, font, width - 2 * font_size)
-    line_height = round(font_size * 1.45)
-    canvas = Image.new("RGB", (width, height + line_height * len(lines) + font_size), "white")
-    canvas.paste(picture.resize(size, Image.Resampling.LANCZOS) if scale > 1 else picture, (0, 0))
-    pen, thick = ImageDraw.Draw(canvas), max(2, font_size // 6)
-    for entity, color in zip(entities, colors, strict=True):
-        for x1, y1, x2, y2 in entity.boxes:
-            corners = (x1 * size[0], y1 * size[1], x2 * size[0] - 1, y2 * size[1] - 1)
-            corners = (*corners[:2], max(corners[0], corners[2]), max(corners[1], corners[3]))
-            pen.rectangle([corners[0] - 2, corners[1] - 2, corners[2] + 2, corners[3] + 2], outline="white", width=thick + 4)
-            pen.rectangle(corners, outline=color, width=thick)
-    placed: list[tuple] = []
-    for entity, color in zip(entities, colors, strict=True):
-        if entity.span[0] != entity.span[1]:
-            for box, score in zip_longest(entity.boxes, entity.scores):
-                label = f"{entity.phrase} {score:.0%}" if with_scores and score is not None else entity.phrase
-                draw_label(pen, label, box, size, color, font_size, placed)
-    for row, line in enumerate(lines):
-        x = font_size
-        for word, color in line:
-            y = height + font_size // 2 + row * line_height
-            pen.text((x, y), word, fill=color or "#222222", font=font, stroke_width=0.4 if color else 0, stroke_fill=color)
-            x += pen.textlength(word, font=font)
-    return canvas
-
-
-def draw_label(pen, phrase: str, box, size, color: str, font_size: int, placed: list[tuple]) -> None:
-    """A phrase on its box: above it, or where that is outside the picture or taken, inside or below."""
-    from PIL import ImageFont
-
-    font = ImageFont.load_default(font_size)
-    while pen.textlength(phrase, font=font) + 8 > size[0] and font_size > 8:
-        font_size -= 1
-        font = ImageFont.load_default(font_size)
-    while pen.textlength(phrase, font=font) + 8 > size[0] and len(phrase) > 2:
-        phrase = phrase.removesuffix("…")[:-1] + "…"
-    w, h = pen.textlength(phrase, font=font) + 8, round(font_size * 1.35)
-    x = min(max(box[0] * size[0], 0), max(size[0] - w, 0))
-    top, bottom = box[1] * size[1], box[3] * size[1]
-    ys = [min(max(y, 0), max(size[1] - h, 0)) for y in (top - h, top, bottom - h, bottom)]
-    free = [y for y in ys if not any(x < b[2] and b[0] < x + w and y < b[3] and b[1] < y + h for b in placed)]
-    y = (free or ys)[0]
-    placed.append((x, y, x + w, y + h))
-    pen.rectangle([x, y, x + w, y + h], fill=color)
-    pen.text((x + 4, y + h / 2), phrase, fill="white", font=font, anchor="lm")
-
-
-def wrap(text: str, entities, colors: list[str], font, width: float) -> list[list[tuple[str, str | None]]]:
-    """The sentence as lines of (word with its space, colour of its phrase)."""
-    lines: list[list[tuple[str, str | None]]] = [[]]
-    used, at = 0.0, 0
-    for word in text.split(" "):
-        color = next((c for e, c in zip(entities, colors, strict=True) if e.span[0] <= at < e.span[1]), None)
-        length = font.getlength(word + " ")
-        if used + length > width and lines[-1]:
-            lines.append([])
-            used = 0.0
-        lines[-1].append((word + " ", color))
-        used += length
-        at += len(word) + 1
-    return lines
+        return run(args)
+    except KeyboardInterrupt:
+        print("sample: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # stdout was closed early, as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"sample: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

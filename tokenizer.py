@@ -1,41 +1,50 @@
-"""Text with boxes <-> token ids: the vocabulary of Kosmos-2, its location tokens, and grounded text.
+"""Tokenizer for grounded text: vocabulary, location tokens, boxes.
 
-Kosmos-2 writes a box as two tokens. The picture is a grid of 32 x 32 cells, numbered row by row, and
-`<patch_index_0044>` means cell 44: column 12 of row 1. A box is its upper left and its lower right cell:
+Kosmos-2 writes a box as two tokens. The image is divided into a grid of 32 x 32 cells, numbered row
+by row, and `<patch_index_0044>` stands for cell 44: row 1, column 12. A box is its top-left and its
+bottom-right cell:
 
     <phrase> a snowman</phrase><object><patch_index_0044><patch_index_0863></object>
 
-so that a grounded sentence reads like a hyperlink, `[a snowman](box)` (paper, section 2.2).
-
-Tagged text in this file is always such a string. `Tokenizer` turns it into ids and back, `parse` into a
-caption and its entities, `to_markdown` into the paper's hyperlinks, and `grit_to_text` makes it from a
-record of GRIT, the data set the model was trained on. `Tokenizer.well_formed` and `Tokenizer.rank_boxes` say what
-the structure of a box means for generation: which tokens may come next, and which boxes are likeliest.
+so a grounded sentence reads like a hyperlink, `[a snowman](box)` (paper, section 2.2). "Tagged
+text" below means a string like this. `Tokenizer` converts it to ids and back, `parse` to a caption
+and its entities, `to_markdown` to the hyperlinks of the paper. `Tokenizer.allowed_tokens`
+constrains decoding to complete boxes.
 """
 
 import math
 import re
 from collections.abc import Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
-import torch
 
-GRID = 32  # cells a side
+GRID = 32  # cells per side
 DELIMITER = "</delimiter_of_multi_objects/>"
 IMAGE_OPEN, IMAGE_CLOSE = "<image>", "</image>"
 
-# The tags follow the words in the vocabulary in this order; the GRID * GRID location tokens follow them.
+# In the vocabulary, the tags follow the pieces in this order; the GRID * GRID location tokens
+# follow the tags.
 TAGS = [
     "</doc>", IMAGE_OPEN, IMAGE_CLOSE, "</chunk>", "</line>", "<phrase>", "</phrase>",
     "<object>", "</object>", DELIMITER, "<grounding>",
 ]  # fmt: skip
 CONTROL = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3
 
-Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in 0..1 of the picture
+# The published prompts (paper, sections 3 and 4); {text} is a phrase, an expression or a question.
+PROMPTS = {
+    "caption": "<grounding>An image of",
+    "detail": "<grounding>Describe this image in detail:",
+    "plain": "An image of",
+    "ground": "<grounding><phrase> {text}</phrase>",
+    "refer": "<grounding><phrase> It</phrase> is",
+    "vqa": "<grounding> Question: {text} Answer:",
+    "answer": "Question: {text} Answer:",
+}
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in 0..1 of the image
 
 
 class Entity(NamedTuple):
@@ -44,7 +53,9 @@ class Entity(NamedTuple):
     phrase: str
     span: tuple[int, int]  # caption[span[0]:span[1]] == phrase; empty for a box without a phrase
     boxes: list[Box]
-    scores: Sequence[float | None] = ()  # how sure the model was of each box, 0..1; None for boxes it was given
+    scores: Sequence[
+        float | None
+    ] = ()  # the model's confidence in each box, 0..1; None for boxes in the prompt
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -53,38 +64,49 @@ class Entity(NamedTuple):
 
 
 def box_to_tokens(box: Box, grid: int = GRID, training: bool = False) -> tuple[int, int]:
-    """A box in 0..1 -> the indices of its upper left and lower right cell.
+    """A box in 0..1 -> the location indices of its top-left and bottom-right cell.
 
-    A side that lies exactly on a line between two cells belongs, for the lower right corner, to the cell
-    inside the box. The original data loader (training=True) took the cell outside; elsewhere the two
-    agree. ValueError for a box that is empty, reversed or outside the picture.
+    A bottom-right coordinate exactly on a cell boundary is assigned to the inner cell. (The
+    original data loader, training=True, used the outer one; elsewhere the two agree.) ValueError
+    for a box that is empty, reversed or outside the image.
     """
     x1, y1, x2, y2 = (float(v) for v in box)
-    if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):  # false for NaN, too
-        raise ValueError(f"box {tuple(box)} must be (x1, y1, x2, y2) with 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1")
+    if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):  # also true for NaN
+        raise ValueError(
+            f"box {tuple(box)}: expected (x1, y1, x2, y2) with 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1"
+        )
     left, top = math.floor(x1 * grid), math.floor(y1 * grid)
     if training:
-        right, bottom = (math.floor(min(v, 0.99999) * grid) for v in (x2, y2))
+        right, bottom = math.floor(min(x2, 0.99999) * grid), math.floor(min(y2, 0.99999) * grid)
     else:
         right, bottom = math.ceil(x2 * grid - 1), math.ceil(y2 * grid - 1)
-    # A box thinner than a float's rounding must not come out reversed.
+    # Rounding must not reverse a very thin box.
     return top * grid + left, max(bottom, top) * grid + max(right, left)
 
 
 def tokens_to_box(ul: int, lr: int, grid: int = GRID) -> Box:
-    """The upper left and lower right cell -> a box in 0..1.
+    """The location indices of the top-left and bottom-right cell -> a box in 0..1.
 
-    The corners are the centres of the two cells, unless these share a row or a column: then the box is
-    all of both cells, since one from centre to centre would be empty.
+    The corners are the centers of the two cells. If the cells share a row or a column, such a box
+    would be empty, so it covers both cells entirely.
     """
     if not (0 <= ul < grid * grid and 0 <= lr < grid * grid):
-        raise ValueError(f"location indices {ul}, {lr} must lie in 0..{grid * grid - 1}")
-    (top, left), (bottom, right) = divmod(ul, grid), divmod(lr, grid)
+        raise ValueError(f"location indices {ul}, {lr}: expected 0 to {grid * grid - 1}")
+    top, left = divmod(ul, grid)
+    bottom, right = divmod(lr, grid)
     if left == right or top == bottom:
         corners = left, top, right + 1, bottom + 1
     else:
         corners = left + 0.5, top + 0.5, right + 0.5, bottom + 0.5
     return tuple(c / grid for c in corners)
+
+
+def ordered_box(ul: int, lr: int, grid: int = GRID) -> Box:
+    """`tokens_to_box` for any two opposite corners: swapped corners are reordered."""
+    (row1, column1), (row2, column2) = divmod(ul, grid), divmod(lr, grid)
+    top_left = min(row1, row2) * grid + min(column1, column2)
+    bottom_right = max(row1, row2) * grid + max(column1, column2)
+    return tokens_to_box(top_left, bottom_right, grid)
 
 
 def iou(a: Box, b: Box) -> float:
@@ -93,29 +115,51 @@ def iou(a: Box, b: Box) -> float:
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
         return 0.0
-    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])  # noqa: E731
-    return width * height / (area(a) + area(b) - width * height)
+    area_a = (a[2] - a[0]) * (a[3] - a[1])
+    area_b = (b[2] - b[0]) * (b[3] - b[1])
+    return width * height / (area_a + area_b - width * height)
+
+
+def geometric_mean(pair: Sequence[float | None]) -> float | None:
+    """The score of a box: sqrt(p q) of the probabilities of its two tokens; None if one is
+    unknown."""
+    if len(pair) != 2 or None in pair:
+        return None
+    return math.sqrt(pair[0] * pair[1])
 
 
 def location_token(index: int, grid: int = GRID) -> str:
-    """The spelling of a cell's token."""
-    return f"<patch_index_{index:0{max(4, len(str(grid * grid - 1)))}d}>"
+    digits = max(4, len(str(grid * grid - 1)))
+    return f"<patch_index_{index:0{digits}d}>"
 
 
 def boxes_to_text(boxes, grid: int = GRID, training: bool = False) -> str:
-    """Boxes, each two location indices or four floats -> `<object>…</object>`; ValueError for anything else."""
+    """Boxes, each four floats or two location indices -> `<object>...</object>`; ValueError for
+    anything else."""
     pairs = []
     for box in boxes:
-        try:
-            box = box_to_tokens(box, grid, training) if len(box) == 4 else tuple(box)
-            wrong = len(box) != 2 or any(type(i) is not int for i in box)
-        except TypeError:
-            wrong = True
-        if wrong:
-            raise ValueError(f"a box is four floats in 0..1 or a pair of whole location indices, not {box!r}")
-        tokens_to_box(*box, grid)  # refuses indices that are not on the grid
-        pairs.append(location_token(box[0], grid) + location_token(box[1], grid))
+        ul, lr = box_indices(box, grid, training)
+        pairs.append(location_token(ul, grid) + location_token(lr, grid))
     return "<object>" + DELIMITER.join(pairs) + "</object>"
+
+
+def box_indices(box, grid: int, training: bool) -> tuple[int, int]:
+    """Four floats or two location indices -> two location indices."""
+    error = ValueError(f"box: expected four floats in 0..1 or two integer location indices, got {box!r}")
+    try:
+        if len(box) == 4:
+            return box_to_tokens(box, grid, training)
+        ul, lr = box
+    except TypeError:
+        raise error from None
+    except ValueError:
+        if len(box) == 4:
+            raise
+        raise error from None
+    if type(ul) is not int or type(lr) is not int:
+        raise error
+    tokens_to_box(ul, lr, grid)  # raises if they are not on the grid
+    return ul, lr
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -126,328 +170,347 @@ def boxes_to_text(boxes, grid: int = GRID, training: bool = False) -> str:
 class Tokenizer:
     """The published vocabulary on top of a sentencepiece model.
 
-    ids 0..3 are CONTROL; the pieces of the model follow (its id plus one: fairseq put <pad> among the
-    control symbols, sentencepiece has none), then <mask>, the TAGS, and the location tokens. The
-    published model has 64,000 pieces, hence 65,037 ids; any other number works alike.
+    ids 0..3 are CONTROL. The pieces of the model follow (id = sentencepiece id + 1, because fairseq
+    put <pad> among the control symbols and sentencepiece has none), then <mask>, the TAGS and the
+    location tokens. The published model has 64,000 pieces and therefore 65,037 ids; any other
+    number works the same way.
     """
 
     def __init__(self, model_file: str | Path, num_image_tokens: int = 64, grid: int = GRID):
-        if not Path(model_file).is_file():
-            raise FileNotFoundError(f"there is no sentencepiece model at {model_file}")
-        try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-        except (RuntimeError, OSError):
-            raise ValueError(f"{model_file} is not a sentencepiece model") from None
-        self.model_file, self.num_image_tokens, self.grid = Path(model_file), num_image_tokens, grid
-        words = [self.pieces.id_to_piece(i) for i in range(3, self.pieces.vocab_size())]
+        self.sp_model = open_sentencepiece(model_file)
+        self.model_file = Path(model_file)
+        self.num_image_tokens = num_image_tokens
+        self.grid = grid
+        pieces = [self.sp_model.id_to_piece(i) for i in range(3, self.sp_model.vocab_size())]
         locations = [location_token(i, grid) for i in range(grid * grid)]
-        self.tokens = [*CONTROL, *words, "<mask>", *TAGS, *locations]
-        self.vocab_size = len(self.tokens)
-        first_tag = len(CONTROL) + len(words)
+        self.id_to_token = [*CONTROL, *pieces, "<mask>", *TAGS, *locations]
+        self.vocab_size = len(self.id_to_token)
+        first_tag = len(CONTROL) + len(pieces)
         special = [*range(len(CONTROL)), *range(first_tag, self.vocab_size)]
-        self.special = {self.tokens[i]: i for i in special}  # what is not spelled out of pieces
-        self.first_location = self.special[locations[0]]
-        self.free_text = np.ones(self.vocab_size, dtype=bool)  # what is not markup
-        self.free_text[self.first_location :] = False
-        markup = ["<s>", "<pad>", IMAGE_OPEN, IMAGE_CLOSE, "<phrase>", "</phrase>", "<object>", "</object>", DELIMITER]
-        self.free_text[[self.special[tag] for tag in markup]] = False
-        self.split = re.compile("(" + "|".join(re.escape(t) for t in self.special) + ")")
-        if num_image_tokens > len(words):
+        self.special_ids = {self.id_to_token[i]: i for i in special}  # tokens that are not made of pieces
+        self.special_pattern = re.compile(
+            "(" + "|".join(re.escape(token) for token in self.special_ids) + ")"
+        )
+        self.first_location = self.special_ids[locations[0]]
+        self.free_text = self._free_text()
+        if num_image_tokens > len(pieces):
             raise ValueError(
-                f"{num_image_tokens} image slots need as many words, but {model_file} has only {len(words)} pieces"
+                f"{model_file} has {len(pieces)} pieces; needs at least {num_image_tokens} to fill the image slots"
             )
 
-    def encode(self, text: str, boxes=None, add_bos: bool = True, add_eos: bool = False) -> list[int]:
-        """Tagged text -> ids. `boxes` has one entry for every <phrase>…</phrase>: see `insert_boxes`.
+    def _free_text(self) -> np.ndarray:
+        """Tokens that may stand outside of markup, bool (V,)."""
+        allowed = np.ones(self.vocab_size, dtype=bool)
+        allowed[self.first_location :] = False
+        for tag in (
+            "<s>",
+            "<pad>",
+            IMAGE_OPEN,
+            IMAGE_CLOSE,
+            "<phrase>",
+            "</phrase>",
+            "<object>",
+            "</object>",
+            DELIMITER,
+        ):
+            allowed[self.special_ids[tag]] = False
+        return allowed
 
-        Text between two tags is tokenized by itself, as the original demo did and the reference does, so
-        that "</phrase>." ends in two tokens, a lone space and the full stop. The model was not trained on
-        that (see `encode_caption`), but every published prompt was made so.
+    # ---- text -> ids
+
+    def encode(self, text: str, boxes=None, add_bos: bool = True, add_eos: bool = False) -> list[int]:
+        """Tagged text -> ids. `boxes` has one entry for each <phrase>...</phrase>: see
+        `insert_boxes`.
+
+        Text between two tags is tokenized separately, as in the original demo and the reference, so
+        "</phrase>." ends in two tokens, a space and the period. The model was not trained on such
+        ids (training/data.py makes those), but all published prompts were tokenized this way.
         """
         if boxes is not None:
             text = insert_boxes(text, boxes, self.grid)
-        ids = [self.special["<s>"]] if add_bos else []
-        for part in self.split.split(text):
-            ids += [self.special[part]] if part in self.special else self._encode_words(part)
-        return ids + ([self.special["</s>"]] if add_eos else [])
+        ids = [self.special_ids["<s>"]] if add_bos else []
+        for part in self.special_pattern.split(text):
+            if part in self.special_ids:
+                ids.append(self.special_ids[part])
+            else:
+                ids += self.encode_words(part)
+        if add_eos:
+            ids.append(self.special_ids["</s>"])
+        return ids
 
-    def _encode_words(self, text: str) -> list[int]:
-        return [i + 1 if i else self.special["<unk>"] for i in self.pieces.encode(text)]
+    def encode_words(self, text: str) -> list[int]:
+        """Text -> ids of pieces; tags in it are ordinary text."""
+        return [i + 1 if i else self.special_ids["<unk>"] for i in self.sp_model.encode(text)]
 
     def encode_prompt(self, prompt: str, num_images: int = 1, boxes=None) -> tuple[list[int], list[bool]]:
-        """A prompt and its pictures -> (ids, image_mask), the mask True on the image slots.
+        """A prompt and its images -> (ids, image_mask), the mask True on the image slots.
 
-        Every `<image>` in the prompt becomes <image>, the slots, </image>; if it has none, its one picture
-        goes in front. The slots hold ids 4, 5, 6, …, which the picture's embeddings will replace: being
-        all different, they do not trip the 3-gram block as a repeated token would.
-        ValueError where pictures and `<image>` do not match.
+        Each `<image>` in the prompt becomes <image>, the slots, </image>; without any, a single
+        image goes in front. The slots hold the ids 4, 5, 6, ..., which the image embeddings
+        replace. They are all different, so they are not caught by n-gram blocking. ValueError if
+        the number of images differs from the number of `<image>`, for nested phrases and for
+        location tokens that are not in the vocabulary.
         """
-        placeholders = prompt.count(IMAGE_OPEN)
-        if IMAGE_CLOSE in prompt:
-            raise ValueError(f"write {IMAGE_OPEN} where a picture belongs; {IMAGE_CLOSE} is added for you")
-        if placeholders == 0 and num_images == 1:
+        prompt = self._checked_prompt(prompt)
+        tags = prompt.count(IMAGE_OPEN)
+        if tags == 0 and num_images == 1:
             prompt = IMAGE_OPEN + prompt
-        elif placeholders != num_images:
-            raise ValueError(
-                f"the prompt wants pictures at {placeholders} places ({IMAGE_OPEN}), but is given {num_images}; give one for each"
-            )
-        ids, image_mask = [], []
+        elif tags != num_images:
+            raise ValueError(f"the prompt has {tags} {IMAGE_OPEN} tags but {num_images} images were given")
+        ids: list[int] = []
+        image_mask: list[bool] = []
         for i in self.encode(prompt.strip(), boxes):
             ids.append(i)
             image_mask.append(False)
-            if i == self.special[IMAGE_OPEN]:
-                ids += [*range(len(CONTROL), len(CONTROL) + self.num_image_tokens), self.special[IMAGE_CLOSE]]
+            if i == self.special_ids[IMAGE_OPEN]:
+                ids += [
+                    *range(len(CONTROL), len(CONTROL) + self.num_image_tokens),
+                    self.special_ids[IMAGE_CLOSE],
+                ]
                 image_mask += [True] * self.num_image_tokens + [False]
         return ids, image_mask
 
-    def encode_caption(self, text: str) -> list[int]:
-        """Tagged text -> the ids a model emits for it, without <s> and </s>; for training.
+    def _checked_prompt(self, prompt: str) -> str:
+        """The prompt with location tokens in their full spelling: <patch_index_44> becomes
+        <patch_index_0044>."""
+        if IMAGE_CLOSE in prompt:
+            raise ValueError(
+                f"write {IMAGE_OPEN} where an image belongs; {IMAGE_CLOSE} is added automatically"
+            )
+        if re.search(r"<phrase>(?:(?!</phrase>).)*<phrase>", prompt, re.DOTALL):
+            raise ValueError(
+                "the prompt has a <phrase> inside another <phrase>; close the first with </phrase>"
+            )
 
-        Unlike `encode`, the words are tokenized as one text and the tags are put between the pieces, as
-        the original data loader did: "</object>." ends in the plain full stop.
-        """
-        parts = self.split.split(text)
-        words = self._encode_words("".join(part for part in parts if part not in self.special))
-        ids, done, before = [], 0, ""
-        for part in parts:
-            if part in self.special:
-                # A tag stands after the pieces that the text before it shares with the whole text.
-                shared = takewhile(lambda pair: pair[0] == pair[1], zip(words, self._encode_words(before), strict=False))
-                ahead = max(done, len(list(shared)))
-                ids += [*words[done:ahead], self.special[part]]
-                done = ahead
-            else:
-                before += part
-        return ids + words[done:]
+        def full_spelling(match: re.Match) -> str:
+            index = match.group(1)
+            if not re.fullmatch("[0-9]{1,9}", index) or int(index) >= self.grid**2:
+                raise ValueError(
+                    f"{match.group()} is not a location token; expected an index below {self.grid**2}"
+                )
+            return location_token(int(index), self.grid)
 
-    def decode(self, ids) -> str:
-        """ids -> tagged text. Pictures (<image>, slots, </image>), <s>, </s>, <pad>, <unk>, <mask> are dropped."""
-        ids, kept, skip_to = [int(i) for i in ids], [], 0
-        opening, closing = self.special[IMAGE_OPEN], self.special[IMAGE_CLOSE]
+        return re.sub(r"<patch_index_([^<>]*)>", full_spelling, prompt)
+
+    # ---- ids -> text
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """ids -> tagged text. Images (<image>, slots, </image>), <s>, </s>, <pad>, <unk> and <mask>
+        are dropped."""
+        ids = [int(i) for i in ids]
+        opening, closing = self.special_ids[IMAGE_OPEN], self.special_ids[IMAGE_CLOSE]
+        kept: list[str] = []
+        skip_to = 0
         for at, i in enumerate(ids):
             if not 0 <= i < self.vocab_size:
-                raise ValueError(f"id {i} is outside the vocabulary (0..{self.vocab_size - 1})")
+                raise ValueError(f"id {i}: expected 0 to {self.vocab_size - 1}")
             end = at + self.num_image_tokens + 1
             if i == opening and end < len(ids) and ids[end] == closing:
                 skip_to = end + 1
-                kept.append("")  # no words, but what follows is no longer the beginning
-            if at >= skip_to and i >= len(CONTROL) and self.tokens[i] != "<mask>":
-                kept.append(self.tokens[i].replace("▁", " "))
-        if kept:  # a sequence that begins with a word begins without its space
+                kept.append("")  # no text, but the next piece is no longer the first
+            if at >= skip_to and i >= len(CONTROL) and self.id_to_token[i] != "<mask>":
+                kept.append(self.id_to_token[i].replace("▁", " "))
+        if kept:  # strip the leading space of the first piece
             kept[0] = kept[0].removeprefix(" ")
         return "".join(kept)
 
-    def well_formed(self, ids: list[int], left: int) -> np.ndarray:
-        """Which tokens may come next if the markup is to stay valid: bool (V,), for `GenerationOptions`.
+    def parse(self, tagged_text: str, probabilities: Sequence[float | None] = ()) -> tuple[str, list[Entity]]:
+        """`parse` with the grid of this tokenizer."""
+        return parse(tagged_text, self.grid, probabilities)
 
-        ids: all tokens so far; left: how many may still come. After <object> comes a location, then one that
-        is neither above nor left of it, then the delimiter or </object>; <phrase> and </phrase> alternate,
-        with words between them; nothing is opened that could not be closed in time. Outside of markup any
-        word may come: a model that is well-formed by itself writes what it would write anyway.
+    def parse_output(self, prompt: list[int], new: list[int], probabilities=None) -> tuple[str, list[Entity]]:
+        """The caption and entities of a prompt and its new ids.
+
+        probabilities: of the new ids; with them, each box in `new` gets a score.
         """
-        tag, locations = self.special, slice(self.first_location, None)
-        before, last = ([tag["<s>"]] * 2 + list(ids))[-2:]
-        cell, first = self.location_index(last), self.location_index(before) is None
-        if last in (tag["<object>"], tag[DELIMITER]) or cell is not None:
-            allowed = np.zeros(self.vocab_size, dtype=bool)
-            if cell is None:
-                allowed[locations] = True
-            elif first:
-                rows, columns = np.divmod(np.arange(self.grid**2), self.grid)
-                allowed[locations] = (rows >= cell // self.grid) & (columns >= cell % self.grid)
-            else:
-                allowed[tag["</object>"]] = True
-                allowed[tag[DELIMITER]] = left >= 4  # itself, two corners, </object>
-            return allowed
-        allowed = self.free_text.copy()
-        inside = next((i == tag["<phrase>"] for i in reversed(ids) if i in (tag["<phrase>"], tag["</phrase>"])), False)
-        if inside:
-            allowed[: len(CONTROL)], allowed[tag["<mask>"] :] = False, False  # a phrase is made of words
-            allowed &= left > 1
-            allowed[tag["</phrase>"]] = last != tag["<phrase>"]
-        else:
-            allowed[tag["<phrase>"]] = left >= 3  # itself, a word, </phrase>
-            allowed[tag["<object>"]] = left >= 4
-        return allowed
-
-    def read(self, prompt: list[int], new: list[int]) -> tuple[str, list["Entity"]]:
-        """`parse` of a prompt and its continuation, with scores where `new` knows its probabilities."""
-        known = [None] * len(prompt) + list(getattr(new, "probabilities", [None] * len(new)))
-        ids = [*prompt, *new]
-        of_locations = [p for i, p in zip(ids, known, strict=True) if self.location_index(i) is not None]
-        return parse(self.decode(ids), self.grid, of_locations)
+        if probabilities is None:
+            probabilities = [None] * len(new)
+        locations = [None] * sum(self.location_index(i) is not None for i in prompt)
+        for i, probability in zip(new, probabilities, strict=True):
+            if self.location_index(i) is not None:
+                locations.append(probability)
+        return self.parse(self.decode([*prompt, *new]), locations)
 
     def location_index(self, token_id: int) -> int | None:
-        """The cell that an id stands for; None for every other token."""
+        """The cell that an id stands for; None for all other tokens."""
         index = token_id - self.first_location
-        return index if 0 <= index < self.grid * self.grid else None
+        return index if 0 <= index < self.grid**2 else None
 
+    # ---- constrained decoding
 
-    @torch.inference_mode()
-    def rank_boxes(self, state, count: int, beam: int = 32) -> list[tuple[float, int, int]]:
-        """The likeliest different boxes for a prompt that ends in <object>: (score, upper left, lower right).
+    def allowed_tokens(self, ids: list[int], remaining: int) -> np.ndarray:
+        """Which tokens may come next so that the markup stays valid, bool (V,): a constraint for
+        generation.
 
-        A beam search over the two tokens of a box, with `beam` upper left corners; of boxes that overlap by half
-        or more only the likeliest counts. The score is the geometric mean of the two probabilities.
-        state: a `Generation` of one row with at least two tokens to go, which is used up.
+        ids: all tokens so far; remaining: how many more may follow. After <object> comes a location
+        token, then one that is neither above nor left of it, then the delimiter or </object>.
+        <phrase> and </phrase> alternate, with text in between. No tag is opened unless there is
+        room to close it. Has no effect on output that is already valid.
         """
-        if len(state.rows) != 1 or state.left < 2 or count < 1:
-            raise ValueError("boxes are ranked for one prompt at a time, with max_new_tokens of at least 2 and a count above 0")
-        grid, cells = self.grid, torch.arange(self.grid**2)
-        first = state.logits[0].softmax(dim=-1)[self.first_location :].cpu()  # (grid²,)
-        p, ul = first.topk(min(beam, len(cells)))
-        parents = [0] * len(ul)
-        state.advance(parents, state.grow(parents, (ul + self.first_location).tolist()))
-        second = state.logits.softmax(dim=-1)[:, self.first_location :].cpu()  # (beam, grid²)
-        ordered = (cells // grid >= ul[:, None] // grid) & (cells % grid >= ul[:, None] % grid)
-        joint = (p[:, None] * second * ordered).flatten()  # (beam * grid²,)
-        found, places = [], []
-        for probability, at in zip(*(t.tolist() for t in joint.topk(min(CANDIDATES, len(joint)))), strict=True):
-            box = int(ul[at // len(cells)]), at % len(cells)
-            place = box[0] % grid, box[0] // grid, box[1] % grid + 1, box[1] // grid + 1  # whole cells
-            if probability > 0 and all(iou(place, other) < 0.5 for other in places):
-                found.append((math.sqrt(probability), *box))
-                places.append(place)
-            if len(found) == count:
-                break
-        return found
+        last_two = [self.special_ids["<s>"], self.special_ids["<s>"], *ids[-2:]][-2:]
+        last = last_two[1]
+        if (
+            last in (self.special_ids["<object>"], self.special_ids[DELIMITER])
+            or self.location_index(last) is not None
+        ):
+            return self._allowed_in_object(last_two, remaining)
+        if self._inside_phrase(ids):
+            return self._allowed_in_phrase(last, remaining)
+        allowed = self.free_text.copy()
+        allowed[self.special_ids["<phrase>"]] = remaining >= 3  # itself, a word, </phrase>
+        allowed[self.special_ids["<object>"]] = remaining >= 4  # itself, two corners, </object>
+        return allowed
+
+    def _inside_phrase(self, ids: list[int]) -> bool:
+        opening, closing = self.special_ids["<phrase>"], self.special_ids["</phrase>"]
+        for i in reversed(ids):
+            if i in (opening, closing):
+                return i == opening
+        return False
+
+    def _allowed_in_phrase(self, last: int, remaining: int) -> np.ndarray:
+        allowed = self.free_text.copy()
+        allowed[: len(CONTROL)] = False  # a phrase consists of pieces only
+        allowed[self.special_ids["<mask>"] :] = False
+        if remaining <= 1:
+            allowed[:] = False
+        allowed[self.special_ids["</phrase>"]] = last != self.special_ids["<phrase>"]
+        return allowed
+
+    def _allowed_in_object(self, last_two: list[int], remaining: int) -> np.ndarray:
+        allowed = np.zeros(self.vocab_size, dtype=bool)
+        locations = allowed[self.first_location :]
+        corner = self.location_index(last_two[1])
+        if corner is None:  # the top-left corner comes next
+            locations[:] = True
+        elif self.location_index(last_two[0]) is None:  # the bottom-right corner comes next
+            rows, columns = np.divmod(np.arange(self.grid**2), self.grid)
+            top, left = divmod(corner, self.grid)
+            locations[:] = (rows >= top) & (columns >= left)
+        else:
+            allowed[self.special_ids["</object>"]] = True
+            allowed[self.special_ids[DELIMITER]] = remaining >= 4  # itself, two corners, </object>
+        return allowed
 
 
-CANDIDATES = 2000  # boxes that rank_boxes looks at: neighbours of one another, mostly
+def open_sentencepiece(model_file: str | Path) -> sentencepiece.SentencePieceProcessor:
+    """FileNotFoundError or ValueError if there is no sentencepiece model with <unk>, <s>, </s> as
+    its first pieces."""
+    if not Path(model_file).is_file():
+        raise FileNotFoundError(f"no sentencepiece model at {model_file}")
+    with open(model_file, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{model_file} is a Git LFS pointer, not the file itself; run `git lfs pull`")
+    try:
+        sp_model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    except (RuntimeError, OSError):
+        raise ValueError(f"{model_file} is not a sentencepiece model") from None
+    first = [sp_model.id_to_piece(i) for i in range(min(3, sp_model.vocab_size()))]
+    if first != ["<unk>", "<s>", "</s>"]:
+        raise ValueError(
+            f"{model_file} is not a Kosmos-2 vocabulary: expected first pieces <unk> <s> </s>, got {first}"
+        )
+    return sp_model
 
 
 def insert_boxes(text: str, boxes, grid: int = GRID) -> str:
-    """Put boxes behind the phrases of a tagged text.
+    """Insert boxes behind the phrases of a tagged text.
 
-    boxes has one entry for every <phrase>…</phrase>: None, a pair of location indices, four floats in
-    0..1, or a list of such pairs and floats. ValueError if their number or form is another.
+    boxes has one entry for each <phrase>...</phrase>: None, two location indices, four floats in
+    0..1, or a list of those. ValueError for another number or form of entries.
     """
     phrases = list(re.finditer(r"<phrase>.+?</phrase>", text, re.DOTALL))
     if len(phrases) != len(boxes):
-        raise ValueError(f"phrases in <phrase>…</phrase>: {len(phrases)}, boxes for them: {len(boxes)}; give one entry for each")
+        raise ValueError(f"got {len(boxes)} boxes for {len(phrases)} phrases; pass one entry for each")
     for match, box in reversed(list(zip(phrases, boxes, strict=True))):
         if box is None or (isinstance(box, (list, tuple)) and not box):
             continue
-        one = not isinstance(box, (list, tuple)) or isinstance(box[0], (int, float))
-        several = [box] if one else box
-        text = text[: match.end()] + boxes_to_text(several, grid) + text[match.end() :]
+        is_list = isinstance(box, (list, tuple)) and not isinstance(box[0], (int, float))
+        objects = boxes_to_text(box if is_list else [box], grid)
+        text = text[: match.end()] + objects + text[match.end() :]
     return text
 
 
 # ----------------------------------------------------------------------------------------------------
-# Reading what the model wrote
+# Parsing the output
 # ----------------------------------------------------------------------------------------------------
 
 LOCATION = r"<patch_index_[0-9]{1,9}>"
 PAIR = LOCATION + LOCATION
 ANY_TAG = "|".join([*map(re.escape, [*CONTROL, "<mask>", *TAGS]), LOCATION])
-WORDS = f"(?:(?!{ANY_TAG}).)+"  # text without tags; a "<" that begins none is text
-LINK = re.compile(f"(?:<phrase>({WORDS})</phrase>)?<object>({PAIR}(?:{DELIMITER}{PAIR})*)</object>", re.DOTALL)
+WORDS = f"(?:(?!{ANY_TAG}).)+"  # text without tags; a "<" that does not start a tag is text
+LINK = re.compile(
+    f"(?:<phrase>({WORDS})</phrase>)?<object>({PAIR}(?:{DELIMITER}{PAIR})*)</object>", re.DOTALL
+)
 
 
-def plain(text: str) -> str:
-    """Tagged text without its tags. transformers removes whatever stands between any < and >, words too."""
+def strip_tags(text: str) -> str:
+    """Tagged text without its tags. (transformers removes everything between any < and >, words
+    included.)"""
     return re.sub(ANY_TAG, "", text)
 
 
-def parse(tagged_text: str, grid: int = GRID, probabilities=()) -> tuple[str, list[Entity]]:
-    """Tagged text -> (caption, entities), spans counted in the caption; never raises.
+def parse(
+    tagged_text: str, grid: int = GRID, probabilities: Sequence[float | None] = ()
+) -> tuple[str, list[Entity]]:
+    """Tagged text -> (caption, entities), with spans in the caption; never raises.
 
-    probabilities: those of the text's location tokens, in order, None for given ones; a box's score is the
-    geometric mean of its two, sqrt(p(upper left) p(lower right)).
+    probabilities: of the location tokens in the text, in order, None for those of the prompt. The
+    score of a box is the geometric mean of its two, sqrt(p(top left) p(bottom right)).
 
-    Equal to the published post-processing on well-formed text. Links that are not well-formed are left
-    out, boxes off the grid too; corners in the wrong order are put right. A box without a phrase is an
-    entity of its own, with an empty span and its two tokens for a name.
+    Equal to the published post-processing on well-formed text. Malformed links and boxes off the
+    grid are left out; swapped corners are reordered. A box without a phrase becomes an entity with
+    an empty span, named by its tokens.
     """
-    # A picture's block is not part of the sentence.
-    text = tagged_text.rsplit(IMAGE_CLOSE, 1)[-1]
+    text = tagged_text.rsplit(IMAGE_CLOSE, 1)[-1]  # what precedes the last image is not part of the caption
     offset = len(tagged_text) - len(text)
-    caption = plain(text)
+    caption = strip_tags(text)
     indent = len(caption) - len(caption.lstrip())
     caption = caption.strip()
     entities = []
     for link in LINK.finditer(text):
-        phrase, tokens = link.groups()
-        pairs = [tuple(map(int, re.findall(r"\d+", pair))) for pair in tokens.split(DELIMITER)]
-        at = len(re.findall(LOCATION, tagged_text[: offset + link.start(2)]))
-        scores = [geometric_mean(probabilities[at + i : at + i + 2]) for i in range(0, 2 * len(pairs), 2)]
-        good = [i for i, pair in enumerate(pairs) if max(pair) < grid * grid]
-        boxes, scores = [ordered_box(*pairs[i], grid) for i in good], [scores[i] for i in good]
-        start = len(plain(text[: link.start()])) - indent
+        phrase, objects = link.groups()
+        first = len(re.findall(LOCATION, tagged_text[: offset + link.start(2)]))
+        boxes = read_boxes(objects, grid, probabilities[first:])
+        start = len(strip_tags(text[: link.start()])) - indent
         if phrase is None:
             start = min(max(start, 0), len(caption))
-            for i, box, score in zip(good, boxes, scores, strict=True):
-                name = "<patch_index_{}><patch_index_{}>".format(*pairs[i])
+            for name, box, score in boxes:
                 entities.append(Entity(name, (start, start), [box], [score]))
         elif phrase.strip() and boxes:
             start += len(phrase) - len(phrase.lstrip())
             phrase = phrase.strip()
-            entities.append(Entity(phrase, (start, start + len(phrase)), boxes, scores))
+            span = (start, start + len(phrase))
+            entities.append(
+                Entity(phrase, span, [box for _, box, _ in boxes], [score for _, _, score in boxes])
+            )
     return caption, entities
 
 
-def geometric_mean(pair) -> float | None:
-    """sqrt(p q) of two probabilities; None where one is not known."""
-    return math.sqrt(pair[0] * pair[1]) if len(pair) == 2 and None not in pair else None
-
-
-def ordered_box(ul: int, lr: int, grid: int = GRID) -> Box:
-    """`tokens_to_box` of two cells that may be any two corners of the box."""
-    (top, left), (bottom, right) = divmod(ul, grid), divmod(lr, grid)
-    top, bottom = sorted((top, bottom))
-    left, right = sorted((left, right))
-    return tokens_to_box(top * grid + left, bottom * grid + right, grid)
+def read_boxes(
+    objects: str, grid: int, probabilities: Sequence[float | None]
+) -> list[tuple[str, Box, float | None]]:
+    """(name, box, score) of each box inside <object>...</object> that is on the grid."""
+    found = []
+    for i, pair in enumerate(objects.split(DELIMITER)):
+        ul, lr = map(int, re.findall(r"\d+", pair))
+        if max(ul, lr) < grid * grid:
+            score = geometric_mean(probabilities[2 * i : 2 * i + 2])
+            name = f"<patch_index_{ul}><patch_index_{lr}>"  # without leading zeros, as in the reference
+            found.append((name, ordered_box(ul, lr, grid), score))
+    return found
 
 
 def to_markdown(tagged_text: str) -> str:
-    """Tagged text as the paper's hyperlinks: `[a snowman](<patch_index_0044><patch_index_0863>)`."""
-
-    def link(match):
-        phrase, tokens = match.groups()
-        space = " " if (phrase or "").startswith(" ") else ""
-        return f"{space}[{(phrase or '').strip()}]({tokens.replace(DELIMITER, ', ')})"
-
-    text = LINK.sub(lambda m: link(m).replace("<patch", "\0"), tagged_text.rsplit(IMAGE_CLOSE, 1)[-1])
-    return plain(text).replace("\0", "<patch").strip()
-
-
-# ----------------------------------------------------------------------------------------------------
-# Training data
-# ----------------------------------------------------------------------------------------------------
-
-
-def grit_to_text(record: dict, min_score: float = 0.65, key: str = "ref_exps", grid: int = GRID) -> str:
-    """A GRIT record -> tagged text for training, by the rules of the original data loader.
-
-    record: "caption", and "ref_exps" or "noun_chunks" as lists of [start, end, x1, y1, x2, y2, score],
-    start and end counted in the caption's characters, coordinates in 0..1. Boxes scored below min_score
-    are dropped; an expression inside a longer one gives way to it; several boxes of one expression are
-    listed together. Without any box the caption comes back as it is, without <grounding>.
-    ValueError for a record of another form.
-    """
-    try:
-        caption, chunks = record["caption"], record[key] if key in record else record["noun_chunks"]
-        rows = [(int(s), int(e), tuple(map(float, box)), float(p)) for s, e, *box, p in chunks]
-        if not isinstance(caption, str) or any(len(box) != 4 for _, _, box, _ in rows):
-            raise TypeError
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"not a GRIT record: wanted are caption and {key}, rows of start, end, box, score") from None
-    spans: dict[tuple[int, int], list[Box]] = {}
-    for start, end, box, score in rows:
-        if not 0 <= start < end <= len(caption):
-            raise ValueError(f"the span {start}:{end} lies outside the caption of {len(caption)} characters")
-        clipped = tuple(min(max(v, 0.0), 1.0) for v in box)
-        if score >= min_score and clipped[0] < clipped[2] and clipped[1] < clipped[3]:
-            spans.setdefault((start, end), []).append(clipped)
-    outer = [s for s in spans if not any(o != s and o[0] <= s[0] and s[1] <= o[1] for o in spans)]
-    pieces, at = [], 0
-    for start, end in sorted(outer):
-        if start < at:  # overlaps the one before without lying inside it
-            continue
-        # The space before a phrase belongs inside its tags: that is where its first token has it.
-        opening = start - 1 if start and caption[start - 1] == " " else start
-        tokens = boxes_to_text(spans[start, end], grid, training=True)
-        pieces += [caption[at:opening], f"<phrase>{caption[opening:end]}</phrase>{tokens}"]
-        at = end
-    return ("<grounding>" if pieces else "") + "".join(pieces) + caption[at:]
+    """Tagged text as the hyperlinks of the paper: `[a
+    snowman](<patch_index_0044><patch_index_0863>)`."""
+    text = tagged_text.rsplit(IMAGE_CLOSE, 1)[-1]
+    markdown = ""
+    done = 0
+    for link in LINK.finditer(text):
+        phrase, objects = link.groups(default="")
+        space = " " if phrase.startswith(" ") else ""
+        boxes = objects.replace(DELIMITER, ", ")
+        markdown += strip_tags(text[done : link.start()]) + f"{space}[{phrase.strip()}]({boxes})"
+        done = link.end()
+    return (markdown + strip_tags(text[done:])).strip()

@@ -67,7 +67,10 @@ for axis, values, title, labels in (
     drawn = axis.imshow(values, aspect="auto", cmap="RdBu", vmin=-most, vmax=most)
     axis.set(title=title, xlabel=labels[0], ylabel=labels[1])
     fig.colorbar(drawn)
-show(fig, "Three panels: the pixels, still a recognisable picture; the features and the image embeddings as coloured stripes.")
+show(
+    fig,
+    "Three panels: the pixels, still a recognisable picture; the features and the image embeddings as coloured stripes.",
+)
 
 # %% [markdown]
 # Rows are positions. Among the features ([CLS], then the patches row by row) most rows look alike: they are the
@@ -88,7 +91,10 @@ torch.testing.assert_close(features.norm(dim=-1), torch.ones(1, N))
 
 # %%
 ids, image_mask = tokenizer.encode_prompt("<grounding>An image of")
-shown = [(t, i, tokenizer.tokens[i], "slot" if m else "") for t, (i, m) in enumerate(zip(ids, image_mask, strict=True))]
+shown = [
+    (t, i, tokenizer.tokens[i], "slot" if m else "")
+    for t, (i, m) in enumerate(zip(ids, image_mask, strict=True))
+]
 table([row for row in shown if row[3] == "" or row[0] < 4], ("t", "id", "token", ""))
 print(f"\n{len(ids)} positions = <s>, <image>, {Q} slots, </image>, and the words")
 assert len(ids) == 3 + Q + len(tokenizer.encode("<grounding>An image of", add_bos=False))
@@ -107,7 +113,13 @@ with torch.inference_mode():
 print("x:", tuple(x.shape), " logits:", tuple(logits.shape))
 torch.testing.assert_close(x[0, 2 : 2 + Q], image_embeds[0])  # the picture is where the slots were
 best = logits[0, -1].softmax(dim=0).topk(4)
-table([(f"{p:.4f}", repr(tokenizer.tokens[i])) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)], ("p", "next token"))
+table(
+    [
+        (f"{p:.4f}", repr(tokenizer.tokens[i]))
+        for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ],
+    ("p", "next token"),
+)
 
 # %% [markdown]
 # `<phrase>` opens a phrase that will be linked to a box. No token here is special to the decoder: tags and
@@ -118,7 +130,9 @@ table([(f"{p:.4f}", repr(tokenizer.tokens[i])) for p, i in zip(best.values.tolis
 # %%
 state = model.start(tokens, image_embeds=image_embeds, image_mask=mask, max_new_tokens=100)
 new = state.finish()[0]
-rows = [(t, tokenizer.tokens[i], f"{p:.3f}") for t, (i, p) in enumerate(zip(new, new.probabilities, strict=True))]
+rows = [
+    (t, tokenizer.tokens[i], f"{p:.3f}") for t, (i, p) in enumerate(zip(new, new.probabilities, strict=True))
+]
 table(rows[:14], ("step", "token", "p"))
 print("…")
 
@@ -162,7 +176,9 @@ their_ids = theirs.generate(
     attention_mask=torch.ones_like(tokens), max_new_tokens=100, do_sample=False,
 )[0, len(ids) :].tolist()  # fmt: skip
 assert their_ids == list(new)
-print(f"largest difference of a logit: {(logits - out.logits).abs().max():.1e}; all {len(new)} ids are the same")
+print(
+    f"largest difference of a logit: {(logits - out.logits).abs().max():.1e}; all {len(new)} ids are the same"
+)
 
 # %% [markdown]
 # (Exactly zero is possible: both do the same operations in the same order, on the same machine.)

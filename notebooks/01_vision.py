@@ -46,7 +46,9 @@ torch.testing.assert_close(by_hand, pixels[0])
 patches = pixels.unfold(2, P, P).unfold(3, P, P)  # (1, 3, G, G, P, P)
 patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(1, G * G, 3 * P * P)  # row by row from the upper left
 by_hand = patches @ vit.patch_embedding.weight.view(E, -1).T
-torch.testing.assert_close(by_hand, vit.patch_embedding(pixels).flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)
+torch.testing.assert_close(
+    by_hand, vit.patch_embedding(pixels).flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4
+)
 
 _, sizes, directions = torch.linalg.svd(vit.patch_embedding.weight.view(E, -1), full_matrices=False)
 fig, axes = plt.subplots(2, 8, figsize=(10, 2.9))
@@ -54,7 +56,10 @@ for axis, size, kernel in zip(axes.flat, sizes, directions.view(-1, 3, P, P), st
     axis.imshow(((kernel - kernel.min()) / (kernel.max() - kernel.min())).permute(1, 2, 0))
     axis.set_title(f"{size:.1f}")
     axis.axis("off")
-show(fig, "16 little squares: the first are bright against dark or striped along rows and columns, the last ones differ in colour.")
+show(
+    fig,
+    "16 little squares: the first are bright against dark or striped along rows and columns, the last ones differ in colour.",
+)
 
 # %% [markdown]
 # Those are the 16 directions of a patch that the embedding is most sensitive to (its singular vectors; the
@@ -88,7 +93,10 @@ for axis, place in zip(axes, (0, 3 * G + 2, 4 * G + 6, G * G - 1), strict=True):
     axis.axis("off")
 fig.suptitle("How alike the position of one patch (+) is to those of all others")
 fig.colorbar(axes[0].images[0], ax=axes)
-show(fig, "Four 8 by 8 maps; in each a blue cross: the row and the column of the marked patch, and paler or red elsewhere.")
+show(
+    fig,
+    "Four 8 by 8 maps; in each a blue cross: the row and the column of the marked patch, and paler or red elsewhere.",
+)
 
 # %% [markdown]
 # ## One block
@@ -134,7 +142,9 @@ wanted = theirs(pixels).last_hidden_state
 wanted = F.normalize(theirs.post_layernorm(wanted), dim=-1)  # transformers does these two outside its ViT
 torch.testing.assert_close(features, wanted, rtol=1e-4, atol=1e-4)
 lengths = vit.post_layernorm(seen[f"vision.layers.{config.layers - 1}"][0]).norm(dim=-1)[0]
-print(f"√E = {E**0.5:.1f}; lengths before: {lengths.min():.1f} to {lengths.max():.1f}, after: {features.norm(dim=-1).mean():.3f}")
+print(
+    f"√E = {E**0.5:.1f}; lengths before: {lengths.min():.1f} to {lengths.max():.1f}, after: {features.norm(dim=-1).mean():.3f}"
+)
 
 # %% [markdown]
 # ## What attention looks at
@@ -148,12 +158,20 @@ shown = {"on the moon": (6, 1), "on the star": (6, 6), "on the background": (1, 
 fig, axes = plt.subplots(config.heads, 3, figsize=(8, 8))
 for column, (what, (row, col)) in enumerate(shown.items()):
     for head in range(config.heads):
-        overlay(axes[head, column], picture, weights[head, 1 + row * G + col, 1:].view(G, G), f"head {head}: patch {what}")
+        overlay(
+            axes[head, column],
+            picture,
+            weights[head, 1 + row * G + col, 1:].view(G, G),
+            f"head {head}: patch {what}",
+        )
         for color, width in (("white", 4), ("black", 1.5)):
             place = (col + 0.5) / G * picture.width, (row + 0.5) / G * picture.height
             axes[head, column].plot(*place, "+", color=color, markersize=12, markeredgewidth=width)
 fig.tight_layout()
-show(fig, "Nine copies of the picture, bright where a head of the last block looks from a marked patch: often at the patch's own shape or its rim, or at a neighbouring shape.")
+show(
+    fig,
+    "Nine copies of the picture, bright where a head of the last block looks from a marked patch: often at the patch's own shape or its rim, or at a neighbouring shape.",
+)
 
 # %% [markdown]
 # ## Counting
@@ -165,7 +183,9 @@ M = config.mlp_width
 predicted = 4 * (E * E + E) + 2 * E * M + M + E + 2 * 2 * E
 assert predicted == sum(p.numel() for p in block.parameters())
 full = dict(E=1024, M=4096, layers=24)
-count = full["layers"] * (4 * (full["E"] ** 2 + full["E"]) + 2 * full["E"] * full["M"] + full["M"] + 5 * full["E"])
+count = full["layers"] * (
+    4 * (full["E"] ** 2 + full["E"]) + 2 * full["E"] * full["M"] + full["M"] + 5 * full["E"]
+)
 table([("here", predicted * config.layers), ("published model", count)], ("ViT blocks", "parameters"))
 
 # %% [markdown]

@@ -37,7 +37,9 @@ N = features.shape[1]
 # the features **and the latents themselves**: N + Q of them. No LayerNorm, no residual, no MLP.
 
 # %%
-keys = torch.cat([features @ resampler.dense.weight.T + resampler.dense.bias, resampler.latent_query[None]], dim=1)
+keys = torch.cat(
+    [features @ resampler.dense.weight.T + resampler.dense.bias, resampler.latent_query[None]], dim=1
+)
 assert keys.shape == (1, N + Q, D)
 attn = resampler.x_attn
 q = F.linear(resampler.latent_query[None], attn.q_proj.weight, attn.q_proj.bias)
@@ -62,9 +64,17 @@ chosen = weights[0, :, :, 1:N].amax(-1).sum(0).topk(5).indices.sort().values  # 
 fig, axes = plt.subplots(attn.heads, len(chosen), figsize=(11, 6.8))
 for column, latent in enumerate(chosen.tolist()):
     for head in range(attn.heads):
-        overlay(axes[head, column], picture, weights[0, head, latent, 1:N].view(grid, grid), f"latent {latent}, head {head}")
+        overlay(
+            axes[head, column],
+            picture,
+            weights[0, head, latent, 1:N].view(grid, grid),
+            f"latent {latent}, head {head}",
+        )
 fig.tight_layout()
-show(fig, "15 copies of the picture; in each a latent's head brightens one or several of the shapes, or a region of the picture.")
+show(
+    fig,
+    "15 copies of the picture; in each a latent's head brightens one or several of the shapes, or a region of the picture.",
+)
 
 # %% [markdown]
 # ## Latents among their own keys
@@ -78,11 +88,16 @@ fig, axis = plt.subplots(figsize=(9, 1.9))
 shown = axis.imshow(away, aspect="auto", cmap="viridis", vmin=0, vmax=1)
 axis.set(xlabel="latent", ylabel="head", title="share of attention on the latents instead of the picture")
 fig.colorbar(shown)
-show(fig, "A strip of 3 rows and 32 columns: which heads of which latents look away from the picture, and how much.")
+show(
+    fig,
+    "A strip of 3 rows and 32 columns: which heads of which latents look away from the picture, and how much.",
+)
 
 without = attn(resampler.latent_query[None], keys[:, :N])  # the same layer without the extra keys
 change = (without - by_hand).norm() / by_hand.norm()
-print(f"on average {away.mean():.2f} of the attention; without these keys the embeddings change by {change:.0%}")
+print(
+    f"on average {away.mean():.2f} of the attention; without these keys the embeddings change by {change:.0%}"
+)
 
 # %% [markdown]
 # It is all or nothing: nearly every head of every latent looks either only at the picture or only away from it.
@@ -100,7 +115,9 @@ for name, embeds in (("with their own keys", by_hand), ("without", without)):
 # And [CLS], which stands for no place? It is a key like the others:
 
 # %%
-print(f"of the attention on the picture, [CLS] gets {float(weights[0, :, :, 0].sum() / weights[0, :, :, :N].sum()):.3f}; an equal share would be {1 / N:.3f}")
+print(
+    f"of the attention on the picture, [CLS] gets {float(weights[0, :, :, 0].sum() / weights[0, :, :, :N].sum()):.3f}; an equal share would be {1 / N:.3f}"
+)
 
 # %% [markdown]
 # The order of the *keys* does not matter, only that of the queries: attention is a sum. So the picture's
@@ -137,7 +154,10 @@ for std, latents in ((1.0, 1.0), (0.3, 1.0), (D**-0.5, 1.0), (0.02, 1.0), (1.0, 
     untrained.resampler.dense.weight.normal_(std=std, generator=torch.Generator().manual_seed(0))
     untrained.resampler.latent_query.mul_(latents)
     rows.append((f"{std:.2f}", f"{latents:.2f}", f"{spread(untrained):.3f}"))
-table([*rows, ("trained", "", f"{spread(model):.3f}")], ("std of dense", "of the latents", "spread over pictures"))
+table(
+    [*rows, ("trained", "", f"{spread(model):.3f}")],
+    ("std of dense", "of the latents", "spread over pictures"),
+)
 
 # %% [markdown]
 # What counts is how loud the picture is beside the latents. The bundled model starts both with std 1

@@ -46,7 +46,9 @@ T = len(ids)
 embeds = decoder.embed_tokens.weight[tokens]  # (1, T, D)
 positions = sinusoidal_positions(torch.arange(T)[None] + 2, D)
 words = embeds[0, ~mask[0]]
-print(f"embeddings are {words.norm(dim=-1).mean():.2f} long, scaled {math.sqrt(D) * words.norm(dim=-1).mean():.1f}")
+print(
+    f"embeddings are {words.norm(dim=-1).mean():.2f} long, scaled {math.sqrt(D) * words.norm(dim=-1).mean():.1f}"
+)
 print(f"positions are {positions.norm(dim=-1).mean():.2f} long; √(D/2) = {math.sqrt(D / 2):.2f}")
 
 # %% [markdown]
@@ -72,7 +74,12 @@ x = x * math.sqrt(D) + positions
 
 # %%
 step = math.log(10000) / (D // 2 - 1)
-by_hand = torch.tensor([[f(p * math.exp(-i * step)) for f in (math.sin, math.cos) for i in range(D // 2)] for p in range(2, 2 + T)])
+by_hand = torch.tensor(
+    [
+        [f(p * math.exp(-i * step)) for f in (math.sin, math.cos) for i in range(D // 2)]
+        for p in range(2, 2 + T)
+    ]
+)
 torch.testing.assert_close(by_hand, positions[0], rtol=1e-4, atol=1e-5)
 
 fig, axes = plt.subplots(1, 2, figsize=(10, 3))
@@ -81,7 +88,10 @@ axes[0].set(title="the table: sines, then cosines", xlabel="D", ylabel="position
 long = sinusoidal_positions(torch.arange(2, 302)[None], D)[0]
 axes[1].plot(long @ long[100] / (D / 2))
 axes[1].set(title="how alike position 102 is to others", xlabel="position - 2")
-show(fig, "Left: stripes, fast ones on the left of each half. Right: a sharp peak at the position itself, falling off alike on both sides.")
+show(
+    fig,
+    "Left: stripes, fast ones on the left of each half. Right: a sharp peak at the position itself, falling off alike on both sides.",
+)
 
 # %% [markdown]
 # ## Causal attention
@@ -104,7 +114,10 @@ print(causal_mask(2, 5).int())
 block = decoder.layers[0]
 attn, mlp = block.attn, block.mlp
 h = block.norm1(x)
-q, k, v = (F.linear(h, m.weight, m.bias).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for m in (attn.q_proj, attn.k_proj, attn.v_proj))
+q, k, v = (
+    F.linear(h, m.weight, m.bias).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    for m in (attn.q_proj, attn.k_proj, attn.v_proj)
+)
 scores = q @ k.mT / math.sqrt(q.shape[-1])  # (1, H, T, T)
 scores = scores.masked_fill(~causal_mask(T, T), -math.inf)
 joined = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
@@ -127,7 +140,12 @@ torch.testing.assert_close(logits, model(tokens, pixels, image_mask=mask), rtol=
 wanted = theirs(pixel_values=pixels, input_ids=tokens, image_embeds_position_mask=mask.long()).logits
 torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
 best = logits[0, -1].softmax(-1).topk(3)
-print([(tokenizer.tokens[i], round(p, 3)) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)])
+print(
+    [
+        (tokenizer.tokens[i], round(p, 3))
+        for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+)
 
 # %% [markdown]
 # ## Where the words look
@@ -140,14 +158,28 @@ print([(tokenizer.tokens[i], round(p, 3)) for i, p in zip(best.indices.tolist(),
 with record(model) as seen:
     model(tokens, pixels, image_mask=mask)
 slots = mask[0].nonzero()[:, 0]
-share = torch.stack([seen[f"decoder.layers.{i}.attn"][0][0][:, slots[-1] + 2 :, slots].sum(-1).mean(0) for i in range(config.layers)])
+share = torch.stack(
+    [
+        seen[f"decoder.layers.{i}.attn"][0][0][:, slots[-1] + 2 :, slots].sum(-1).mean(0)
+        for i in range(config.layers)
+    ]
+)
 names = [tokenizer.tokens[i].replace("▁", "") for i in ids[slots[-1] + 2 :]]
 fig, axis = plt.subplots(figsize=(10, 2.2))
 drawn = axis.imshow(share, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-axis.set(xticks=range(len(names)), xticklabels=names, yticks=range(config.layers), ylabel="block", title="share of attention on the picture")
+axis.set(
+    xticks=range(len(names)),
+    xticklabels=names,
+    yticks=range(config.layers),
+    ylabel="block",
+    title="share of attention on the picture",
+)
 axis.tick_params(axis="x", rotation=45)
 fig.colorbar(drawn)
-show(fig, "A grid of words by blocks. In two blocks the first words look at nothing but the picture; later some look more than others.")
+show(
+    fig,
+    "A grid of words by blocks. In two blocks the first words look at nothing but the picture; later some look more than others.",
+)
 
 # %% [markdown]
 # ## Every departure, why it is there, and what breaks without it
@@ -178,7 +210,9 @@ identity, seeing = torch.nn.Identity(), kosmos2.VisionTransformer.forward
 asked = ask_about(40, HELD_OUT + 40_000, only=("plain caption", "ground"))
 prompts = [encode_example(tokenizer, example) for _, example in asked]
 batch = dict(zip(("tokens", "image_mask", "pad_mask"), pad_left(prompts), strict=True))
-batch["pixels"] = torch.stack([preprocess_image(scene.draw(), model.config.vision.image_size) for scene, _ in asked])
+batch["pixels"] = torch.stack(
+    [preprocess_image(scene.draw(), model.config.vision.image_size) for scene, _ in asked]
+)
 
 
 def hits() -> tuple[float, float]:
@@ -246,9 +280,12 @@ variants = {
     "the textbook's wavelengths": [patch.object(kosmos2, "sinusoidal_positions", textbook_wavelengths)],
     "no sub-LN in attention": in_blocks(decoder.layers, "attn", "inner_attn_ln", identity),
     "no sub-LN in the MLP": in_blocks(decoder.layers, "mlp", "ffn_layernorm", identity),
-    "no sub-LN at all": in_blocks(decoder.layers, "attn", "inner_attn_ln", identity) + in_blocks(decoder.layers, "mlp", "ffn_layernorm", identity),
+    "no sub-LN at all": in_blocks(decoder.layers, "attn", "inner_attn_ln", identity)
+    + in_blocks(decoder.layers, "mlp", "ffn_layernorm", identity),
     "QuickGELU in the decoder": in_blocks(decoder.layers, "mlp", "activation", kosmos2.quick_gelu),
-    "tanh GELU in the decoder": in_blocks(decoder.layers, "mlp", "activation", lambda x: F.gelu(x, approximate="tanh")),
+    "tanh GELU in the decoder": in_blocks(
+        decoder.layers, "mlp", "activation", lambda x: F.gelu(x, approximate="tanh")
+    ),
 }
 rows, right, words = [], model(**batch), ~(batch["pad_mask"] | batch["image_mask"])
 for name, changes in variants.items():

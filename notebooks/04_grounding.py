@@ -65,11 +65,21 @@ for v in range(GRID + 1):
 for cell, name, side, dy in ((ul, "upper left", "left", -1), (lr, "lower right", "right", 2)):
     row, column = divmod(cell, GRID)
     axis.add_patch(plt.Rectangle((column / GRID, row / GRID), 1 / GRID, 1 / GRID, color=COLORS[0], alpha=0.6))
-    axis.annotate(f"{name}: {cell}", (column / GRID, (row + dy + 0.8) / GRID), color=COLORS[0], ha=side, va="bottom", backgroundcolor="white")
+    axis.annotate(
+        f"{name}: {cell}",
+        (column / GRID, (row + dy + 0.8) / GRID),
+        color=COLORS[0],
+        ha=side,
+        va="bottom",
+        backgroundcolor="white",
+    )
 for (x1, y1, x2, y2), color, style in ((by_hand, COLORS[0], "-"), (box, "black", "--")):
     axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, lw=1.5, ls=style))
 axis.axis("off")
-show(fig, "The picture under a grid of 32 by 32 cells. Two cells are red; a dashed black box and the nearly equal red box that comes back from them.")
+show(
+    fig,
+    "The picture under a grid of 32 by 32 cells. Two cells are red; a dashed black box and the nearly equal red box that comes back from them.",
+)
 
 # %% [markdown]
 # ## What the grid costs
@@ -83,9 +93,15 @@ show(fig, "The picture under a grid of 32 by 32 cells. Two cells are red; a dash
 rng, sides = random.Random(0), (0.06, 0.1, 0.2, 0.4, 0.8)
 measured = []
 for side in sides:
-    boxes = [(x := rng.uniform(0, 1 - side), y := rng.uniform(0, 1 - side), x + side, y + side) for _ in range(2000)]
+    boxes = [
+        (x := rng.uniform(0, 1 - side), y := rng.uniform(0, 1 - side), x + side, y + side)
+        for _ in range(2000)
+    ]
     measured.append(sum(iou(b, tokens_to_box(*box_to_tokens(b))) for b in boxes) / 2000)
-table([(s, f"{1 - 1 / (GRID * s):.3f}", f"{m:.3f}") for s, m in zip(sides, measured, strict=True)], ("side", "predicted", "measured"))
+table(
+    [(s, f"{1 - 1 / (GRID * s):.3f}", f"{m:.3f}") for s, m in zip(sides, measured, strict=True)],
+    ("side", "predicted", "measured"),
+)
 assert all(abs(1 - 1 / (GRID * s) - m) < 0.06 for s, m in zip(sides[1:], measured[1:], strict=True))
 
 # %% [markdown]
@@ -108,7 +124,12 @@ print([tokenizer.tokens[i] for i in tokenizer.encode(text, add_bos=False)])
 # without a phrase takes its own tokens as the phrase, as in transformers.)
 
 # %%
-for broken in (text, text.split("<patch_index_0927>")[0], "three < four <object></object>", "<object><patch_index_0001><patch_index_0000></object>"):
+for broken in (
+    text,
+    text.split("<patch_index_0927>")[0],
+    "three < four <object></object>",
+    "<object><patch_index_0001><patch_index_0000></object>",
+):
     print(parse(broken))
 
 # %% [markdown]
@@ -146,10 +167,15 @@ with torch.inference_mode():
 fig, axes = plt.subplots(1, 2, figsize=(8.5, 4))
 for axis, p, name in zip(axes, corners, ("upper left", "lower right"), strict=True):
     axis.imshow(picture, extent=(0, GRID, GRID, 0), alpha=0.5)
-    axis.imshow(torch.where(p > 1e-3, p, torch.nan).sqrt(), extent=(0, GRID, GRID, 0), cmap="Reds", vmin=0, vmax=1)
+    axis.imshow(
+        torch.where(p > 1e-3, p, torch.nan).sqrt(), extent=(0, GRID, GRID, 0), cmap="Reds", vmin=0, vmax=1
+    )
     axis.set_title(f"{name} corner: p = {p.max():.2f}")
     axis.axis("off")
-show(fig, "Two copies of the picture with a red spot each, a few cells wide: at the upper left and at the lower right corner of the star's box. Faint cells elsewhere are other guesses, at the corners of other shapes.")
+show(
+    fig,
+    "Two copies of the picture with a red spot each, a few cells wide: at the upper left and at the lower right corner of the star's box. Faint cells elsewhere are other guesses, at the corners of other shapes.",
+)
 score = (corners[0].max() * corners[1].max()).sqrt()
 print(f"score of the box: sqrt({corners[0].max():.2f} · {corners[1].max():.2f}) = {score:.2f}")
 

@@ -51,7 +51,9 @@ assert sequence[T:] == generate()[:steps]
 # %%
 n = 100
 with_cache, without = T + n - 1, sum(range(T, T + n))
-print(f"prompt {T}, {n} new tokens: {with_cache} positions with a cache, {without} without: {without / with_cache:.0f} times as many")
+print(
+    f"prompt {T}, {n} new tokens: {with_cache} positions with a cache, {without} without: {without / with_cache:.0f} times as many"
+)
 
 fig, axis = plt.subplots(figsize=(6, 2.8))
 new = range(1, 200)
@@ -59,7 +61,10 @@ axis.plot(new, [T + k - 1 for k in new], label="with a cache")
 axis.plot(new, [sum(range(T, T + k)) for k in new], label="without")
 axis.set(xlabel="new tokens", ylabel="positions computed", title="work for a caption")
 axis.legend(frameon=False)
-show(fig, "Two curves: with a cache the number of positions hardly leaves the axis, without one it grows with the square of the length.")
+show(
+    fig,
+    "Two curves: with a cache the number of positions hardly leaves the axis, without one it grows with the square of the length.",
+)
 
 # %% [markdown]
 # Its price is memory: 2 tensors x layers x D numbers for every position.
@@ -79,14 +84,27 @@ print(f"{held / 2**20:.2f} MiB for {T + n - 1} positions")
 # stands; and nobody looks at padding. With both, a row is answered as it is alone:
 
 # %%
-asked = [tokenizer.encode_prompt(p) for p in ("Question: How many shapes are there? Answer:", "<grounding>Describe this image in detail:")]
+asked = [
+    tokenizer.encode_prompt(p)
+    for p in ("Question: How many shapes are there? Answer:", "<grounding>Describe this image in detail:")
+]
 rows, slots, pads = pad_left(asked)
-print("padding in front:", pads.sum(dim=1).tolist(), " first positions:", token_positions(rows, pads)[:, :6].tolist())
+print(
+    "padding in front:",
+    pads.sum(dim=1).tolist(),
+    " first positions:",
+    token_positions(rows, pads)[:, :6].tolist(),
+)
 both = model.generate(rows, None, image_embeds.expand(2, -1, -1), slots, pads, max_new_tokens=8)
-alone = [model.generate(torch.tensor([i]), None, image_embeds, torch.tensor([m]), max_new_tokens=8)[0] for i, m in asked]
+alone = [
+    model.generate(torch.tensor([i]), None, image_embeds, torch.tensor([m]), max_new_tokens=8)[0]
+    for i, m in asked
+]
 assert both == alone
 for row, lone in zip(both, alone, strict=True):
-    torch.testing.assert_close(torch.tensor(row.probabilities), torch.tensor(lone.probabilities), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(row.probabilities), torch.tensor(lone.probabilities), rtol=1e-4, atol=1e-5
+    )
 
 # %% [markdown]
 # transformers 5.23 does it right while it reads the prompts. With the first new token it counts positions from the
@@ -108,7 +126,10 @@ def their_logits(rows, slots, pads):
 short = int(pads.sum(1).argmax())
 lone = [torch.tensor([v]) for v in asked[short]]
 change = their_logits(rows, slots, pads) - their_logits(*lone, torch.zeros_like(lone[1]))
-table([(step, f"{float(row.abs().max()):.4f}") for step, row in enumerate(change)], ("step", "transformers: change of a logit by padding"))
+table(
+    [(step, f"{float(row.abs().max()):.4f}") for step, row in enumerate(change)],
+    ("step", "transformers: change of a logit by padding"),
+)
 
 # %% [markdown]
 # ## Choosing: greedy, temperature, top-k, top-p
@@ -139,7 +160,11 @@ print("predicted for top-p 0.8:", [round(v, 3) for v in expected.tolist()])
 # (This model is so sure of its words that only a high temperature makes it say something else.)
 
 # %%
-for name, options in (("greedy", {}), ("τ = 1", dict(temperature=1.0, seed=1)), ("τ = 3", dict(temperature=3.0, seed=1))):
+for name, options in (
+    ("greedy", {}),
+    ("τ = 1", dict(temperature=1.0, seed=1)),
+    ("τ = 3", dict(temperature=3.0, seed=1)),
+):
     print(f"{name:7}", parse(tokenizer.decode(generate(**options)))[0][:150])
 
 # %% [markdown]
@@ -182,7 +207,12 @@ listed = "<grounding><phrase> a red star</phrase><object><patch_index_0661><patc
 listed += "<phrase> a blue moon</phrase><object><patch_index_0546><patch_index_0907></object>,"
 for told in (listed, listed + "<phrase> the star</phrase><object><patch_index_0661>"):
     ending = tokenizer.encode(told, add_bos=False)
-    print("after", [tokenizer.tokens[i] for i in ending[-2:]], "no:", [tokenizer.tokens[i] for i in repeated_ngrams(ending, 3)])
+    print(
+        "after",
+        [tokenizer.tokens[i] for i in ending[-2:]],
+        "no:",
+        [tokenizer.tokens[i] for i in repeated_ngrams(ending, 3)],
+    )
 
 # %% [markdown]
 # The third thing of a list may not be linked in the way of the second, and no box may be given twice: the rule
@@ -214,7 +244,15 @@ rows = []
 for seed in (1, 2, 3):
     for name, rule in (("free", None), ("held to markup", tokenizer.well_formed)):
         raw = tokenizer.decode(generate(temperature=2.0, seed=seed, constraint=rule))
-        rows.append((seed, name, raw.count("<object>"), raw.count("</object>"), sum(len(e.boxes) for e in parse(raw)[1])))
+        rows.append(
+            (
+                seed,
+                name,
+                raw.count("<object>"),
+                raw.count("</object>"),
+                sum(len(e.boxes) for e in parse(raw)[1]),
+            )
+        )
 table(rows, ("seed", "", "<object>", "</object>", "boxes that can be read"))
 
 # %% [markdown]
@@ -225,11 +263,15 @@ table(rows, ("seed", "", "<object>", "</object>", "boxes that can be read"))
 
 # %%
 head, head_mask = tokenizer.encode_prompt("", 1)
-past = model.start(torch.tensor([head]), image_embeds=image_embeds, image_mask=torch.tensor([head_mask]), max_new_tokens=0)
+past = model.start(
+    torch.tensor([head]), image_embeds=image_embeds, image_mask=torch.tensor([head_mask]), max_new_tokens=0
+)
 for question in ("How many shapes are there?", "What color is the star?", "Where is the moon?"):
     rest = tokenizer.encode_prompt(f"Question: {question} Answer:")[0][len(head) :]
     answer = model.start(torch.tensor([rest]), past=past, max_new_tokens=8).finish()[0]
-    print(f"{question:28}{tokenizer.decode(answer)}   ({len(rest)} positions instead of {len(head) + len(rest)})")
+    print(
+        f"{question:28}{tokenizer.decode(answer)}   ({len(rest)} positions instead of {len(head) + len(rest)})"
+    )
 
 # %% [markdown]
 # ## Exercises

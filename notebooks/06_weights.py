@@ -68,7 +68,10 @@ for left, title in ((0, "here"), (0.27, "published (Hugging Face)"), (0.69, "ori
     axis.text(left, 1, title, fontsize=9, weight="bold")
 axis.set(xlim=(0, 1.05), ylim=(-len(NAMES), 1.5))
 axis.axis("off")
-show(fig, "Three columns of beginnings of names, joined by lines: for each of ours its published and its original name. For example: decoder.layers.{}.norm2 is text_model.model.layers.{}.final_layer_norm and gpt_model.decoder.layers.{}.final_layer_norm.")
+show(
+    fig,
+    "Three columns of beginnings of names, joined by lines: for each of ours its published and its original name. For example: decoder.layers.{}.norm2 is text_model.model.layers.{}.final_layer_norm and gpt_model.decoder.layers.{}.final_layer_norm.",
+)
 
 # %%
 checkpoint = Checkpoint(ROOT / "tiny")
@@ -90,11 +93,21 @@ v, t, Q = config.vision, config.text, config.latent_query_num
 
 def block(width, mlp, sub_ln):
     """Four projections, two norms, an MLP; with sub-LN a norm of the width and one of the MLP's width."""
-    return 4 * (width**2 + width) + 4 * width + 2 * width * mlp + mlp + width + (2 * (width + mlp) if sub_ln else 0)
+    return (
+        4 * (width**2 + width)
+        + 4 * width
+        + 2 * width * mlp
+        + mlp
+        + width
+        + (2 * (width + mlp) if sub_ln else 0)
+    )
 
 
 predicted = {
-    "ViT: patches, [CLS], positions, two norms": 3 * v.patch_size**2 * v.width + v.width + v.positions * v.width + 4 * v.width,
+    "ViT: patches, [CLS], positions, two norms": 3 * v.patch_size**2 * v.width
+    + v.width
+    + v.positions * v.width
+    + 4 * v.width,
     "ViT: 24 blocks": v.layers * block(v.width, v.mlp_width, False),
     "resampler": v.width * t.width + t.width + Q * t.width + 4 * (t.width**2 + t.width),
     "decoder: embedding, also the output": t.vocab_size * t.width,
@@ -104,10 +117,14 @@ with torch.device("meta"):
     published = Kosmos2(config)
 total = sum(p.numel() for p in published.parameters())
 assert sum(predicted.values()) == total
-table([(part, f"{n:,}", f"{n / total:.1%}") for part, n in predicted.items()], ("part", "parameters", "share"))
+table(
+    [(part, f"{n:,}", f"{n / total:.1%}") for part, n in predicted.items()], ("part", "parameters", "share")
+)
 for part in ("vision", "resampler", "decoder"):
     print(f"{part}: {sum(p.numel() for p in getattr(published, part).parameters()):,}")
-print(f"{total:,} parameters: {total * 4 / 1e9:.2f} GB in fp32, {total * 2 / 1e9:.2f} in 16 bits, {total / 1e9:.2f} in 8 (and a little for scales)")
+print(
+    f"{total:,} parameters: {total * 4 / 1e9:.2f} GB in fp32, {total * 2 / 1e9:.2f} in 16 bits, {total / 1e9:.2f} in 8 (and a little for scales)"
+)
 
 fig, axis = plt.subplots(figsize=(9, 1.5))
 left = 0
@@ -116,7 +133,10 @@ for (part, n), color in zip(predicted.items(), COLORS, strict=False):
     left += n
 axis.axis("off")
 axis.legend(ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0))
-show(fig, "One bar: the decoder's blocks are three quarters of it, the ViT under a fifth, the embedding 8 percent, the resampler one percent; the ViT's patches and positions are too thin to be seen.")
+show(
+    fig,
+    "One bar: the decoder's blocks are three quarters of it, the ViT under a fifth, the embedding 8 percent, the resampler one percent; the ViT's patches and positions are too thin to be seen.",
+)
 
 # %% [markdown]
 # A decoding step reads the decoder's share once for every token, a good 1.3 billion numbers: notebook 9 makes
@@ -165,7 +185,10 @@ print(checkpoint.problems())
 # of the right size, or the mean of the four? We ask what both make of 100 boxes.
 
 # %%
-coarse, first = Tokenizer(tokenizer.model_file, model.config.latent_query_num, grid=16), tokenizer.first_location
+coarse, first = (
+    Tokenizer(tokenizer.model_file, model.config.latent_query_num, grid=16),
+    tokenizer.first_location,
+)
 embedding = model.state_dict()[EMBEDDING]
 cells = embedding[first:].view(16, 2, 16, 2, -1).mean(dim=(1, 3)).flatten(0, 1)  # (16², D)
 noise = torch.randn(cells.shape, generator=torch.Generator().manual_seed(0)) * cells.std()
@@ -179,17 +202,31 @@ def operate(locations) -> Kosmos2:
 
 
 # %%
-shapes = [(scene, shape) for scene in map(Scene.random, range(HELD_OUT, HELD_OUT + 45)) for shape in scene.shapes][:100]
+shapes = [
+    (scene, shape) for scene in map(Scene.random, range(HELD_OUT, HELD_OUT + 45)) for shape in scene.shapes
+][:100]
 pixels = torch.stack([preprocess_image(scene.draw(), model.config.vision.image_size) for scene, _ in shapes])
 for name, locations in starts.items():
     patient, losses = operate(locations), []
     for picture, (_, shape) in zip(pixels, shapes, strict=True):
-        text = f"<grounding><phrase> the {shape.name}</phrase>" + boxes_to_text([shape.box], grid=16, training=True)
+        text = f"<grounding><phrase> the {shape.name}</phrase>" + boxes_to_text(
+            [shape.box], grid=16, training=True
+        )
         ids, mask = coarse.encode_prompt(text)
         labels = [i if i >= first else -100 for i in ids]
         with torch.inference_mode():
-            losses.append(patient(torch.tensor([ids]), picture[None], None, torch.tensor([mask]), labels=torch.tensor([labels]))[1])
-    print(f"{name:13} {torch.stack(losses).mean():.2f} nats a location; a guess among 256 cells: {math.log(256):.2f}")
+            losses.append(
+                patient(
+                    torch.tensor([ids]),
+                    picture[None],
+                    None,
+                    torch.tensor([mask]),
+                    labels=torch.tensor([labels]),
+                )[1]
+            )
+    print(
+        f"{name:13} {torch.stack(losses).mean():.2f} nats a location; a guess among 256 cells: {math.log(256):.2f}"
+    )
 
 # %% [markdown]
 # The mean of four works before any training. Saved, it is a checkpoint like any other; `python tiny/train.py
@@ -200,7 +237,9 @@ for name, locations in starts.items():
 with tempfile.TemporaryDirectory() as folder:
     save_checkpoint(operate(cells), tokenizer.model_file, folder)
     saved = Checkpoint(folder)
-    print(f"complete: {not saved.problems()}; vocabulary {tokenizer.vocab_size} -> {saved.config.text.vocab_size}")
+    print(
+        f"complete: {not saved.problems()}; vocabulary {tokenizer.vocab_size} -> {saved.config.text.vocab_size}"
+    )
 
 # %% [markdown]
 # ## Exercises

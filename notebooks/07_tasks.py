@@ -24,14 +24,22 @@ scene = Scene.random(HELD_OUT + 28)
 picture = scene.draw(448)
 pixels = preprocess_image(picture, model.config.vision.image_size)[None]
 print("in the scene:", ", ".join(s.name for s in scene.shapes))
-show_image(picture, "Two yellow stars, a large one at the lower left and a small one at the top, a small green moon and a small white star.", width=200)
+show_image(
+    picture,
+    "Two yellow stars, a large one at the lower left and a small one at the top, a small green moon and a small white star.",
+    width=200,
+)
 
 
 def ask(prompt: str, *pictures, boxes=None) -> str:
     """The continuation of a prompt about this scene (or about these pictures), as tagged text."""
     shown = pictures or (pixels,)
     ids, mask = tokenizer.encode_prompt(prompt, len(shown), boxes)
-    return tokenizer.decode(model.generate(torch.tensor([ids]), torch.cat(shown), None, torch.tensor([mask]), max_new_tokens=100)[0])
+    return tokenizer.decode(
+        model.generate(torch.tensor([ids]), torch.cat(shown), None, torch.tensor([mask]), max_new_tokens=100)[
+            0
+        ]
+    )
 
 
 # %% [markdown]
@@ -142,7 +150,9 @@ table([(task, f"{sum(h) / len(h):.2f}", len(h)) for task, h in sorted(hits.items
 
 # %%
 for example, reply, _ in random.Random(1).sample(misses, min(5, len(misses))):
-    print(f"[{example.task}] {example.prompt}\n   said  {parse(reply)[0]}\n   right {parse(example.answer)[0]}\n")
+    print(
+        f"[{example.task}] {example.prompt}\n   said  {parse(reply)[0]}\n   right {parse(example.answer)[0]}\n"
+    )
 
 # %% [markdown]
 # And one of them with its boxes. Is it the eye that failed, or the tongue? If a box is where a shape is and only its
@@ -153,7 +163,11 @@ if worst := next((m for m in misses if m[0].task == "caption"), None):
     example, reply, s = worst
     caption, entities = tokenizer.read(encode_example(tokenizer, example)[0], tokenizer.encode_caption(reply))
     print("right:", parse(example.prompt + example.answer)[0])
-    show_image(draw_answers(s.draw(336), [{"text": caption, "entities": entities}]), "A scene with the model's boxes and its caption, in which something is wrong.", width=340)
+    show_image(
+        draw_answers(s.draw(336), [{"text": caption, "entities": entities}]),
+        "A scene with the model's boxes and its caption, in which something is wrong.",
+        width=340,
+    )
 
 # %% [markdown]
 # ## Exercises

@@ -46,8 +46,15 @@ print(grit_to_text(record))
 # %%
 source = Scenes(tokenizer, model.config, length=224, first=5)
 row = source.row(0)
-asked = [(tokenizer.tokens[t], n, tokenizer.tokens[y] if y >= 0 else "") for t, n, y in zip(row.tokens, row.texts, row.targets, strict=True)]
-boxed = next(n for n in range(1, max(row.texts)) if any(y >= tokenizer.first_location for y, k in zip(row.targets, row.texts, strict=True) if k == n))
+asked = [
+    (tokenizer.tokens[t], n, tokenizer.tokens[y] if y >= 0 else "")
+    for t, n, y in zip(row.tokens, row.texts, row.targets, strict=True)
+]
+boxed = next(
+    n
+    for n in range(1, max(row.texts))
+    if any(y >= tokenizer.first_location for y, k in zip(row.targets, row.texts, strict=True) if k == n)
+)
 start = row.texts.index(boxed)
 table(asked[start : start + 22], ("token", "text", "must predict"))
 counted = sum(y >= 0 for y in row.targets)
@@ -66,7 +73,10 @@ mask = (same | picture) & torch.ones(len(texts), len(texts), dtype=torch.bool).t
 fig, axis = plt.subplots(figsize=(4.5, 4.5))
 axis.imshow(mask, cmap="Greys")
 axis.set(title="who sees whom (row: the one that looks)", xlabel="position", ylabel="position")
-show(fig, "A square of positions by positions: a dark stripe on the left where all texts see the picture, and a dark triangle on the diagonal for each text.")
+show(
+    fig,
+    "A square of positions by positions: a dark stripe on the left where all texts see the picture, and a dark triangle on the diagonal for each text.",
+)
 
 # %% [markdown]
 # By hand, with the bundled model: logits at every position, log-softmax, and the targets' entries.
@@ -83,7 +93,9 @@ by_hand = -logits[positions].log_softmax(-1)[range(len(right)), right]
 torch.testing.assert_close(losses, by_hand, rtol=1e-3, atol=1e-4)
 place = right >= tokenizer.first_location
 print(f"loss of words {by_hand[~place].mean():.3f}, of locations {by_hand[place].mean():.3f} nats a token")
-print(f"an untrained model guesses among {tokenizer.vocab_size}: ln = {torch.tensor(float(tokenizer.vocab_size)).log():.2f}")
+print(
+    f"an untrained model guesses among {tokenizer.vocab_size}: ln = {torch.tensor(float(tokenizer.vocab_size)).log():.2f}"
+)
 
 # %% [markdown]
 # ## A minute of training
@@ -93,7 +105,11 @@ print(f"an untrained model guesses among {tokenizer.vocab_size}: ln = {torch.ten
 # comes next; which words are common; where things are; and last what shape they have.)
 
 # %%
-small = replace(CONFIG, text=replace(CONFIG.text, vocab_size=tokenizer.vocab_size, layers=2), vision=replace(CONFIG.vision, layers=2))
+small = replace(
+    CONFIG,
+    text=replace(CONFIG.text, vocab_size=tokenizer.vocab_size, layers=2),
+    vision=replace(CONFIG.vision, layers=2),
+)
 student = Kosmos2(small)
 init_weights(student, tokenizer.first_location)
 optimizers, loss_of = make_optimizers(student, "muon", 4e-3), Losses(student)
@@ -114,7 +130,9 @@ for step in range(steps):
     curve.append((losses[~place].mean().item(), losses[place].mean().item()))
 words, places = zip(*curve, strict=True)
 assert sum(words[-5:]) / 5 < 0.45 * words[0]
-print(f"words: {words[0]:.1f} at first, {sum(words[-5:]) / 5:.1f} at the end; locations: {places[0]:.1f}, {sum(places[-5:]) / 5:.1f}")
+print(
+    f"words: {words[0]:.1f} at first, {sum(words[-5:]) / 5:.1f} at the end; locations: {places[0]:.1f}, {sum(places[-5:]) / 5:.1f}"
+)
 
 # %% [markdown]
 # (At first the loss is above ln V: random logits are worse than equal ones.) It does not see yet: its locations
@@ -127,8 +145,12 @@ ids, slots = tokenizer.encode_prompt("<grounding>An image of")
 for seed in (1, 2):
     told = Scene.random(seed)
     pixels = preprocess_image(told.draw(), small.vision.image_size)[None]
-    new = student.generate(torch.tensor([ids]), pixels, image_mask=torch.tensor([slots]), max_new_tokens=40)[0]
-    print(f"the picture: {', '.join(s.name for s in told.shapes)}\nthe student: {parse(tokenizer.decode(new))[0]}\n")
+    new = student.generate(torch.tensor([ids]), pixels, image_mask=torch.tensor([slots]), max_new_tokens=40)[
+        0
+    ]
+    print(
+        f"the picture: {', '.join(s.name for s in told.shapes)}\nthe student: {parse(tokenizer.decode(new))[0]}\n"
+    )
 
 # %% [markdown]
 # A sentence, well-formed and boxed, and a guess: a blind model, as in notebook 2. Seeing begins where guessing gains
@@ -147,12 +169,26 @@ fig, axes = plt.subplots(1, 2, figsize=(10, 3.4))
 for name, color in (("words", COLORS[1]), ("locations", COLORS[0])):
     axes[0].plot([r["step"] for r in losses], [r[name] for r in losses], color=color, label=name)
 axes[0].set(title="loss, nats a token", xlabel="step", yscale="log")
-for (task, name), color in zip((("ground", "phrase grounding"), ("caption", "shapes in captions"), ("color", "color questions"), ("count", "counting")), COLORS, strict=False):
-    axes[1].plot([r["step"] for r in hits], [r["accuracy"][task] for r in hits], "o-", color=color, label=name)
+for (task, name), color in zip(
+    (
+        ("ground", "phrase grounding"),
+        ("caption", "shapes in captions"),
+        ("color", "color questions"),
+        ("count", "counting"),
+    ),
+    COLORS,
+    strict=False,
+):
+    axes[1].plot(
+        [r["step"] for r in hits], [r["accuracy"][task] for r in hits], "o-", color=color, label=name
+    )
 axes[1].set(title="hits on held-out scenes", xlabel="step", ylim=(0, 1))
 for axis in axes:
     axis.legend(frameon=False)
-show(fig, "Left: the losses of words and of locations fall over the steps, words first. Right: hits rise from a few tenths to about 0.9 and above; phrase grounding is first, shapes in captions last.")
+show(
+    fig,
+    "Left: the losses of words and of locations fall over the steps, words first. Right: hits rise from a few tenths to about 0.9 and above; phrase grounding is first, shapes in captions last.",
+)
 
 # %% [markdown]
 # ## Exercises

@@ -38,6 +38,7 @@ def seconds(run, rounds: int = 7) -> float:
 # differ from machine to machine and from run to run, most of all where memory is shared with others, as in a
 # cloud; a point may then even lie a little below its limit. Everything below is computed from what is measured here.)
 
+
 # %%
 def best(run, rounds: int = 12) -> float:
     return min(seconds(run, 1) for _ in range(rounds))
@@ -47,7 +48,9 @@ big = torch.ones(2**26)  # 256 MB: larger than any cache
 bandwidth = big.numel() * 4 / best(big.sum)
 a, b = torch.randn(512, 2048), torch.randn(2048, 4096)
 compute = 2 * 512 * 2048 * 4096 / best(lambda: a @ b)
-print(f"{torch.get_num_threads()} threads: memory {bandwidth / 1e9:.0f} GB/s, compute {compute / 1e9:.0f} GFLOP/s")
+print(
+    f"{torch.get_num_threads()} threads: memory {bandwidth / 1e9:.0f} GB/s, compute {compute / 1e9:.0f} GFLOP/s"
+)
 print(f"ridge: {compute / bandwidth:.0f} operations for every byte read keep both busy")
 
 # %% [markdown]
@@ -68,16 +71,28 @@ measured = []
 for R in rows:
     x = torch.randn(R, K)
     measured.append(seconds(lambda x=x: [linear(x, w) for w in layers], 5) / len(layers))
-table([(R, f"{1e3 * p:.2f}", f"{1e3 * m:.2f}") for R, p, m in zip(rows, predicted, measured, strict=True)], ("rows", "predicted ms", "measured ms"))
+table(
+    [(R, f"{1e3 * p:.2f}", f"{1e3 * m:.2f}") for R, p, m in zip(rows, predicted, measured, strict=True)],
+    ("rows", "predicted ms", "measured ms"),
+)
 
 fig, axis = plt.subplots(figsize=(6, 3.2))
 axis.plot(rows, [1e3 * v for v in predicted], "--", color="#777777", label="the roofline")
 axis.plot(rows, [1e3 * v for v in measured], "o-", color=COLORS[1], label="measured")
-axis.set(xscale="log", yscale="log", xlabel="rows", ylabel="ms a layer", title="first memory decides, then the processor")
+axis.set(
+    xscale="log",
+    yscale="log",
+    xlabel="rows",
+    ylabel="ms a layer",
+    title="first memory decides, then the processor",
+)
 axis.set(xticks=rows, xticklabels=rows, yticks=(1, 3, 10, 30), yticklabels=(1, 3, 10, 30))
 axis.minorticks_off()
 axis.legend(frameon=False)
-show(fig, "Time of a layer against the number of rows on logarithmic scales: the predicted line is flat for a few rows and then rises; the measured points lie above it, farthest in the middle.")
+show(
+    fig,
+    "Time of a layer against the number of rows on logarithmic scales: the predicted line is flat for a few rows and then rises; the measured points lie above it, farthest in the middle.",
+)
 
 # %% [markdown]
 # (Between one row and many, PyTorch's products reach neither limit: the points lie well above the line there.) So 16
@@ -125,7 +140,9 @@ scale = weight.abs().amax(dim=1) / 127
 q = (weight / scale[:, None]).round().to(torch.int8)
 torch.testing.assert_close(quantize(weight)[0], q)
 step = (weight - q * scale[:, None]).abs().amax(dim=1) / scale
-print(f"rounding is off by at most {step.max():.2f} steps; a step is {float((scale / weight.std(dim=1)).mean()):.3f} standard deviations")
+print(
+    f"rounding is off by at most {step.max():.2f} steps; a step is {float((scale / weight.std(dim=1)).mean()):.3f} standard deviations"
+)
 
 # %% [markdown]
 # Uniform rounding has a variance of step²/12. So the relative error of a product should be near
@@ -149,7 +166,10 @@ assert abs((of_weights + of_inputs) ** 0.5 / error - 1) < 0.1
 # %%
 outlier = weight.clone()
 outlier[7, 7] = 20 * weight.std()
-for name, s in (("one scale for each output", outlier.abs().amax(1, keepdim=True) / 127), ("one for all", outlier.abs().max() / 127)):
+for name, s in (
+    ("one scale for each output", outlier.abs().amax(1, keepdim=True) / 127),
+    ("one for all", outlier.abs().max() / 127),
+):
     rounded = (outlier / s).round() * s
     print(f"{name:26} relative error of the weights {float((rounded - outlier).norm() / outlier.norm()):.4f}")
 
@@ -160,7 +180,10 @@ for name, s in (("one scale for each output", outlier.abs().amax(1, keepdim=True
 # %%
 x = torch.randn(4, K)
 x[0] *= 20  # a loud neighbour
-for name, s in (("one scale for each row", x.abs().amax(1, keepdim=True) / 127), ("one for all", x.abs().max() / 127)):
+for name, s in (
+    ("one scale for each row", x.abs().amax(1, keepdim=True) / 127),
+    ("one for all", x.abs().max() / 127),
+):
     rounded = (x / s).round() * s
     print(f"{name:26} relative error of the quiet rows {float((rounded - x)[1:].norm() / x[1:].norm()):.4f}")
 
@@ -183,7 +206,14 @@ for name, (model, _) in models.items():
     exact = logits if exact is None else exact
     new = model.generate(torch.tensor([ids]), pixels, image_mask=torch.tensor([mask]), max_new_tokens=100)[0]
     text, entities = tokenizer.read(ids, new)
-    rows.append((name, f"{float((logits - exact).norm() / exact.norm()):.1e}", f"{entities[0].scores[0]:.3f}", text[:60] + "…"))
+    rows.append(
+        (
+            name,
+            f"{float((logits - exact).norm() / exact.norm()):.1e}",
+            f"{entities[0].scores[0]:.3f}",
+            text[:60] + "…",
+        )
+    )
 table(rows, ("weights", "error of logits", "first score", "caption"))
 
 # %% [markdown]

@@ -36,7 +36,9 @@ def say(prompt: str, image_embeds=None, **options):
     """(text, entities, raw) of a prompt about the picture, or about these embeddings."""
     ids, mask = tokenizer.encode_prompt(prompt)
     embeds = model.encode_image(pixels) if image_embeds is None else image_embeds
-    new = model.generate(torch.tensor([ids]), None, embeds, torch.tensor([mask]), max_new_tokens=100, **options)[0]
+    new = model.generate(
+        torch.tensor([ids]), None, embeds, torch.tensor([mask]), max_new_tokens=100, **options
+    )[0]
     return *tokenizer.read(ids, new), tokenizer.decode(new)
 
 
@@ -48,7 +50,9 @@ assert "<" not in say("An image of")[2]
 # 0.2 It speaks all the same, of shapes that are not there; it knows nothing else. Its scores are low.
 black = model.encode_image(preprocess_image(Image.new("RGB", (112, 112)), 112)[None])
 seen, unseen = say("<grounding>An image of")[1], say("<grounding>An image of", black)[1]
-mean = lambda entities: sum(s for e in entities for s in e.scores) / max(1, sum(len(e.scores) for e in entities))  # noqa: E731
+mean = lambda entities: (
+    sum(s for e in entities for s in e.scores) / max(1, sum(len(e.scores) for e in entities))
+)  # noqa: E731
 assert mean(unseen) < mean(seen)
 
 # 0.3 It should matter: slots have positions, and latents have roles, learned together. But every slot is seen
@@ -176,7 +180,9 @@ two = "<phrase>a</phrase><object><patch_index_0001><patch_index_0044></delimiter
 assert len(parse(two)[1][0].boxes) == 2
 
 # 4.2 Inside the box; the training code took the cell beyond the line.
-assert box_to_tokens((0, 0, 0.5, 0.5)) == (0, 15 * 32 + 15) and box_to_tokens((0, 0, 0.5, 0.5), training=True) == (0, 16 * 32 + 16)
+assert box_to_tokens((0, 0, 0.5, 0.5)) == (0, 15 * 32 + 15) and box_to_tokens(
+    (0, 0, 0.5, 0.5), training=True
+) == (0, 16 * 32 + 16)
 
 # 4.3 One line, GRID in tokenizer.py: everything that reads or writes locations takes it from there, and the model
 # knows it only by the size of its vocabulary. To be trained again: the location embeddings, and with a small learning

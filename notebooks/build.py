@@ -23,7 +23,9 @@ def build(source: Path) -> nbformat.NotebookNode:
     notebook = jupytext.read(source)
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     try:
-        NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
+        NotebookClient(
+            notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}
+        ).execute()
     except CellExecutionError as error:
         raise ValueError(f"{source.name}: {error}") from None
     notebook.metadata.pop("language_info", None)
@@ -37,7 +39,9 @@ def build(source: Path) -> nbformat.NotebookNode:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="such as 01_vision; without any: all")
     names = parser.parse_args().names or sorted(path.stem for path in HERE.glob("[0-9]*.py"))
     for name in names:
@@ -49,7 +53,10 @@ def main() -> int:
             return 1
         file = HERE / f"{Path(name).stem}.ipynb"
         nbformat.write(notebook, file)
-        print(f"{file.name}: {time.perf_counter() - start:.0f} s, {file.stat().st_size / 2**20:.2f} MB", flush=True)
+        print(
+            f"{file.name}: {time.perf_counter() - start:.0f} s, {file.stat().st_size / 2**20:.2f} MB",
+            flush=True,
+        )
     return 0
 
 

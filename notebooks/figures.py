@@ -46,7 +46,11 @@ def table(rows: list[tuple], header: tuple) -> None:
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     right = [all(not isinstance(row[i], str) for row in rows) for i in range(len(header))]
     for n, row in enumerate(cells):
-        print("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip())
+        print(
+            "  ".join(
+                c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)
+            ).rstrip()
+        )
         if n == 0:
             print("  ".join("-" * w for w in widths))
 
@@ -54,7 +58,9 @@ def table(rows: list[tuple], header: tuple) -> None:
 def overlay(axes, picture: Image.Image, weights: torch.Tensor, title: str = "") -> None:
     """A picture with weights (rows, columns) over it: bright where they are large, dark elsewhere."""
     weights = weights / weights.max()
-    side = Image.fromarray((weights.numpy() * 255).astype("uint8")).resize(picture.size, Image.Resampling.BICUBIC)
+    side = Image.fromarray((weights.numpy() * 255).astype("uint8")).resize(
+        picture.size, Image.Resampling.BICUBIC
+    )
     dark = Image.new("RGB", picture.size, "black")
     axes.imshow(Image.composite(picture, dark, side.point(lambda v: 120 + v * 135 // 255)))
     axes.set_title(title)

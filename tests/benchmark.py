@@ -1,10 +1,11 @@
-"""How fast this is, beside transformers and beside what the memory allows. Prints the README's table.
+"""Measure the speed next to transformers and relative to memory bandwidth. Prints the README's table.
 
     python tests/benchmark.py CHECKPOINT [--rounds 3]
 
-CHECKPOINT is a folder in the published layout, of the published sizes: the real weights, or random ones. Both
-sides run in one process, in turn, each warmed up, and the table has the medians of the rounds; their ratios can be
-trusted, single times only as far as the machine is quiet. Needs transformers, 16 GB of memory and a quarter of an hour.
+CHECKPOINT is a folder in the published layout with the published sizes: the real weights, or random
+ones. The two implementations alternate in one process, each warmed up, and the table has the medians
+of all rounds; ratios are reliable, single times only on an idle machine. Needs transformers, 16 GB of
+memory and about 15 minutes.
 """
 
 import argparse
@@ -46,13 +47,13 @@ def machine() -> str:
 NUMBERS = torch.ones(2**28)  # 1 GiB
 
 
-def memory_speed() -> float:
-    """Bytes a second that all cores together read: the best of several sums."""
+def memory_bandwidth() -> float:
+    """Memory bandwidth of all cores in bytes per second: the best of several sums."""
     return NUMBERS.numel() * 4 / min(seconds(NUMBERS.sum) for _ in range(5))
 
 
 def decoder_weights(model: Kosmos2) -> int:
-    """How many weights a new token needs: those of the matrices of all blocks, and the output projection."""
+    """The number of weights read per new token: the matrices of all blocks and the output projection."""
     text = model.config.text
     return text.layers * (4 * text.width**2 + 2 * text.width * text.mlp_width) + text.vocab_size * text.width
 
@@ -63,8 +64,12 @@ class Ours:
         self.model, self.tokenizer = load_checkpoint(checkpoint, precision)
 
     def caption(self, pixels: torch.Tensor, count: int) -> list[list[int]]:
-        tokens, image_mask, pad_mask = pad_left([self.tokenizer.encode_prompt("<grounding>An image of")] * len(pixels))
-        return self.model.generate(tokens, pixels, None, image_mask, pad_mask, max_new_tokens=count, min_new_tokens=count)
+        tokens, image_mask, pad_mask = pad_left(
+            [self.tokenizer.encode_prompt("<grounding>An image of")] * len(pixels)
+        )
+        return self.model.generate(
+            tokens, pixels, None, image_mask, pad_mask, max_new_tokens=count, min_new_tokens=count
+        )
 
 
 class Reference:
@@ -80,7 +85,9 @@ class Reference:
 
     @torch.inference_mode()
     def caption(self, pixels: torch.Tensor, count: int) -> list[list[int]]:
-        tokens, image_mask, _ = pad_left([self.tokenizer.encode_prompt("<grounding>An image of")] * len(pixels))
+        tokens, image_mask, _ = pad_left(
+            [self.tokenizer.encode_prompt("<grounding>An image of")] * len(pixels)
+        )
         new = self.model.generate(
             pixel_values=pixels, input_ids=tokens, image_embeds_position_mask=image_mask.long(),
             attention_mask=torch.ones_like(tokens), max_new_tokens=count, min_new_tokens=count, do_sample=False,
@@ -89,43 +96,59 @@ class Reference:
 
 
 def measure(sides: list, rounds: int, times: dict) -> None:
-    """One picture, in turn: pixels to the first token, and to the last."""
+    """Time one image on each side, alternating: until the first token, and until the last."""
     torch.manual_seed(0)
     pixels = torch.randn(1, 3, *[sides[-1].model.config.vision.image_size] * 2)
     ids = {}
     for turn in range(rounds + 1):
         for side in sides:
-            side.caption(pixels, 1)  # its weights have not been touched for half a minute
+            side.caption(pixels, 1)  # warm up: its weights have not been used for half a minute
             first = seconds(lambda side=side: side.caption(pixels, 1))
             start = time.perf_counter()
             ids[side.name] = side.caption(pixels, TOKENS)[0]
             whole = time.perf_counter() - start
-            if turn:  # the first warms up
-                times[side.name, "speed"].append(memory_speed())  # it changes where memory is shared with others
+            if turn:  # round 0 is a warm-up
+                times[side.name, "bandwidth"].append(memory_bandwidth())
                 times[side.name, "first token"].append(first)
                 times[side.name, "whole"].append(whole)
                 times[side.name, "step"].append((whole - first) / (TOKENS - 1))
-            print(f"{side.name}: first token {first:.2f} s, {TOKENS} tokens {whole:.2f} s", file=sys.stderr, flush=True)
-    print("ids are the same" if len(set(map(tuple, ids.values()))) == 1 else "ids differ", file=sys.stderr)
+            print(
+                f"{side.name}: first token {first:.2f} s, {TOKENS} tokens {whole:.2f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    print("same ids" if len(set(map(tuple, ids.values()))) == 1 else "ids differ", file=sys.stderr)
 
 
 @torch.inference_mode()
 def logits_error(reference: Reference, side: Ours) -> float:
-    """Relative error of the next-token logits after every token of a prompt."""
-    pixels = torch.randn(1, 3, *[side.model.config.vision.image_size] * 2, generator=torch.Generator().manual_seed(1))
+    """Relative error of the next-token logits at every position of a prompt."""
+    pixels = torch.randn(
+        1, 3, *[side.model.config.vision.image_size] * 2, generator=torch.Generator().manual_seed(1)
+    )
     tokens, mask, _ = pad_left([side.tokenizer.encode_prompt("<grounding>Describe this image in detail:")])
-    wanted = reference.model(pixel_values=pixels, input_ids=tokens, image_embeds_position_mask=mask.long()).logits
-    return float((side.model(tokens, pixels, None, mask) - wanted).norm() / wanted.norm())
+    expected = reference.model(
+        pixel_values=pixels, input_ids=tokens, image_embeds_position_mask=mask.long()
+    ).logits
+    return float((side.model(tokens, pixels, None, mask) - expected).norm() / expected.norm())
 
 
 def whole_process(*arguments: str) -> tuple[float, float]:
-    """(seconds, peak GB) of a Python process; call it with the largest last."""
-    took = seconds(lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True, cwd=tempfile.gettempdir()))
-    return took, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    """(seconds, peak GB so far of all such processes) of a Python process."""
+    took = seconds(
+        lambda: subprocess.run(
+            [sys.executable, *arguments], check=True, capture_output=True, cwd=tempfile.gettempdir()
+        )
+    )
+    return took, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (
+        2**30 if sys.platform == "darwin" else 2**20
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
@@ -134,8 +157,12 @@ def main() -> int:
     imports = statistics.median(whole_process("-c", "import torch")[0] for _ in range(3))
     bundled = statistics.median(whole_process(script)[0] for _ in range(3))
     checkpoint = Checkpoint(args.checkpoint)
-    read = min(seconds(lambda: [float(s.read().sum()) for s in checkpoint.stored.values()]) for _ in range(2))  # now they are in the page cache
-    start, peak = whole_process(script, "--checkpoint", args.checkpoint, "--precision", "int8", "--json", "--max-new-tokens", "1")
+    read = min(
+        seconds(lambda: [float(s.read().sum()) for s in checkpoint.stored.values()]) for _ in range(2)
+    )  # from the page cache
+    start, peak = whole_process(
+        script, "--checkpoint", args.checkpoint, "--precision", "int8", "--json", "--max-new-tokens", "1"
+    )
 
     times: dict = defaultdict(list)
     reference, errors = None, {}
@@ -151,9 +178,11 @@ def main() -> int:
 
     median = {key: statistics.median(values) for key, values in times.items()}
     base, weights = reference.name, decoder_weights(side.model)
-    speeds = sorted(speed for (_, what), found in times.items() if what == "speed" for speed in found)
-    print(f"{machine()}; memory is read at {speeds[0] / 1e9:.0f} to {speeds[-1] / 1e9:.0f} GB/s\n")
-    print(f"| | first token | {TOKENS} tokens | a token | tokens/s | of the memory's limit |\n|---|---|---|---|---|---|")
+    speeds = sorted(speed for (_, what), found in times.items() if what == "bandwidth" for speed in found)
+    print(f"{machine()}; memory bandwidth {speeds[0] / 1e9:.0f} to {speeds[-1] / 1e9:.0f} GB/s\n")
+    print(
+        f"| | first token | {TOKENS} tokens | per token | GB/s | fraction of memory bandwidth |\n|---|---|---|---|---|---|"
+    )
     for name, size in ((base, 4), ("this, fp32", 4), ("this, fp16", 2), ("this, int8", 1)):
         row = f"| {name} "
         for what, unit in (("first token", "s"), ("whole", "s"), ("step", "ms")):
@@ -161,13 +190,18 @@ def main() -> int:
             row += f"| {value * (1000 if unit == 'ms' else 1):.{0 if unit == 'ms' else 2}f} {unit}"
             row += f" ({ratio:.1f}x) " if name != base else " "
         rate = 1 / median[name, "step"]
-        print(f"{row}| {rate:.1f} | {rate * weights * size / median[name, 'speed']:.2f} |")
-    print(f"\n{BATCH} pictures, {BATCH_TOKENS} tokens each: transformers, fp32 {median[base, 'batch']:.1f} s; this, int8 "
+        achieved = rate * weights * size
+        print(f"{row}| {achieved / 1e9:.0f} | {achieved / median[name, 'bandwidth']:.2f} |")
+    print(f"\n{BATCH} images, {BATCH_TOKENS} tokens each: transformers, fp32 {median[base, 'batch']:.1f} s; this, int8 "
           f"{median[side.name, 'batch']:.1f} s ({median[base, 'batch'] / median[side.name, 'batch']:.1f}x)")  # fmt: skip
-    print("relative error of the logits: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
-    print(f"a whole int8 run of sample.py: peak memory {peak:.2f} GB; first token after {start:.1f} s, of which reading "
+    print(
+        "relative error of the logits: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    )
+    print(f"a complete int8 run of sample.py: peak memory {peak:.2f} GB; first token after {start:.1f} s, of which reading "
           f"the weights once {read:.1f} s, importing torch {imports:.1f} s")  # fmt: skip
-    print(f"the bundled model, all of python sample.py: {bundled:.1f} s, of which importing torch {imports:.1f} s")
+    print(
+        f"python sample.py with the bundled model: {bundled:.1f} s, of which importing torch {imports:.1f} s"
+    )
     return 0
 
 

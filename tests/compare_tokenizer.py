@@ -13,7 +13,103 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tokenizer import Tokenizer
 
-WORDS = ["a", "an", "the", "two", "image", "of", "snowman", "fire", "dog's", "cat,", "puppies", "sit", "field", "grass.", "Question:", "Answer:", "What", "is", "special", "about", "this", "picture?", "Describe", "in", "detail:", '"quoted"', "(brackets)", "it's", "3.14", "1,024", "42", "2026-11-23", "100%", "$5", "50/50", "e-mail", "x@y.org", "C++", "#tag", "semi;", "colon:", "naïve", "café", "Ångström", "über", "señor", "façade", "東京", "猫", "こんにちは", "привет", "мир", "Ελλάδα", "عربى", "हिन्दी", "한국어", "🐶", "☃", "❤", "—", "–", "“curly”", "‘single’", "€", "£", "°", "±", "×", "a/b", "and_or", "snake_case", "CamelCase", "ALLCAPS", "supercalifragilistic", "...", "!?", "<", ">", "<3", "&amp;", "\\n", "[x]", "{y}", "~", "^", "|", "*", "==", "!=", "->", "don't", "they're", "we'll", "¿qué?", "¡hola!"]
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "two",
+    "image",
+    "of",
+    "snowman",
+    "fire",
+    "dog's",
+    "cat,",
+    "puppies",
+    "sit",
+    "field",
+    "grass.",
+    "Question:",
+    "Answer:",
+    "What",
+    "is",
+    "special",
+    "about",
+    "this",
+    "picture?",
+    "Describe",
+    "in",
+    "detail:",
+    '"quoted"',
+    "(brackets)",
+    "it's",
+    "3.14",
+    "1,024",
+    "42",
+    "2026-11-23",
+    "100%",
+    "$5",
+    "50/50",
+    "e-mail",
+    "x@y.org",
+    "C++",
+    "#tag",
+    "semi;",
+    "colon:",
+    "naïve",
+    "café",
+    "Ångström",
+    "über",
+    "señor",
+    "façade",
+    "東京",
+    "猫",
+    "こんにちは",
+    "привет",
+    "мир",
+    "Ελλάδα",
+    "عربى",
+    "हिन्दी",
+    "한국어",
+    "🐶",
+    "☃",
+    "❤",
+    "—",
+    "–",
+    "“curly”",
+    "‘single’",
+    "€",
+    "£",
+    "°",
+    "±",
+    "×",
+    "a/b",
+    "and_or",
+    "snake_case",
+    "CamelCase",
+    "ALLCAPS",
+    "supercalifragilistic",
+    "...",
+    "!?",
+    "<",
+    ">",
+    "<3",
+    "&amp;",
+    "\\n",
+    "[x]",
+    "{y}",
+    "~",
+    "^",
+    "|",
+    "*",
+    "==",
+    "!=",
+    "->",
+    "don't",
+    "they're",
+    "we'll",
+    "¿qué?",
+    "¡hola!",
+]
 SPACES = [" ", " ", " ", " ", "  ", "\n", "\t", ""]
 
 
@@ -37,7 +133,9 @@ def prompts(count: int, seed: int = 0) -> list[tuple[str, list | None]]:
         for _ in range(phrases):
             inside = rng.choice(["", " ", "  "]) + words(3).replace("<", "").replace("\n", " ")
             text += f"{rng.choice(SPACES)}<phrase>{inside.strip() or 'x'}{rng.choice(['', ' '])}</phrase>"
-            text += rng.choice(["", "", ".", ",", "?", " .", " and ", "'s "]) + (words(4) if rng.random() < 0.6 else "")
+            text += rng.choice(["", "", ".", ",", "?", " .", " and ", "'s "]) + (
+                words(4) if rng.random() < 0.6 else ""
+            )
         if rng.random() < 0.1:
             text += "<object><patch_index_0044><patch_index_0863></object>" + rng.choice(["", ".", " is"])
         boxes = None
@@ -60,7 +158,9 @@ def official_processor(model_file: str | Path):
     scored = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(3, pieces.vocab_size())]
     control = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
     words = XLMRobertaTokenizer(vocab=[*control, *scored, ("<mask>", 0.0)])
-    return Kosmos2Processor(CLIPImageProcessorPil(size={"height": 224, "width": 224}, do_center_crop=False), words)
+    return Kosmos2Processor(
+        CLIPImageProcessorPil(size={"height": 224, "width": 224}, do_center_crop=False), words
+    )
 
 
 def compare(tokenizer: Tokenizer, processor, cases) -> list[tuple]:
@@ -85,7 +185,9 @@ def compare(tokenizer: Tokenizer, processor, cases) -> list[tuple]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model_file", type=Path)
     parser.add_argument("--count", type=int, default=10_000)
     args = parser.parse_args()

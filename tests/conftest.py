@@ -29,7 +29,10 @@ def pytest_runtest_makereport(item, call):
     """Where everything is installed (KOSMOS2_NO_SKIPS is set), a skipped test is a failed one."""
     report = yield
     if report.skipped and os.environ.get("KOSMOS2_NO_SKIPS") and not item.get_closest_marker("official"):
-        report.outcome, report.longrepr = "failed", f"skipped, though KOSMOS2_NO_SKIPS is set: {report.longrepr}"
+        report.outcome, report.longrepr = (
+            "failed",
+            f"skipped, though KOSMOS2_NO_SKIPS is set: {report.longrepr}",
+        )
     return report
 
 
@@ -44,7 +47,9 @@ def rough(model: torch.nn.Module, seed: int) -> torch.nn.Module:
             if p.dim() > 1 and "position" not in name and "latent" not in name:
                 noise *= (1.7 if "q_proj" in name or "k_proj" in name else 1.0) / math.sqrt(p[0].numel())
                 if "fc2" in name or "out_proj" in name:
-                    noise *= 4  # let the blocks outweigh the embedding, or the tied output only echoes the input
+                    noise *= (
+                        4  # let the blocks outweigh the embedding, or the tied output only echoes the input
+                    )
             elif name.endswith("bias"):
                 noise *= 0.2
             elif p.dim() == 1 and name.endswith("weight"):
@@ -106,7 +111,9 @@ def copy(folder: Path, to: Path, **config_changes) -> Path:
 
 def prompt_batch(tokenizer: Tokenizer, prompts: list[str], images: list[int] | None = None):
     """Prompts of any length -> tokens, image_mask, pad_mask, padded on the left."""
-    return pad_left([tokenizer.encode_prompt(p, n) for p, n in zip(prompts, images or [1] * len(prompts), strict=True)])
+    return pad_left(
+        [tokenizer.encode_prompt(p, n) for p, n in zip(prompts, images or [1] * len(prompts), strict=True)]
+    )
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:

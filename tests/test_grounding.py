@@ -50,16 +50,24 @@ def test_probabilities_are_the_models_own(small, small_tokenizer, options):
 def test_scores_belong_to_their_boxes(tiny):
     """An entity's score is the geometric mean of its two tokens' probabilities; boxes of the prompt have none."""
     _, tokenizer = tiny
-    prompt = tokenizer.encode("<phrase> a star</phrase><object><patch_index_0001><patch_index_0034></object> and")
+    prompt = tokenizer.encode(
+        "<phrase> a star</phrase><object><patch_index_0001><patch_index_0034></object> and"
+    )
     new = "<phrase> a moon</phrase><object><patch_index_0002><patch_index_9999><patch_index_0003></object>"
-    new = new.replace("<patch_index_9999>", "<patch_index_0035></delimiter_of_multi_objects/><patch_index_0004>")
+    new = new.replace(
+        "<patch_index_9999>", "<patch_index_0035></delimiter_of_multi_objects/><patch_index_0004>"
+    )
     ids = tokenizer.encode_caption(new + new.replace("0004><patch_index_0003", "0100><patch_index_0036"))
 
     class WithProbabilities(list):
         probabilities = [(i + 1) / 100 for i in range(len(ids))]
 
     caption, entities = tokenizer.read(prompt, WithProbabilities(ids))
-    assert caption == "a star and a moon a moon" and [e.phrase for e in entities] == ["a star", "a moon", "a moon"]
+    assert caption == "a star and a moon a moon" and [e.phrase for e in entities] == [
+        "a star",
+        "a moon",
+        "a moon",
+    ]
     assert entities[0].scores == [None]
     for entity, shift in ((entities[1], 0), (entities[2], len(ids) // 2)):
         first = next(i for i, t in enumerate(ids) if tokenizer.location_index(t) is not None) + shift
@@ -96,15 +104,25 @@ def test_markup_is_whole_under_random_logits(small, small_tokenizer, length):
 
 def test_a_well_formed_model_is_left_alone(tiny):
     model, tokenizer = tiny
-    picture = preprocess_image(Image.open(TINY / "scene.png"), model.config.vision.image_size)[None].repeat(3, 1, 1, 1)
-    prompts = ["<grounding>An image of", "<grounding>Describe this image in detail:", "<grounding><phrase> a star</phrase>"]
+    picture = preprocess_image(Image.open(TINY / "scene.png"), model.config.vision.image_size)[None].repeat(
+        3, 1, 1, 1
+    )
+    prompts = [
+        "<grounding>An image of",
+        "<grounding>Describe this image in detail:",
+        "<grounding><phrase> a star</phrase>",
+    ]
     tokens, image_mask, pad_mask = prompt_batch(tokenizer, prompts)
     inputs = (tokens, picture, None, image_mask, pad_mask)
     free = model.generate(*inputs)
     assert all(row[-1] == EOS and is_well_formed(tokenizer.decode(row)) for row in free)
     assert model.generate(*inputs, constraint=tokenizer.well_formed) == free
     for length in range(1, 20):  # cut off anywhere, no box is left half open
-        for prompt, row in zip(prompts, model.generate(*inputs, max_new_tokens=length, constraint=tokenizer.well_formed), strict=True):
+        for prompt, row in zip(
+            prompts,
+            model.generate(*inputs, max_new_tokens=length, constraint=tokenizer.well_formed),
+            strict=True,
+        ):
             assert is_well_formed(prompt.replace("<grounding>", "") + tokenizer.decode(row))
 
 
@@ -120,7 +138,9 @@ def test_ranked_boxes(tiny):
     assert 1 <= len(boxes) <= 5 and scores == sorted(scores, reverse=True) and 0 < scores[0] <= 1
     places = [whole_cells(*box) for _, *box in boxes]
     assert all(iou(a, b) < 0.5 for a in places for b in places if a is not b)
-    greedy = model.generate(tokens, picture, None, image_mask, max_new_tokens=2, constraint=tokenizer.well_formed)[0]
+    greedy = model.generate(
+        tokens, picture, None, image_mask, max_new_tokens=2, constraint=tokenizer.well_formed
+    )[0]
     assert scores[0] >= math.sqrt(math.prod(greedy.probabilities)) * (1 - 1e-5)
 
 
@@ -146,17 +166,28 @@ def test_overlaps():
 
 def test_a_prefix_read_once_changes_nothing(small, small_tokenizer, monkeypatch):
     """Three questions after one reading of the picture get the answers they get alone, and it is read once."""
-    questions = ["Question: What color is the star? Answer:", "<grounding> Question: Where is it? Answer:", "An image of"]
+    questions = [
+        "Question: What color is the star? Answer:",
+        "<grounding> Question: Where is it? Answer:",
+        "An image of",
+    ]
     alone = []
     for question in questions:
         tokens, image_mask, _ = prompt_batch(small_tokenizer, [question])
-        alone += small.generate(tokens, pixels(1), None, image_mask, max_new_tokens=12, no_repeat_ngram_size=3)
+        alone += small.generate(
+            tokens, pixels(1), None, image_mask, max_new_tokens=12, no_repeat_ngram_size=3
+        )
     ids, mask = small_tokenizer.encode_prompt("", 1)
     past = small.start(torch.tensor([ids]), pixels(1), None, torch.tensor([mask]), max_new_tokens=0)
     monkeypatch.setattr(Kosmos2, "encode_image", None)
     tokens, _, pad_mask = pad_left([(small_tokenizer.encode(q, add_bos=False), []) for q in questions])
     for _ in range(2):  # and can be used again
-        assert small.start(tokens, pad_mask=pad_mask, past=past, max_new_tokens=12, no_repeat_ngram_size=3).finish() == alone
+        assert (
+            small.start(
+                tokens, pad_mask=pad_mask, past=past, max_new_tokens=12, no_repeat_ngram_size=3
+            ).finish()
+            == alone
+        )
 
 
 # ---------------------------------------------------------------------------------------- looking inside
@@ -189,7 +220,9 @@ def test_a_rule_that_leaves_nothing_is_dropped(small, small_tokenizer):
 def test_recordings(small, small_tokenizer):
     tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS)
     with record(small) as seen:
-        new = small.generate(tokens, pixels(3), None, image_mask, pad_mask, max_new_tokens=3, min_new_tokens=3)
+        new = small.generate(
+            tokens, pixels(3), None, image_mask, pad_mask, max_new_tokens=3, min_new_tokens=3
+        )
     assert len(new[0]) == 3
     N, Q, T = SMALL.vision.positions, SMALL.latent_query_num, tokens.shape[1]
     assert seen["resampler.x_attn"][0].shape == (3, 3, Q, N + Q)
@@ -207,7 +240,9 @@ def test_recordings(small, small_tokenizer):
         values = attn.split_heads(attn.v_proj(x))
         attn_out = attn(x)
         attn(x, mask=causal_mask(6, 6))
-    by_hand = attn.out_proj(attn.inner_attn_ln((seen["decoder.layers.0.attn"][0] @ values).transpose(1, 2).flatten(2)))
+    by_hand = attn.out_proj(
+        attn.inner_attn_ln((seen["decoder.layers.0.attn"][0] @ values).transpose(1, 2).flatten(2))
+    )
     torch.testing.assert_close(by_hand, attn_out)
     assert (seen["decoder.layers.0.attn"][1].triu(1) == 0).all()  # a mask given by name counts as well
     assert not small.decoder.layers[0]._forward_hooks
@@ -226,7 +261,9 @@ def test_interpolated_positions_equal_the_reference(size, tmp_path):
     sizes = dict(
         latent_query_num=5,
         text_config=dict(vocab_size=VOCAB, embed_dim=48, layers=1, ffn_dim=88, attention_heads=3),
-        vision_config=dict(hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=5, image_size=42),
+        vision_config=dict(
+            hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=5, image_size=42
+        ),
     )
     whole = rough(Kosmos2ForConditionalGeneration(ReferenceConfig(**sizes)), seed=2).eval()
     whole.save_pretrained(tmp_path)

@@ -76,7 +76,9 @@ def test_pytorch_bin(small, small_folder, tmp_path, zip_format):
     folder = copy(small_folder, tmp_path / "bin")
     state = OrderedDict(published(folder))
     state[LM_HEAD] = state[rename(EMBEDDING, 1)]  # one storage, two names
-    state["vision_model.model.post_layernorm.weight"] = torch.nn.Parameter(state["vision_model.model.post_layernorm.weight"])
+    state["vision_model.model.post_layernorm.weight"] = torch.nn.Parameter(
+        state["vision_model.model.post_layernorm.weight"]
+    )
     q_proj = "text_model.model.layers.0.self_attn.q_proj.weight"
     state[q_proj] = state[q_proj].t().contiguous().t()  # stored column by column
     (folder / "model.safetensors").unlink()
@@ -159,8 +161,14 @@ def test_every_name_of_the_published_model_has_its_place():
         theirs = [rename(name, column) for name in names]
         assert len(set(theirs)) == len(names) == 885 and None not in theirs
     assert rename("vision.pre_layernorm.bias", 1) == "vision_model.model.pre_layrnorm.bias"
-    assert rename("vision.layers.11.mlp.fc2.bias", 2) == "img_model.visual.transformer.resblocks.11.mlp.c_proj.bias"
-    assert rename("decoder.layers.3.attn.inner_attn_ln.bias", 1) == "text_model.model.layers.3.self_attn.inner_attn_ln.bias"
+    assert (
+        rename("vision.layers.11.mlp.fc2.bias", 2)
+        == "img_model.visual.transformer.resblocks.11.mlp.c_proj.bias"
+    )
+    assert (
+        rename("decoder.layers.3.attn.inner_attn_ln.bias", 1)
+        == "text_model.model.layers.3.self_attn.inner_attn_ln.bias"
+    )
     assert rename("decoder.layers.3.norm2.bias", 2) == "gpt_model.decoder.layers.3.final_layer_norm.bias"
 
 
@@ -284,7 +292,9 @@ def test_command_reports_what_is_missing(small_folder, tmp_path):
     save_file(tensors, folder / "model.safetensors")
     done = subprocess.run([sys.executable, ROOT / "load_weights.py", folder], capture_output=True, text=True)
     assert done.returncode == 1 and "NOT complete" in done.stdout and "latent_query" in done.stdout
-    done = subprocess.run([sys.executable, ROOT / "load_weights.py", tmp_path / "x.pt"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "load_weights.py", tmp_path / "x.pt"], capture_output=True, text=True
+    )
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 

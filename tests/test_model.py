@@ -23,7 +23,11 @@ from kosmos2 import (
     token_positions,
 )  # fmt: skip
 
-PROMPTS = ["<grounding>An image of", "<grounding><phrase> the red star left of the blue square</phrase>", "An image"]
+PROMPTS = [
+    "<grounding>An image of",
+    "<grounding><phrase> the red star left of the blue square</phrase>",
+    "An image",
+]
 GOLDEN = Path(__file__).with_name("golden.json")
 
 
@@ -42,7 +46,9 @@ def test_golden_values(small, small_tokenizer):
     with torch.no_grad():
         image_embeds = small.encode_image(pixels(1))
         logits, loss = small(tokens, image_embeds=image_embeds, image_mask=image_mask, labels=tokens)
-    torch.testing.assert_close(image_embeds[0, 0, :8], torch.tensor(golden["image_embeds"]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        image_embeds[0, 0, :8], torch.tensor(golden["image_embeds"]), rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(logits[0, -1, :8], torch.tensor(golden["logits"]), rtol=1e-4, atol=1e-4)
     assert loss.item() == pytest.approx(golden["loss"], rel=1e-5)
     for name, options in golden["options"].items():
@@ -55,7 +61,9 @@ def test_golden_values(small, small_tokenizer):
 def test_shapes_and_sizes_of_the_published_model():
     with torch.device("meta"):
         model = Kosmos2(Kosmos2Config())
-        parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+        parameters = {
+            name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
+        }
         assert parameters == {"vision": 303_179_776, "resampler": 19_015_680, "decoder": 1_342_289_920}
         tokens = torch.zeros(1, 71, dtype=torch.long)
         assert model.encode_image(torch.zeros(2, 3, 224, 224)).shape == (2, 64, 2048)
@@ -117,7 +125,9 @@ def test_gradients_reach_every_parameter(small_tokenizer):
     tokens, image_mask, _ = prompt_batch(small_tokenizer, PROMPTS[:1])
     model(tokens, pixels=pixels(1), image_mask=image_mask, labels=tokens)[1].backward()
     # A bias of the keys shifts all scores of a query alike, and softmax does not care.
-    without = [n for n, p in model.named_parameters() if "k_proj.bias" not in n and not p.grad.abs().sum() > 0]
+    without = [
+        n for n, p in model.named_parameters() if "k_proj.bias" not in n and not p.grad.abs().sum() > 0
+    ]
     assert without == []
 
 
@@ -167,10 +177,14 @@ def test_the_cache_changes_nothing_at_any_step(small, small_tokenizer, left_padd
             logits = small(grown, pixels=images, image_mask=grown_mask, pad_mask=grown_pad)[:, -1]
         assert logits.argmax(-1).tolist() == [row[step] for row in new]
         wanted = logits.softmax(-1).amax(-1)
-        torch.testing.assert_close(torch.tensor([row.probabilities[step] for row in new]), wanted, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            torch.tensor([row.probabilities[step] for row in new]), wanted, rtol=1e-4, atol=1e-6
+        )
         column = torch.tensor([[row[step]] for row in new])
         grown = torch.cat([grown, column], dim=1)
-        grown_mask, grown_pad = (torch.cat([m, torch.zeros_like(column, dtype=bool)], 1) for m in (grown_mask, grown_pad))
+        grown_mask, grown_pad = (
+            torch.cat([m, torch.zeros_like(column, dtype=bool)], 1) for m in (grown_mask, grown_pad)
+        )
 
 
 @pytest.mark.parametrize(
@@ -186,7 +200,9 @@ def test_a_row_never_depends_on_the_others(small, small_tokenizer, options):
     )
     for row in range(3):
         alone, mask, _ = prompt_batch(small_tokenizer, PROMPTS[row : row + 1])
-        rows += small.generate(alone, pixels=images[row : row + 1], image_mask=mask, max_new_tokens=14, **options)
+        rows += small.generate(
+            alone, pixels=images[row : row + 1], image_mask=mask, max_new_tokens=14, **options
+        )
     assert together == rows
 
 
@@ -284,14 +300,19 @@ def test_top_k():
     assert draw(probabilities, 0.9999, top_k=99) == 0  # more than there are
     tied = [0.25, 0.25, 0.25, 0.25]
     assert {draw(tied, u, top_k=2) for u in (0.0, 0.4, 0.6, 0.9999)} == {0, 1}  # exactly two of four equals
-    assert draw([0.5, 0.3, 0.2], 0.99, top_k=2, top_p=0.6) == 0  # of the two left, the first already holds 5/8
+    assert (
+        draw([0.5, 0.3, 0.2], 0.99, top_k=2, top_p=0.6) == 0
+    )  # of the two left, the first already holds 5/8
 
 
 def test_temperatures():
     logits = torch.tensor([[1.0, 3.0, 3.0]])
     assert sample(logits, 0.0, None, None, torch.zeros(1)).item() == 1  # the first of equals
     assert sample(logits * 1e30, 1e-30, None, None, torch.tensor([0.4])).item() in (1, 2)
-    cold = {sample(torch.tensor([[1.0, 3.0, 2.0]]), 0.01, None, None, torch.tensor([u])).item() for u in (0.0, 0.999)}
+    cold = {
+        sample(torch.tensor([[1.0, 3.0, 2.0]]), 0.01, None, None, torch.tensor([u])).item()
+        for u in (0.0, 0.999)
+    }
     assert cold == {1}
 
 
@@ -313,7 +334,9 @@ def test_ngram_block():
 
 def test_ngram_block_holds_in_the_output(small, small_tokenizer):
     tokens, image_mask, _ = prompt_batch(small_tokenizer, PROMPTS[:1])
-    new = small.generate(tokens, pixels=pixels(1), image_mask=image_mask, max_new_tokens=60, no_repeat_ngram_size=2)
+    new = small.generate(
+        tokens, pixels=pixels(1), image_mask=image_mask, max_new_tokens=60, no_repeat_ngram_size=2
+    )
     text = tokens[0].tolist() + new[0]
     pairs = list(zip(text, text[1:], strict=False))
     assert len(set(pairs)) == len(pairs)
@@ -382,14 +405,23 @@ def test_beams_keep_to_a_constraint(small):
         allowed[path[len(ids) - 2]] = True
         return allowed
 
-    assert small.generate(torch.tensor([[0, 5]]), num_beams=3, max_new_tokens=20, constraint=constraint)[0] == path
+    assert (
+        small.generate(torch.tensor([[0, 5]]), num_beams=3, max_new_tokens=20, constraint=constraint)[0]
+        == path
+    )
     assert seen == [path[:n] for n in range(4)]
 
 
 def test_a_beam_search_compares_means(small, monkeypatch):
     """Of a short text of probability 0.36 and a long one of 0.34 the long one wins: its tokens are likelier on average."""
     a, b, c, d = 10, 11, 12, 13
-    table = {None: {a: 0.6, b: 0.4}, a: {EOS: 0.6, c: 0.4}, b: {c: 0.95, EOS: 0.05}, c: {d: 0.95, EOS: 0.05}, d: {EOS: 0.95, c: 0.05}}
+    table = {
+        None: {a: 0.6, b: 0.4},
+        a: {EOS: 0.6, c: 0.4},
+        b: {c: 0.95, EOS: 0.05},
+        c: {d: 0.95, EOS: 0.05},
+        d: {EOS: 0.95, c: 0.05},
+    }
 
     def predict(self, x, positions, mask):
         self.logits = torch.full((len(self.texts), small.config.text.vocab_size), -1e9)

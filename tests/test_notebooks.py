@@ -14,13 +14,23 @@ def test_committed_notebooks(source):
     file = source.with_suffix(".ipynb")
     assert file.stat().st_size < 2**20
     cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
-    written = [part.removeprefix(" [markdown]").strip() for part in re.split(r"^# %%", source.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]]
+    written = [
+        part.removeprefix(" [markdown]").strip()
+        for part in re.split(r"^# %%", source.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    ]
     shown = ["".join(cell["source"]).strip() for cell in cells]
     prose = [cell["cell_type"] == "markdown" for cell in cells]
-    assert [re.sub(r"^# ?", "", text, flags=re.MULTILINE) if p else text for text, p in zip(written, prose, strict=True)] == shown
+    assert [
+        re.sub(r"^# ?", "", text, flags=re.MULTILINE) if p else text
+        for text, p in zip(written, prose, strict=True)
+    ] == shown
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    assert outputs and not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
-    assert all("alt" in str(output["metadata"]) for output in outputs if "image/png" in output.get("data", {}))
+    assert outputs and not any(
+        output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs
+    )
+    assert all(
+        "alt" in str(output["metadata"]) for output in outputs if "image/png" in output.get("data", {})
+    )
 
 
 def test_every_notebook_is_listed_and_has_answers():

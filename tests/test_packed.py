@@ -60,7 +60,9 @@ def test_packed_weights(bits):
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_row_does_not_depend_on_its_neighbours(bits):
     weight, bias = some_layer()
-    layer = PackedLinear(*([weight.half(), bias] if bits == 16 else [quantize(weight)[0], bias, quantize(weight)[1]]))
+    layer = PackedLinear(
+        *([weight.half(), bias] if bits == 16 else [quantize(weight)[0], bias, quantize(weight)[1]])
+    )
     rows = torch.randn(30, 192) * torch.logspace(-4, 4, 30)[:, None]
     alone = torch.cat([layer(row[None]) for row in rows])
     torch.testing.assert_close(layer(rows), alone, rtol=1e-6, atol=0)
@@ -87,8 +89,16 @@ def test_no_sum_overflows():
     )
     for instructions in ("", "AVX2"):
         run = [sys.executable, "-c", script, str(ROOT)]
-        done = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | {"FBGEMM_ENABLE_INSTRUCTIONS": instructions})
-        assert [float(v) for v in re.findall(r"-?[\d.]+", done.stdout)] == pytest.approx([32512, 0, -32512, 0], rel=1e-6), instructions
+        done = subprocess.run(
+            run,
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"FBGEMM_ENABLE_INSTRUCTIONS": instructions},
+        )
+        assert [float(v) for v in re.findall(r"-?[\d.]+", done.stdout)] == pytest.approx(
+            [32512, 0, -32512, 0], rel=1e-6
+        ), instructions
 
 
 def test_embedding_and_output_projection_are_quantised_once():
@@ -106,7 +116,9 @@ def test_packed_models(tiny, precision, most):
     """Logits of the bundled model, several rows of a batch and alone; generated boxes stay."""
     model, tokenizer = tiny
     packed, _ = load_checkpoint(TINY, precision)
-    prompts = [tokenizer.encode_prompt(p) for p in ("<grounding>An image of", "<grounding><phrase> a star</phrase>")]
+    prompts = [
+        tokenizer.encode_prompt(p) for p in ("<grounding>An image of", "<grounding><phrase> a star</phrase>")
+    ]
     pixels = torch.stack([preprocess_image(Scene.random(seed).draw(), 112) for seed in (1, 2)])
     tokens, image_mask, pad_mask = pad_left(prompts)
     with torch.inference_mode():
@@ -122,7 +134,13 @@ def test_packed_models_need_no_special_mode():
     """Nothing of a packed model asks for gradients, so it runs without torch.no_grad()."""
     model, tokenizer = load_checkpoint(TINY, "int8")
     ids, mask = tokenizer.encode_prompt("An image of")
-    logits, loss = model(torch.tensor([ids]), torch.randn(1, 3, 112, 112), None, torch.tensor([mask]), labels=torch.tensor([ids]))
+    logits, loss = model(
+        torch.tensor([ids]),
+        torch.randn(1, 3, 112, 112),
+        None,
+        torch.tensor([mask]),
+        labels=torch.tensor([ids]),
+    )
     assert torch.isfinite(logits).all() and not loss.requires_grad
 
 
@@ -146,7 +164,11 @@ def test_parts_of_a_batch(precision, monkeypatch):
     """Computed a row at a time or all together, padded rows and rows with a past included: the same."""
     model, tokenizer = load_checkpoint(TINY, precision)
     pixels = torch.stack([preprocess_image(Scene.random(seed).draw(), 112) for seed in (1, 2, 3)])
-    texts = ("<grounding>An image of", "<grounding><phrase> a star</phrase>", "Question: How many shapes are there? Answer:")
+    texts = (
+        "<grounding>An image of",
+        "<grounding><phrase> a star</phrase>",
+        "Question: How many shapes are there? Answer:",
+    )
     tokens, image_mask, pad_mask = pad_left([tokenizer.encode_prompt(text) for text in texts])
     head, head_mask = tokenizer.encode_prompt("")
     questions, _, question_pads = pad_left([(tokenizer.encode(text, add_bos=False), []) for text in texts])
@@ -154,8 +176,14 @@ def test_parts_of_a_batch(precision, monkeypatch):
     def results():
         embeds = model.encode_image(pixels)
         whole = model.generate(tokens, None, embeds, image_mask, pad_mask, max_new_tokens=20)
-        past = model.start(torch.tensor([head]), pixels[:1], image_mask=torch.tensor([head_mask]), max_new_tokens=0)
-        return embeds, whole, model.start(questions, pad_mask=question_pads, past=past, max_new_tokens=20).finish()
+        past = model.start(
+            torch.tensor([head]), pixels[:1], image_mask=torch.tensor([head_mask]), max_new_tokens=0
+        )
+        return (
+            embeds,
+            whole,
+            model.start(questions, pad_mask=question_pads, past=past, max_new_tokens=20).finish(),
+        )
 
     with torch.inference_mode():
         together = results()
@@ -164,7 +192,9 @@ def test_parts_of_a_batch(precision, monkeypatch):
     torch.testing.assert_close(together[0], apart[0], rtol=1e-3, atol=1e-2 if precision == "int8" else 1e-4)
     assert together[1:] == apart[1:]
     for one, other in zip(together[1] + together[2], apart[1] + apart[2], strict=True):
-        assert one.probabilities == pytest.approx(other.probabilities, abs=0.02 if precision == "int8" else 1e-4)
+        assert one.probabilities == pytest.approx(
+            other.probabilities, abs=0.02 if precision == "int8" else 1e-4
+        )
 
 
 def test_packed_attention_is_one_product(tiny):
@@ -175,5 +205,7 @@ def test_packed_attention_is_one_product(tiny):
             assert (module.qkv_proj is None) == (name == "resampler.x_attn"), name
     x = torch.randn(2, 5, 192)
     with torch.inference_mode():
-        for wanted, found in zip(*(m.decoder.layers[0].attn.project(x, None) for m in (tiny[0], packed)), strict=True):
+        for wanted, found in zip(
+            *(m.decoder.layers[0].attn.project(x, None) for m in (tiny[0], packed)), strict=True
+        ):
             assert error(found, wanted) < 0.02

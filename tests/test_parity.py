@@ -55,7 +55,10 @@ def difference(ours, theirs) -> float:
 
 def first_difference(reference, model, run_reference, run_ours) -> str:
     """The first layer whose outputs differ, found with hooks on both models."""
-    pairs = {"vision.post_layernorm": "vision_model.model.post_layernorm", "resampler": "image_to_text_projection"}
+    pairs = {
+        "vision.post_layernorm": "vision_model.model.post_layernorm",
+        "resampler": "image_to_text_projection",
+    }
     for i in range(model.config.vision.layers):
         pairs[f"vision.layers.{i}"] = f"vision_model.model.encoder.layers.{i}"
     for i in range(model.config.text.layers):
@@ -66,13 +69,17 @@ def first_difference(reference, model, run_reference, run_ours) -> str:
         for module in (model.get_submodule(ours), reference.get_submodule(theirs)):
             hooks.append(
                 module.register_forward_hook(
-                    lambda m, args, out, at=ours: outputs[at].append(out[0] if isinstance(out, tuple) else out)
+                    lambda m, args, out, at=ours: outputs[at].append(
+                        out[0] if isinstance(out, tuple) else out
+                    )
                 )
             )
     run_reference(), run_ours()
     for hook in hooks:
         hook.remove()
-    order = sorted(pairs, key=lambda n: (["vision", "resampler", "decoder"].index(n.split(".")[0]), "post" in n, n))
+    order = sorted(
+        pairs, key=lambda n: (["vision", "resampler", "decoder"].index(n.split(".")[0]), "post" in n, n)
+    )
     bad = [name for name in order if difference(outputs[name][-1], outputs[name][0]) > 2e-5]
     return f"first layer that differs: {bad[0] if bad else 'none, so what follows the last layer'}"
 
@@ -84,7 +91,9 @@ def test_image_embeddings_logits_and_loss(both):
 
     @torch.no_grad()
     def theirs():
-        return reference(pixel_values=pixels, input_ids=tokens, image_embeds_position_mask=image_mask.long(), labels=labels)
+        return reference(
+            pixel_values=pixels, input_ids=tokens, image_embeds_position_mask=image_mask.long(), labels=labels
+        )
 
     @torch.no_grad()
     def ours():
@@ -160,7 +169,13 @@ def test_left_padded_rows_decode_as_they_do_alone(both):
         with torch.no_grad():
             wanted = reference(**alone).logits[0]
         assert difference(logits[row, real], wanted) < 2e-5
-        theirs = reference.generate(**alone, attention_mask=real[None, real].long(), do_sample=False, max_new_tokens=16, suppress_tokens=[PAD])
+        theirs = reference.generate(
+            **alone,
+            attention_mask=real[None, real].long(),
+            do_sample=False,
+            max_new_tokens=16,
+            suppress_tokens=[PAD],
+        )
         theirs = theirs[0, int(real.sum()) :].tolist()
         assert new[row] == (theirs[: theirs.index(EOS) + 1] if EOS in theirs else theirs)
 
@@ -179,7 +194,11 @@ def test_the_bundled_model():
     model, tokenizer = load_checkpoint(TINY)
     assert reference.dtype == torch.float32
     pixels = preprocess_image(Image.open(TINY / "scene.png"), model.config.vision.image_size)[None]
-    for prompt in ["<grounding>An image of", "<grounding>Describe this image in detail:", "Question: How many shapes are there? Answer:"]:
+    for prompt in [
+        "<grounding>An image of",
+        "<grounding>Describe this image in detail:",
+        "Question: How many shapes are there? Answer:",
+    ]:
         tokens, image_mask, _ = prompt_batch(tokenizer, [prompt])
         theirs = reference.generate(
             pixel_values=pixels, input_ids=tokens, image_embeds_position_mask=image_mask.long(),
@@ -195,6 +214,9 @@ def test_pixels():
 
     processor = CLIPImageProcessorPil(size={"height": 224, "width": 224}, do_center_crop=False)
     gradient = Image.radial_gradient("L").resize((301, 97))
-    for picture in (gradient, Image.merge("RGB", [gradient, gradient.rotate(90, expand=False), gradient.rotate(180)])):
+    for picture in (
+        gradient,
+        Image.merge("RGB", [gradient, gradient.rotate(90, expand=False), gradient.rotate(180)]),
+    ):
         theirs = processor(picture, return_tensors="pt").pixel_values[0]
         assert (preprocess_image(picture, 224) - theirs).abs().max() < 1e-5

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from load_weights import SENTENCEPIECE
 from tokenizer import TAGS, Tokenizer, box_to_tokens, location_token, parse, to_markdown, tokens_to_box
 
-settings.register_profile("kosmos2", max_examples=10_000 if os.environ.get("KOSMOS2_THOROUGH") else 200, deadline=None)
+settings.register_profile(
+    "kosmos2", max_examples=10_000 if os.environ.get("KOSMOS2_THOROUGH") else 200, deadline=None
+)
 settings.load_profile("kosmos2")
 
 TOKENIZER = Tokenizer(TINY / SENTENCEPIECE, 4)
@@ -90,5 +92,7 @@ def test_markup_is_whole_under_any_logits(length, seed):
         ids.append(int(torch.multinomial(allowed, 1, generator=generator)))
     text = TOKENIZER.decode(ids)
     boxes = [box for entity in parse(text)[1] for box in entity.boxes]
-    assert text.count("<object>") == text.count("</object>") and text.count("<phrase>") == text.count("</phrase>")
+    assert text.count("<object>") == text.count("</object>") and text.count("<phrase>") == text.count(
+        "</phrase>"
+    )
     assert 2 * len(boxes) == sum(TOKENIZER.location_index(i) is not None for i in ids)

@@ -57,7 +57,13 @@ def bad_pictures() -> dict[str, bytes]:
     bomb = io.BytesIO()
     Image.new("1", (20000, 20000)).save(bomb, "PNG")  # 400 million pixels in 50 KB
     png = SCENE.read_bytes()
-    return {"empty.png": b"", "text.png": b"dear diary", "truncated.png": png[: len(png) // 2], "cut.gif": whole[:300], "bomb.png": bomb.getvalue()}
+    return {
+        "empty.png": b"",
+        "text.png": b"dear diary",
+        "truncated.png": png[: len(png) // 2],
+        "cut.gif": whole[:300],
+        "bomb.png": bomb.getvalue(),
+    }
 
 
 def test_pictures(capsys, tmp_path):
@@ -89,7 +95,12 @@ def test_the_first_frame_of_an_animation(tmp_path):
 
 
 def run_process(*arguments, **options):
-    return subprocess.Popen([sys.executable, ROOT / "sample.py", *map(str, arguments)], stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, ROOT / "sample.py", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
@@ -150,7 +161,9 @@ def test_killed_while_captioning_a_folder(capsys, tmp_path):
     status, _, err = run(capsys, *ask, "--resume")
     assert status == 0, err
     lines = results.read_text().splitlines()
-    assert lines[:done] == before and [Path(json.loads(line)["image"]).stem for line in lines] == [f"{i:02}" for i in range(24)]
+    assert lines[:done] == before and [Path(json.loads(line)["image"]).stem for line in lines] == [
+        f"{i:02}" for i in range(24)
+    ]
 
 
 def test_memory_stays_flat(capsys, tmp_path):
@@ -182,7 +195,11 @@ def test_mutated_headers(tmp_path):
     """A damaged safetensors file loads or is refused; it never crashes and takes no more memory than it has."""
     import resource
 
-    small = replace(SMALL, vision=replace(SMALL.vision, layers=1, width=5), text=replace(SMALL.text, layers=1, width=6, mlp_width=4))
+    small = replace(
+        SMALL,
+        vision=replace(SMALL.vision, layers=1, width=5),
+        text=replace(SMALL.text, layers=1, width=6, mlp_width=4),
+    )
     model = rough(Kosmos2(small), seed=4)
     save_checkpoint(model, TINY / SENTENCEPIECE, tmp_path)
     file = tmp_path / "model.safetensors"
@@ -216,18 +233,26 @@ def mutated(header: bytes, rest: bytes, rng: random.Random) -> bytes:
             changed[rng.randrange(len(changed))] = rng.randrange(256)
         header = bytes(changed)
     elif kind == 1:  # the header's length is a lie
-        length = rng.choice([0, 1, len(header) - 1, len(header) + 1, 2**31, 2**63, 2**64 - 1, rng.randrange(2**20)])
+        length = rng.choice(
+            [0, 1, len(header) - 1, len(header) + 1, 2**31, 2**63, 2**64 - 1, rng.randrange(2**20)]
+        )
     elif kind == 2:  # the file ends early, or goes on
         rest = rest[: rng.randrange(len(rest))] if rng.random() < 0.7 else rest + b"x" * rng.randint(1, 9)
     else:  # a number or a type in an entry is another
         entries = json.loads(header)
         name = rng.choice([n for n in entries if n != "__metadata__"])
         if kind == 3:
-            entries[name]["shape"] = [rng.choice([0, 1, -1, 2**40, 2**62, n + 1, n]) for n in entries[name]["shape"]]
+            entries[name]["shape"] = [
+                rng.choice([0, 1, -1, 2**40, 2**62, n + 1, n]) for n in entries[name]["shape"]
+            ]
         elif kind == 4:
-            entries[name]["data_offsets"] = [rng.choice([0, o, o + 4, 2**50, -4]) for o in entries[name]["data_offsets"]]
+            entries[name]["data_offsets"] = [
+                rng.choice([0, o, o + 4, 2**50, -4]) for o in entries[name]["data_offsets"]
+            ]
         else:
-            entries[rng.choice([name, name + "x", "", "a\nb"])] = entries.pop(name) | {"dtype": rng.choice(["F32", "F16", "I64", "F99", "", None])}
+            entries[rng.choice([name, name + "x", "", "a\nb"])] = entries.pop(name) | {
+                "dtype": rng.choice(["F32", "F16", "I64", "F99", "", None])
+            }
         header = json.dumps(entries).encode()
     return (len(header) if length is None else length).to_bytes(8, "little") + header + rest
 
@@ -236,7 +261,13 @@ def test_another_models_checkpoint(tmp_path):
     """Recognised by its config, or by its tensors where it has none."""
     from safetensors.torch import save_file
 
-    save_file({"vision_model.embeddings.class_embedding": torch.zeros(3), "text_model.final_layer_norm.bias": torch.zeros(3)}, tmp_path / "model.safetensors")
+    save_file(
+        {
+            "vision_model.embeddings.class_embedding": torch.zeros(3),
+            "text_model.final_layer_norm.bias": torch.zeros(3),
+        },
+        tmp_path / "model.safetensors",
+    )
     with pytest.raises(ValueError, match="not Kosmos-2"):
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))

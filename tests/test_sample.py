@@ -63,17 +63,33 @@ def test_text_alone(capsys):
 
 def test_an_example_says_what_is_asked(capsys, tmp_path):
     """Two pictures in one prompt: the same box is described as the box of the first picture was."""
-    Scene((Shape("heart", "green", (0.7, 0.3), 0.35),), (204, 204, 204), 1).draw().resize((300, 200)).save("first.png")
+    Scene((Shape("heart", "green", (0.7, 0.3), 0.35),), (204, 204, 204), 1).draw().resize((300, 200)).save(
+        "first.png"
+    )
     Scene((Shape("star", "red", (0.4, 0.5), 0.35),), (204, 204, 204), 2).draw().save("second.png")
     said = {}
     for words in ("green.", "a heart."):
-        arguments = ["--task", "context", "--text", words, "--box", "158,25,263,95", "--box", "0.225,0.325,0.575,0.675"]
+        arguments = [
+            "--task",
+            "context",
+            "--text",
+            words,
+            "--box",
+            "158,25,263,95",
+            "--box",
+            "0.225,0.325,0.575,0.675",
+        ]
         status, said[words], err = run(capsys, "first.png", "second.png", *arguments)
         assert status == 0, err
     assert said == {"green.": "red.\n", "a heart.": "a star.\n"}
     status, out, _ = run(capsys, "first.png", "second.png", "--task", "context", "--text", "heart.", "--json")
     row = json.loads(out)
-    assert status == 0 and row["image"] == "second.png" and row["prompt"] == "<image> heart.<image>" and row["text"] == "star."
+    assert (
+        status == 0
+        and row["image"] == "second.png"
+        and row["prompt"] == "<image> heart.<image>"
+        and row["text"] == "star."
+    )
     assert run(capsys, "first.png", "--task", "context", "--text", "heart.")[0] == 1
 
 
@@ -83,10 +99,25 @@ def test_results_and_resume(capsys, tmp_path):
     folder.mkdir()
     for i in range(5):
         Image.open(SCENE).rotate(90 * i).save(folder / f"{i}.png")
-    ask = [folder, "--task", "answer", "--text", "What color is the star?", "--text", "How many shapes are there?", "--batch-size", 2]
+    ask = [
+        folder,
+        "--task",
+        "answer",
+        "--text",
+        "What color is the star?",
+        "--text",
+        "How many shapes are there?",
+        "--batch-size",
+        2,
+    ]
     status, out, _ = run(capsys, *ask, "--results", whole)
     rows = [json.loads(line) for line in whole.read_text().splitlines()]
-    assert status == 0 and out == "" and len(rows) == 10 and [Path(r["image"]).stem for r in rows[::2]] == list("01234")
+    assert (
+        status == 0
+        and out == ""
+        and len(rows) == 10
+        and [Path(r["image"]).stem for r in rows[::2]] == list("01234")
+    )
     for keep in (0, 3, 1500, len(whole.read_bytes()) - 1):
         cut.write_bytes(whole.read_bytes()[:keep])
         assert run(capsys, *ask, "--results", cut)[0] == 1  # would overwrite it
@@ -108,12 +139,17 @@ def test_processes_share_the_pictures(capsys, tmp_path, monkeypatch):
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert run(capsys, folder, "--results", results)[0] == 0
-    found = [[json.loads(line)["image"] for line in (tmp_path / f"out.{rank}.jsonl").read_text().splitlines()] for rank in (0, 1)]
+    found = [
+        [json.loads(line)["image"] for line in (tmp_path / f"out.{rank}.jsonl").read_text().splitlines()]
+        for rank in (0, 1)
+    ]
     assert [[Path(name).stem for name in part] for part in found] == [["0", "2", "4"], ["1", "3"]]
     Image.open(SCENE).save(folder / "5.png")
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name)
-    (tmp_path / "out.backup.jsonl").write_text('{"image": "5.png", "prompt": "of another run"}\n')  # not a rank's
+    (tmp_path / "out.backup.jsonl").write_text(
+        '{"image": "5.png", "prompt": "of another run"}\n'
+    )  # not a rank's
     assert run(capsys, folder, "--results", results, "--resume")[0] == 0
     assert [Path(json.loads(line)["image"]).stem for line in results.read_text().splitlines()] == ["5"]
 
@@ -198,7 +234,9 @@ def test_interrupted(capsys, monkeypatch):
 
 def test_the_reader_leaves_early():
     command = f'"{sys.executable}" "{ROOT / "sample.py"}" "{SCENE}" "{SCENE}" --json | head -c 1'
-    done = subprocess.run(["bash", "-c", command + '; exit "${PIPESTATUS[0]}"'], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", command + '; exit "${PIPESTATUS[0]}"'], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "Traceback" not in done.stderr
 
 
@@ -228,12 +266,16 @@ def test_many_questions_read_the_picture_once(capsys, monkeypatch):
 
 
 def test_top_boxes_and_scores(capsys):
-    status, out, err = run(capsys, SCENE, "--task", "ground", "--text", "the star", "--top-boxes", "4", "--json")
+    status, out, err = run(
+        capsys, SCENE, "--task", "ground", "--text", "the star", "--top-boxes", "4", "--json"
+    )
     assert status == 0, err
     entity = json.loads(out)["entities"][0]
     assert entity["phrase"] == "the star" and entity["scores"] == sorted(entity["scores"], reverse=True)
     assert 1 <= len(entity["boxes"]) == len(entity["scores"]) <= 4
-    status, out, _ = run(capsys, SCENE, "--task", "refer", "--text", "the star", "--top-boxes", "2", "--scores")
+    status, out, _ = run(
+        capsys, SCENE, "--task", "refer", "--text", "the star", "--top-boxes", "2", "--scores"
+    )
     assert status == 0 and out.startswith("the star\n  ") and os.listdir() == ["scene.boxes.png"]
     _, out, _ = run(capsys, SCENE, "--json")
     assert all(0 < score <= 1 for e in json.loads(out)["entities"] for score in e["scores"])
@@ -254,9 +296,17 @@ def test_pictures_of_every_kind(tmp_path):
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     clear.save(tmp_path / "clear.png")
     assert script.open_picture(tmp_path / "clear.png").getpixel((1, 1)) == (255, 255, 255)
-    Image.fromarray((torch.arange(16).reshape(4, 4) * 4096).to(torch.uint16).numpy()).save(tmp_path / "deep.png")
+    Image.fromarray((torch.arange(16).reshape(4, 4) * 4096).to(torch.uint16).numpy()).save(
+        tmp_path / "deep.png"
+    )
     assert script.open_picture(tmp_path / "deep.png").getpixel((0, 2)) == (128, 128, 128)
-    for mode, name in (("L", "grey.png"), ("CMYK", "print.jpg"), ("P", "palette.gif"), ("1", "bits.tif"), ("LA", "la.png")):
+    for mode, name in (
+        ("L", "grey.png"),
+        ("CMYK", "print.jpg"),
+        ("P", "palette.gif"),
+        ("1", "bits.tif"),
+        ("LA", "la.png"),
+    ):
         base.convert(mode).save(tmp_path / name)
         picture = script.open_picture(tmp_path / name)
         assert picture.mode == "RGB" and picture.size == (60, 40)
@@ -274,7 +324,10 @@ def test_labels_stay_inside(size, monkeypatch):
         return original(self, at, text, *args, **kwargs)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", spy)
-    entities = [Entity("a snowman in a very long red scarf " * 3, (0, 9), [(0.9, 0.0, 1.0, 0.1)]), Entity("x", (9, 10), [(0, 0, 1, 1)])]
+    entities = [
+        Entity("a snowman in a very long red scarf " * 3, (0, 9), [(0.9, 0.0, 1.0, 0.1)]),
+        Entity("x", (9, 10), [(0, 0, 1, 1)]),
+    ]
     answer = {"text": "a snowman in a very long red scarf", "entities": entities}
     out = script.draw_answers(Image.new("RGB", size), [answer, answer], with_scores=True)
     assert out.size[0] >= size[0] and drawn

@@ -44,7 +44,11 @@ def test_scenes_are_what_their_records_say():
 
 def test_pictures_show_the_shapes_where_the_boxes_are():
     """Inside its outline a shape has its colour; the background has not."""
-    scene = Scene((Shape("square", "red", (0.3, 0.4), 0.3), Shape("heart", "blue", (0.75, 0.7), 0.3)), (204, 204, 204), 1)
+    scene = Scene(
+        (Shape("square", "red", (0.3, 0.4), 0.3), Shape("heart", "blue", (0.75, 0.7), 0.3)),
+        (204, 204, 204),
+        1,
+    )
     picture = scene.draw(200)
     for shape in scene.shapes:
         pixel = picture.getpixel(tuple(round(c * 200) for c in shape.center))
@@ -52,18 +56,37 @@ def test_pictures_show_the_shapes_where_the_boxes_are():
         x1, y1, x2, y2 = shape.box
         assert max(x2 - x1, y2 - y1) == pytest.approx(shape.size)
     assert sum(abs(c - 204) for c in picture.getpixel((5, 195))) < 80
-    assert len({Scene((Shape(s, "red", (0.5, 0.5), 0.4),), (204, 204, 204), 1).draw(64).tobytes() for s in SHAPES}) == 8
+    assert (
+        len(
+            {
+                Scene((Shape(s, "red", (0.5, 0.5), 0.4),), (204, 204, 204), 1).draw(64).tobytes()
+                for s in SHAPES
+            }
+        )
+        == 8
+    )
 
 
 def test_the_rule_based_reader():
-    star, heart, circle = Shape("star", "red", (0.2, 0.2), 0.2), Shape("heart", "red", (0.8, 0.25), 0.35), Shape("circle", "blue", (0.5, 0.8), 0.2)
+    star, heart, circle = (
+        Shape("star", "red", (0.2, 0.2), 0.2),
+        Shape("heart", "red", (0.8, 0.25), 0.35),
+        Shape("circle", "blue", (0.5, 0.8), 0.2),
+    )
     scene = Scene((star, circle, heart), (204, 204, 204), 0)
     assert resolve("the star", scene) == resolve("the small red star.", scene) == [star]
     assert resolve("the red shape right of the star", scene) == [heart]
     assert resolve("the circle below the red heart", scene) == [circle]
-    assert resolve("the two red shapes", scene) == [star, heart] and resolve("the three red shapes", scene) is None
+    assert (
+        resolve("the two red shapes", scene) == [star, heart]
+        and resolve("the three red shapes", scene) is None
+    )
     assert resolve("the shape below the red heart", scene) is None  # is the star? too close to say
-    assert resolve("the dog", scene) is None and resolve("red", scene) is None and resolve("the star left of", scene) is None
+    assert (
+        resolve("the dog", scene) is None
+        and resolve("red", scene) is None
+        and resolve("the star left of", scene) is None
+    )
     assert names(star, scene) == ["the star", "the red star", "the small red star"]
     assert all(resolve(name, scene) == [circle] for name in relations(circle, scene, random.Random(0)))
 
@@ -81,7 +104,11 @@ def test_the_right_answer_scores():
 
 
 def test_captions_are_counted():
-    assert named("two red circles, a large blue star and an orange moon") == {"red circle": 2, "blue star": 1, "orange moon": 1}
+    assert named("two red circles, a large blue star and an orange moon") == {
+        "red circle": 2,
+        "blue star": 1,
+        "orange moon": 1,
+    }
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -97,15 +124,24 @@ def test_texts_in_one_row_do_not_see_each_other(source):
     with torch.no_grad():
         losses = Losses(model)(**collate(rows))
         for row in rows:
-            tokens, image_mask, targets, texts = map(torch.tensor, (row.tokens, row.image_mask, row.targets, row.texts))
+            tokens, image_mask, targets, texts = map(
+                torch.tensor, (row.tokens, row.image_mask, row.targets, row.texts)
+            )
             seconds = iter(row.pixels[1:])
             for number in texts[texts != 0].unique_consecutive():
                 mine, P = texts == number, 0 if number == ALONE else row.prefix
                 pixels = [row.pixels[0]] * bool(P) + ([next(seconds)] if image_mask[mine].any() else [])
                 mask = torch.cat([image_mask[:P], image_mask[mine]])[None]
-                logits = model(torch.cat([tokens[:P], tokens[mine]])[None], torch.stack(pixels) if P else None, None, mask)[0, P:]
+                logits = model(
+                    torch.cat([tokens[:P], tokens[mine]])[None],
+                    torch.stack(pixels) if P else None,
+                    None,
+                    mask,
+                )[0, P:]
                 asked = targets[mine] != -100
-                alone.append(torch.nn.functional.cross_entropy(logits[asked], targets[mine][asked], reduction="none"))
+                alone.append(
+                    torch.nn.functional.cross_entropy(logits[asked], targets[mine][asked], reduction="none")
+                )
     torch.testing.assert_close(losses, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
@@ -168,10 +204,16 @@ def test_two_processes_train_like_one(tmp_path, small_folder):
 
 def test_only_the_chosen_part_is_trained(tmp_path, small, small_folder):
     data = write_grit(tmp_path / "data")
-    done = run_training(tmp_path / "run", 2, "--checkpoint", small_folder, "--data", data, "--train", "resampler")
+    done = run_training(
+        tmp_path / "run", 2, "--checkpoint", small_folder, "--data", data, "--train", "resampler"
+    )
     assert done.returncode == 0, done.stderr
     trained = load_checkpoint(tmp_path / "run")[0].state_dict()
-    moved = {name.split(".")[0] for name, tensor in small.state_dict().items() if not torch.equal(tensor, trained[name])}
+    moved = {
+        name.split(".")[0]
+        for name, tensor in small.state_dict().items()
+        if not torch.equal(tensor, trained[name])
+    }
     assert moved == {"resampler"}
 
 
@@ -199,10 +241,14 @@ def test_training_resumes_where_it_was(tmp_path):
     )
     (tmp_path / "cut").mkdir()
     shutil.copy(TINY / SENTENCEPIECE, tmp_path / "cut")
-    subprocess.run([sys.executable, "-c", script, str(TINY), str(tmp_path / "cut")], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", script, str(TINY), str(tmp_path / "cut")], check=True, capture_output=True
+    )
     resumed = run_training(tmp_path / "cut", 4)
     assert resumed.returncode == 0 and "resuming" in resumed.stderr and "at step 2" in resumed.stderr
-    start, a, b = (flat(load_file(tmp_path / name / "model.safetensors")) for name in ("start", "whole", "cut"))
+    start, a, b = (
+        flat(load_file(tmp_path / name / "model.safetensors")) for name in ("start", "whole", "cut")
+    )
     # Rounding alone turns single weights of a young Adam around; another order of data or a lost optimizer
     # state turns the whole direction.
     assert torch.cosine_similarity(a - start, b - start, dim=0) > 0.98
@@ -214,7 +260,20 @@ def test_training_killed_at_any_moment(tmp_path):
     folder, steps = tmp_path / "run", [0]
     folder.mkdir()
     shutil.copy(TINY / SENTENCEPIECE, folder)
-    command = [sys.executable, TINY / "train.py", "--out", folder, "--steps", "100000", "--batch", "2", "--save-every", "1", "--length", "60"]
+    command = [
+        sys.executable,
+        TINY / "train.py",
+        "--out",
+        folder,
+        "--steps",
+        "100000",
+        "--batch",
+        "2",
+        "--save-every",
+        "1",
+        "--length",
+        "60",
+    ]
     for delay in (0.0, 0.43):
         process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
         while (saved := saved_step(folder)) <= steps[-1]:
@@ -242,14 +301,18 @@ def flat(state) -> torch.Tensor:
 
 
 def test_size_and_files():
-    files = [TINY / name for name in ("config.json", "model.safetensors", "sentencepiece.bpe.model", "scene.png")]
+    files = [
+        TINY / name for name in ("config.json", "model.safetensors", "sentencepiece.bpe.model", "scene.png")
+    ]
     assert all(f.is_file() for f in files) and sum(f.stat().st_size for f in files) < 20e6
 
 
 def test_it_sees(tiny):
     """A sample of what tiny/evaluate.py measures on 500 scenes; the bounds leave room for a sample of 60."""
     model, tokenizer = tiny
-    found = evaluate(model, tokenizer, 60, HELD_OUT + 10_000, 4, only={"caption", "ground", "refer relation", "count"})
+    found = evaluate(
+        model, tokenizer, 60, HELD_OUT + 10_000, 4, only={"caption", "ground", "refer relation", "count"}
+    )
     assert found["ground"][0] > 0.8 and found["caption"][0] > 0.9 and found["count"][0] > 0.8
 
 
@@ -264,6 +327,8 @@ def test_it_does_not_answer_blindly(tiny):
 
 def test_evaluate_counts_what_is_there():
     blind = Kosmos2(replace(SMALL, vision=replace(SMALL.vision, image_size=28))).eval()
-    found = evaluate(blind, Tokenizer(TINY / "sentencepiece.bpe.model", 5), 2, HELD_OUT, only={"caption", "ground"})
+    found = evaluate(
+        blind, Tokenizer(TINY / "sentencepiece.bpe.model", 5), 2, HELD_OUT, only={"caption", "ground"}
+    )
     assert {task: share for task, (share, _) in found.items()} == {"caption": 0.0, "ground": 0.0}
     assert (ROOT / "tiny").samefile(TINY)

@@ -50,7 +50,13 @@ def test_boxes_and_tokens():
 
 def test_encoding_undoes_decoding():
     """On all 278,784 pairs of cells of which the first is not right of or below the second."""
-    pairs = [(y1 * 32 + x1, y2 * 32 + x2) for y1 in range(32) for y2 in range(y1, 32) for x1 in range(32) for x2 in range(x1, 32)]
+    pairs = [
+        (y1 * 32 + x1, y2 * 32 + x2)
+        for y1 in range(32)
+        for y2 in range(y1, 32)
+        for x1 in range(32)
+        for x2 in range(x1, 32)
+    ]
     assert len(pairs) == 278_784
     assert all(box_to_tokens(tokens_to_box(*pair)) == pair for pair in pairs)
 
@@ -113,7 +119,12 @@ def test_a_prompt_with_a_picture(official, tokenizer):
 
 @pytest.mark.parametrize(
     ("prompt", "images", "words"),
-    [("<image> a", 2, "for each"), ("<image><image>", 1, "for each"), ("a", 2, "for each"), ("<image>a</image>", 1, "added")],
+    [
+        ("<image> a", 2, "for each"),
+        ("<image><image>", 1, "for each"),
+        ("a", 2, "for each"),
+        ("<image>a</image>", 1, "added"),
+    ],
 )
 def test_pictures_and_places_must_match(tokenizer, prompt, images, words):
     with pytest.raises(ValueError, match=words):
@@ -164,8 +175,13 @@ def test_training_ids_are_what_a_model_emits(tokenizer):
 
 def test_decoding_drops_pictures_and_control_tokens_only(tokenizer):
     special = tokenizer.special
-    assert tokenizer.decode([0, 1, special["<phrase>"], 2, 3, special["<mask>"], special["</object>"]]) == "<phrase></object>"
-    assert tokenizer.decode([special["<image>"], 5, 6]).startswith("<image>")  # not a picture: text of the model
+    assert (
+        tokenizer.decode([0, 1, special["<phrase>"], 2, 3, special["<mask>"], special["</object>"]])
+        == "<phrase></object>"
+    )
+    assert tokenizer.decode([special["<image>"], 5, 6]).startswith(
+        "<image>"
+    )  # not a picture: text of the model
     assert tokenizer.decode([]) == ""
     with pytest.raises(ValueError, match="outside"):
         tokenizer.decode([10**6])
@@ -179,7 +195,13 @@ def test_equal_to_the_official_tokenizer(official):
 
 def test_unicode_is_normalised_as_the_vocabulary_was_trained(official):
     """NFKC, which transformers 5.23 loses: it takes these characters for unknown."""
-    for written, meant in (("ＡＢＣ １２", "ABC 12"), ("wait…", "wait..."), ("cafe\u0301", "café"), ("x²", "x2"), ("ﬁne", "fine")):
+    for written, meant in (
+        ("ＡＢＣ １２", "ABC 12"),
+        ("wait…", "wait..."),
+        ("cafe\u0301", "café"),
+        ("x²", "x2"),
+        ("ﬁne", "fine"),
+    ):
         assert official.encode(written) == official.encode(meant) and 3 not in official.encode(written)
 
 
@@ -219,7 +241,9 @@ def test_equal_to_the_published_parsing():
             boxes = []
             for _ in range(rng.randint(1, 3)):
                 x1, y1 = rng.randrange(32), rng.randrange(32)
-                boxes.append(f"<patch_index_{y1 * 32 + x1:04d}><patch_index_{rng.randrange(y1, 32) * 32 + rng.randrange(x1, 32):04d}>")
+                boxes.append(
+                    f"<patch_index_{y1 * 32 + x1:04d}><patch_index_{rng.randrange(y1, 32) * 32 + rng.randrange(x1, 32):04d}>"
+                )
             words = rng.choice([" a snowman", "a fire ", " two  cats", "é 你好"])
             tail = rng.choice([" and", ".", ", ", "", "  then "])
             phrase = rng.choice([f"<phrase>{words}</phrase>", words])
@@ -236,13 +260,25 @@ def test_equal_to_the_published_parsing():
     ("text", "caption", "boxes"),
     [
         ("a < b and c > d", "a < b and c > d", []),  # a "<" that begins no tag is text
-        ("<phrase> x < y</phrase><object><patch_index_0000><patch_index_0033></object>", "x < y", [[tokens_to_box(0, 33)]]),
-        ("<phrase> a</phrase><object><patch_index_0863><patch_index_0044></object>", "a", [[tokens_to_box(44, 863)]]),
+        (
+            "<phrase> x < y</phrase><object><patch_index_0000><patch_index_0033></object>",
+            "x < y",
+            [[tokens_to_box(0, 33)]],
+        ),
+        (
+            "<phrase> a</phrase><object><patch_index_0863><patch_index_0044></object>",
+            "a",
+            [[tokens_to_box(44, 863)]],
+        ),
         ("<phrase> a</phrase><object><patch_index_0000><patch_index_9999></object>", "a", []),
         ("<phrase> a</phrase><object><patch_index_0000></object> b", "a b", []),
         ("<phrase> a</phrase><object><patch_index_0000><patch_index_0033>", "a", []),
         ("</phrase></object><phrase><object>", "", []),
-        ("<phrase> a</phrase> <object><patch_index_0000><patch_index_0033></object>", "a", [[tokens_to_box(0, 33)]]),
+        (
+            "<phrase> a</phrase> <object><patch_index_0000><patch_index_0033></object>",
+            "a",
+            [[tokens_to_box(0, 33)]],
+        ),
     ],
 )
 def test_what_is_not_well_formed(text, caption, boxes):
@@ -280,6 +316,11 @@ def test_grit_records():
     )
     assert grit_to_text(record, min_score=1.0) == record["caption"]
     assert grit_to_text(record, key="noun_chunks").count("<phrase>") == 1
-    for broken in ({}, {"caption": "a"}, {"caption": "a", "ref_exps": [[1]]}, {"caption": "a", "ref_exps": [[0, 9, 0, 0, 1, 1, 1]]}):
+    for broken in (
+        {},
+        {"caption": "a"},
+        {"caption": "a", "ref_exps": [[1]]},
+        {"caption": "a", "ref_exps": [[0, 9, 0, 0, 1, 1, 1]]},
+    ):
         with pytest.raises(ValueError):
             grit_to_text(broken)

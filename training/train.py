@@ -1,20 +1,21 @@
-"""Train a Kosmos-2: the small one that comes with this repository from nothing, or any one on GRIT data.
+"""Train a Kosmos-2: the bundled model from scratch, or any checkpoint on GRIT data.
 
-    python tiny/train.py --out runs/tiny              from nothing, on scenes; about an hour on two cores
-    python tiny/train.py --out runs/short --steps 50  a minute, to see it move
-    python tiny/train.py --out runs/mine --checkpoint WEIGHTS --data grit.jsonl --train resampler --lr 1e-4
-    torchrun --nproc-per-node 8 tiny/train.py ...     the same on many processes
+    python training/train.py --out runs/tiny              from scratch, on scenes; about four hours on two cores
+    python training/train.py --out runs/short --steps 50  a minute, to see that it works
+    python training/train.py --out runs/mine --checkpoint WEIGHTS --data grit.jsonl --train resampler --lr 1e-4
+    torchrun --nproc-per-node 8 training/train.py ...     the same on many processes
 
-Writes checkpoint.pt (what a run resumes from), and at the end the model in the published layout, log.jsonl
-and loss.png. Everything about the data follows from the step number: a resumed run sees what the
-uninterrupted one would have seen, and so do any number of processes together.
+Writes checkpoint.pt (a run resumes from it) and at the end the model in the published layout,
+log.jsonl and loss.png. The data of a step follows from its number: a resumed run sees the same
+data, on any number of processes.
 
-What makes so small a model learn to see in an hour, each found by measuring:
-- `init_weights`: features of the ViT have length one, so the resampler's `dense` starts near std 1, or
-  the picture drowns in the latents; the ViT starts with real positions; location tokens start as smooth
-  functions of their place, so that a near miss is already nearly right.
-- Rows of one picture and many texts (data.py): encoding a picture costs as much as reading several texts.
+What makes so small a model learn to see in a few hours (each one measured):
+- `init_weights`: ViT features have unit length, so the resampler's `dense` starts near std 1, or the latents drown
+  the image; the ViT starts with 2-D sinusoids as position embeddings; location tokens start as
+  smooth functions of their position, so a near miss is already nearly right.
+- Rows of one image and many texts (data.py): encoding an image costs as much as several texts.
 - Muon for the matrices inside the blocks (`make_optimizers`).
+- Easy scenes first (data.py).
 """
 
 import argparse
@@ -30,8 +31,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-# A batch's number of targets differs from step to step. oneDNN would keep the kernels it makes for a thousand
-# such shapes, and several GB of scratch memory with them.
+# The number of targets differs from batch to batch. oneDNN would cache kernels for a thousand such
+# shapes, with several GB of scratch memory.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import torch
@@ -40,20 +41,22 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 
 from data import Grit, Scenes, Steps  # noqa: E402
 from evaluate import HELD_OUT, evaluate  # noqa: E402
 from scenes import Scene, tasks  # noqa: E402
 
 from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig  # noqa: E402
-from load_weights import SENTENCEPIECE, load_checkpoint, save_checkpoint  # noqa: E402
-from tokenizer import GRID, Tokenizer, plain  # noqa: E402
+from load_weights import SENTENCEPIECE, load_checkpoint, replacing, save_checkpoint  # noqa: E402
+from tokenizer import GRID, Tokenizer, strip_tags  # noqa: E402
 
 CONFIG = Kosmos2Config(
-    vision=VisionConfig(image_size=112, patch_size=14, width=192, layers=4, heads=3, mlp_width=768),
-    text=TextConfig(vocab_size=1, width=192, layers=4, heads=3, mlp_width=768, max_positions=2048, no_repeat_ngram_size=0),
+    vision=VisionConfig(image_size=140, patch_size=14, width=192, layers=6, heads=3, mlp_width=768),
+    text=TextConfig(
+        vocab_size=1, width=192, layers=4, heads=3, mlp_width=768, max_positions=2048, no_repeat_ngram_size=0
+    ),
     latent_query_num=32,
 )
 PARTS = ["vision", "resampler", "decoder"]
@@ -65,19 +68,20 @@ PARTS = ["vision", "resampler", "decoder"]
 
 
 def train_vocabulary(model_file: Path, scenes: int = 5000) -> None:
-    """A sentencepiece model of the texts about some scenes; every printable ASCII character is in it."""
+    """Train a sentencepiece model on texts about scenes; it covers every printable ASCII
+    character."""
     import sentencepiece
 
     texts = []
     for seed in range(scenes):
         for example in tasks(Scene.random(seed), random.Random(seed)):
-            texts.append(plain(example.prompt + " " + example.answer))
-    # The trainer proposes as a piece what at least two different words have in common.
+            texts.append(strip_tags(example.prompt + " " + example.answer))
+    # The trainer only considers pieces that at least two different words share.
     texts += [word + end for word in sorted(set(re.findall(r"\w+", " ".join(texts)))) for end in ".,"]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_prefix=str(model_file.with_suffix("")),
-        vocab_size=320,
+        vocab_size=480,
         hard_vocab_limit=False,
         model_type="unigram",
         required_chars="".join(chr(c) for c in range(33, 127)),
@@ -93,7 +97,8 @@ def train_vocabulary(model_file: Path, scenes: int = 5000) -> None:
 
 
 def sincos_2d(rows: int, columns: int, width: int) -> torch.Tensor:
-    """(rows * columns, width): sines and cosines of both coordinates, slow to fast, each row of length one."""
+    """(rows * columns, width): sines and cosines of both coordinates, low to high frequency, each
+    row of unit length."""
     quarter = width // 4
     frequencies = math.pi * torch.logspace(0, math.log10(min(rows, columns)), quarter) / 2
     y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
@@ -104,9 +109,9 @@ def sincos_2d(rows: int, columns: int, width: int) -> torch.Tensor:
 
 @torch.no_grad()
 def init_weights(model: Kosmos2, first_location: int, seed: int = 0) -> None:
-    """Fan-in scaling everywhere, halved for the last matrix of each residual branch, and biases of zero.
+    """Fan-in scaling, halved for the last matrix of each residual branch, and zero biases.
 
-    The three exceptions are named in the module's docstring.
+    The exceptions are explained in the module docstring.
     """
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -118,6 +123,10 @@ def init_weights(model: Kosmos2, first_location: int, seed: int = 0) -> None:
         for last in (block.attn.out_proj, block.mlp.fc2):
             last.weight *= 0.5
     E, grid = model.config.vision.width, model.config.vision.grid
+    # Filters without a constant part: a plain background gives nothing, an edge stands out. A
+    # quarter keep it.
+    filters = model.vision.patch_embedding.weight  # (E, 3, patch_size, patch_size)
+    filters[E // 4 :] -= filters[E // 4 :].mean(dim=(2, 3), keepdim=True)
     model.vision.class_embedding.normal_(std=E**-0.5)
     model.resampler.dense.weight.normal_(std=1.0)
     model.resampler.latent_query.normal_(std=1.0)
@@ -132,9 +141,9 @@ def init_weights(model: Kosmos2, first_location: int, seed: int = 0) -> None:
 
 
 class Losses(nn.Module):
-    """Next-token losses of a batch of data.py, one for every target.
+    """Next-token losses of a batch from data.py, one per target.
 
-    The rows are read with a mask under which each text sees the picture (text 0) and itself.
+    The attention mask lets each text attend to the image (text 0) and to itself.
     """
 
     def __init__(self, model: Kosmos2):
@@ -145,16 +154,17 @@ class Losses(nn.Module):
         model, T = self.model, tokens.shape[1]
         x = model.embed(tokens, pixels, image_mask=image_mask)  # (B, T, D)
         same = texts[:, :, None] == texts[:, None, :]  # (B, T, T)
-        picture = (texts[:, :, None] > 0) & (texts[:, None, :] == 0)
-        mask = (same | picture) & torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
+        image = (texts[:, :, None] > 0) & (texts[:, None, :] == 0)
+        mask = (same | image) & torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
         x = model.decoder(x, positions, mask[:, None])
-        asked = targets != -100
-        logits = model.decoder.unembed(x[asked]).float()  # (targets, V): the others need none
-        return F.cross_entropy(logits, targets[asked], reduction="none")  # (targets,)
+        has_target = targets != -100
+        logits = model.decoder.unembed(x[has_target]).float()  # (targets, V)
+        return F.cross_entropy(logits, targets[has_target], reduction="none")  # (targets,)
 
 
 def recompute_activations(model: Kosmos2) -> None:
-    """Keep only every block's input for the backward pass and run the block again there: less memory, more time."""
+    """Activation checkpointing: run each block again in the backward pass, which saves memory and
+    costs time."""
     for block in [*model.vision.layers, *model.decoder.layers]:
         block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
@@ -165,19 +175,19 @@ def recompute_activations(model: Kosmos2) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then half a cosine down to a hundredth of the peak."""
+    """Linear warm-up, a constant rate, and over the last fifth of the steps a linear decay to zero.
+
+    A longer run passes through the same weights up to its own decay, so a finished run can be
+    extended: rerun it from a checkpoint before the decay with more steps.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+    return peak * min(1.0, (steps - step) / max(1.0, 0.2 * steps))
 
 
 def make_optimizers(model: Kosmos2, name: str, lr: float) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon for the matrices inside the blocks and AdamW for the rest, at one learning rate.
-
-    Muon gives all directions of a matrix's step one size. Measured on the scenes: after 500 steps the loss of
-    the location tokens is 4.2 with it and 5.0 with AdamW alone.
-    """
+    """AdamW; or Muon for the matrices inside the blocks and AdamW for the rest, at one learning
+    rate."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     inside = [p for n, p in trained if name == "muon" and ".layers." in n and p.dim() == 2]
     chosen = {id(p) for p in inside}
@@ -187,12 +197,16 @@ def make_optimizers(model: Kosmos2, name: str, lr: float) -> list[torch.optim.Op
 
 
 class Run:
-    """A training run and all that it keeps in its folder."""
+    """A training run and the files in its folder."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.folder = args, args.out
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.device = torch.device("cuda", self.rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", self.rank % torch.cuda.device_count())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model, self.tokenizer = self.open_model()
         for name, part in self.model.named_children():
@@ -215,12 +229,12 @@ class Run:
             self.resume()
 
     def open_model(self) -> tuple[Kosmos2, Tokenizer]:
-        """The checkpoint to go on from; without one the small model, with a vocabulary of its own."""
+        """The checkpoint to fine-tune; without one, the small model with a new vocabulary."""
         if self.args.checkpoint:
             return load_checkpoint(self.args.checkpoint)
         words = self.folder / SENTENCEPIECE
         if self.rank == 0 and not words.exists():
-            self.say("making the vocabulary\n")
+            self.say("training the vocabulary\n")
             train_vocabulary(words)
         if self.world > 1:
             dist.barrier()
@@ -238,20 +252,20 @@ class Run:
         self.say(f"resuming {self.folder} at step {self.step}\n")
 
     def save(self) -> None:
-        """Written beside its place, then moved there: a run that is killed here keeps the checkpoint before."""
+        """Write checkpoint.pt; a run that is killed meanwhile keeps the previous one."""
         if self.rank == 0:
             trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
             state = {
                 "step": self.step, "minutes": self.minutes, "log": self.log, "model": trained,
                 "optimizers": [o.state_dict() for o in self.optimizers],
             }  # fmt: skip
-            torch.save(state, self.folder / "checkpoint.pt.part")
-            os.replace(self.folder / "checkpoint.pt.part", self.folder / "checkpoint.pt")
+            with replacing(self.folder / "checkpoint.pt") as part:
+                torch.save(state, part)
 
     def train_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """One update from all micro-batches of all processes; returns the mean losses.
 
-        The gradient is that of the mean over all targets of the step, wherever they were computed.
+        The gradient is that of the mean loss over all targets of the step.
         """
         lr = learning_rate(self.step, self.args.steps, self.args.lr)
         for optimizer in self.optimizers:
@@ -267,7 +281,9 @@ class Run:
                 (losses.sum() * self.world / count).backward()  # the processes' gradients are averaged
             targets = batch["targets"][batch["targets"] != -100]
             place, losses = targets >= self.tokenizer.first_location, losses.detach()
-            sums += torch.stack([losses[place].sum(), place.sum(), losses[~place].sum(), (~place).sum()]).cpu()
+            sums += torch.stack(
+                [losses[place].sum(), place.sum(), losses[~place].sum(), (~place).sum()]
+            ).cpu()
         torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -291,7 +307,7 @@ class Run:
 
     def train(self) -> None:
         args = self.args
-        last_step = max(args.steps, self.step)  # nothing is left to do where an earlier run went further
+        last_step = max(args.steps, self.step)
         steps = Steps(self.source, self.step, last_step, args.batch, args.accumulate, self.rank, self.world)
         loader = torch.utils.data.DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=8)
         recent, clock = [], time.perf_counter()
@@ -324,7 +340,7 @@ class Run:
         self.say(f"\r[{bar}] {self.step}/{self.args.steps}  loss: {shown}  {left:.0f} min left ")
 
     def finish(self) -> None:
-        """The model in the published layout, the log, and its curves as a picture."""
+        """Write the model in the published layout, the log and its plot."""
         if self.rank == 0:
             save_checkpoint(self.model, self.tokenizer.model_file, self.folder)
             with open(self.folder / "log.jsonl", "w", encoding="utf-8") as lines:
@@ -334,7 +350,7 @@ class Run:
 
 
 def draw_curves(log: list[dict], path: Path) -> None:
-    """Loss of words and locations, and accuracy of some tasks, over the steps; needs matplotlib."""
+    """Plot the losses and the accuracy of some tasks over the steps; needs matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -349,11 +365,11 @@ def draw_curves(log: list[dict], path: Path) -> None:
         left.plot([r["step"] for r in rows], [r[name] for r in rows], color=color, label=name)
     left.set(title="Loss per token", xlabel="step", ylabel="cross-entropy, nats", yscale="log")
     rows = [row for row in log if "accuracy" in row]
-    shown = ["ground", "ground several", "refer relation", "caption", "describe box", "color", "count"]
+    shown = ["ground", "ground several", "refer relation", "caption", "describe box", "kind", "count"]
     for task in shown:
         points = [(r["step"], r["accuracy"][task]) for r in rows if task in r["accuracy"]]
         right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=task)
-    right.set(title="Hits on held-out scenes", xlabel="step", ylim=(0, 1.02))
+    right.set(title="Accuracy on held-out scenes", xlabel="step", ylim=(0, 1.02))
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.lines:
@@ -363,22 +379,41 @@ def draw_curves(log: list[dict], path: Path) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=HERE.parent / "runs" / "tiny", help="folder of the run")
-    p.add_argument("--checkpoint", help="go on from these weights (all that load_weights.py reads)")
-    p.add_argument("--data", type=Path, metavar="JSONL", help="GRIT-format records; without it the scenes")
-    p.add_argument("--train", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"what to train, of {', '.join(PARTS)} (default: all)")
-    p.add_argument("--steps", type=int, default=5500)
-    p.add_argument("--batch", type=int, default=32, help="pictures a step, over all processes")
-    p.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute a step's batch in N parts")
-    p.add_argument("--length", type=int, default=224, help="tokens a row of scenes is filled up to")
-    p.add_argument("--lr", type=float, default=2e-3, help="at its peak")
+    p.add_argument("--out", type=Path, default=ROOT / "runs" / "tiny", help="folder of the run")
+    p.add_argument("--checkpoint", help="fine-tune these weights (anything that load_weights.py reads)")
+    p.add_argument("--data", type=Path, metavar="JSONL", help="GRIT-format records (default: scenes)")
+    p.add_argument(
+        "--train",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        metavar="PART",
+        help=f"what to train, of {', '.join(PARTS)} (default: all)",
+    )
+    p.add_argument("--steps", type=int, default=10_000)
+    p.add_argument("--batch", type=int, default=32, help="images per step, over all processes")
+    p.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="compute the batch of a step in N parts"
+    )
+    p.add_argument("--length", type=int, default=256, help="tokens per row of scenes")
+    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     p.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
     p.add_argument("--fp32", action="store_true", help="compute in float32 instead of bfloat16 autocast")
-    p.add_argument("--recompute", action="store_true", help="save memory: recompute activations in the backward pass")
-    p.add_argument("--seed", type=int, default=0, choices=range(10), help="of the weights and of the data's order")
+    p.add_argument(
+        "--recompute", action="store_true", help="activation checkpointing: saves memory, costs time"
+    )
+    p.add_argument(
+        "--seed", type=int, default=0, choices=range(10), help="of the weights and the order of the data"
+    )
     p.add_argument("--log-every", type=int, default=20, metavar="STEPS")
-    p.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="accuracy is measured every fourth time")
-    p.add_argument("--scenes", type=int, default=60, help="held-out scenes to measure on while training")
+    p.add_argument(
+        "--save-every",
+        type=int,
+        default=250,
+        metavar="STEPS",
+        help="every fourth time, accuracy is measured, too",
+    )
+    p.add_argument("--scenes", type=int, default=40, help="held-out scenes to measure on while training")
     return p.parse_args()
 
 
@@ -390,7 +425,7 @@ def main() -> int:
         run = Run(args)
         run.train()
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped; rerun the same command to resume from the last checkpoint", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
         print(f"train: {error}", file=sys.stderr)

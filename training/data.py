@@ -1,0 +1,382 @@
+"""Training data: images and texts about them, turned into rows of tokens with the answers marked.
+
+A row is `<s> <image> slots </image>` followed by one or more texts. Each text attends to the image
+and to itself, and its positions continue from the image as if it were the only text, so one encoded
+image can teach many sentences. A text may contain a second image. `Scenes` makes rows from the
+small world of scenes.py, `Grit` from a GRIT-format file.
+"""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from scenes import Example, Scene, tasks
+
+from kosmos2 import EOS, FIRST_POSITION, PAD, Kosmos2Config, open_image, preprocess_image
+from tokenizer import GRID, Box, Tokenizer, boxes_to_text
+
+# How many examples of each task a scene contributes at most; a fraction is the chance of one more.
+MIXTURE = {
+    "caption": 1, "detail": 0.8, "plain caption": 0.3, "plain detail": 0.2,
+    "ground": 1.5, "ground several": 2, "ground absent": 0.4, "refer": 2, "refer relation": 2, "describe box": 2,
+    "color": 0.5, "kind": 0.6, "where": 0.5, "relation": 0.5, "count": 0.7, "yes or no": 0.7,
+    "color grounded": 0.5, "kind grounded": 0.6, "where grounded": 0.5, "relation grounded": 0.8,
+    "count grounded": 0.7, "yes or no grounded": 0.7, "color of box": 0.5, "kind in box": 1,
+    "example of a box": 0.3, "text alone": 0.2,
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------
+# Captions with boxes to ids, as in the original training
+# ----------------------------------------------------------------------------------------------------
+
+MIN_SCORE = 0.65  # boxes with a lower score are dropped, as in the original training
+TOLERANCE = 0.01  # boxes may extend beyond the image by this much
+
+
+class Span(NamedTuple):
+    """A part of a caption and its boxes."""
+
+    start: int
+    end: int
+    boxes: list[Box]
+
+
+def read_spans(record: dict, key: str = "ref_exps", counts: Counter | None = None) -> list[Span]:
+    """The phrases of a GRIT record, in order, as the original data loader selects them.
+
+    record: "caption", and "ref_exps" or "noun_chunks" as lists of [start, end, x1, y1, x2, y2,
+    score], with start and end in characters of the caption and the box in 0..1. Boxes scored below
+    MIN_SCORE are dropped; nested expressions are dropped; several boxes of one expression are
+    listed together. `counts` counts what becomes of the boxes.
+
+    Differs from the original loader, which also crops the image to a square and maps boxes
+    accordingly, and which trains on half of the captions without their boxes: here images are
+    squashed, as in inference, and all boxes are used. ValueError for a record of another form and
+    for boxes that are reversed, in pixels or otherwise not in 0..1.
+    """
+    caption = record.get("caption")
+    rows = record.get(key, record.get("noun_chunks"))
+    if not isinstance(caption, str) or not isinstance(rows, list):
+        raise ValueError(f"not a GRIT record: expected a caption and {key}")
+    spans: dict[tuple[int, int], list[Box]] = {}
+    for row in rows:
+        start, end, box, score = read_row(row, caption)
+        kept = score >= MIN_SCORE
+        if counts is not None:
+            counts["kept" if kept else f"scored below {MIN_SCORE}"] += 1
+        if kept:
+            spans.setdefault((start, end), []).append(box)
+    outer = []
+    for start, end in sorted(spans):
+        inside = any(other != (start, end) and other[0] <= start and end <= other[1] for other in spans)
+        overlaps = bool(outer) and start < outer[-1].end
+        if inside or overlaps:
+            if counts is not None:
+                counts["kept"] -= len(spans[start, end])
+                counts["in a nested or overlapping expression"] += len(spans[start, end])
+        else:
+            outer.append(Span(start, end, spans[start, end]))
+    return outer
+
+
+def read_row(row, caption: str) -> tuple[int, int, Box, float]:
+    """One [start, end, x1, y1, x2, y2, score] of a record, checked; ValueError says what is wrong
+    with it."""
+    try:
+        start, end, x1, y1, x2, y2, score = (float(value) for value in row)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected [start, end, x1, y1, x2, y2, score], got {row!r}") from None
+    if not 0 <= start < end <= len(caption):
+        raise ValueError(
+            f"span {row[0]}:{row[1]} is outside of the caption, which has {len(caption)} characters"
+        )
+    box = (x1, y1, x2, y2)
+    if not all(-TOLERANCE <= value <= 1 + TOLERANCE for value in box):
+        raise ValueError(
+            f"box {box}: expected x1, y1, x2, y2 in 0..1; divide pixels by the size of the image"
+        )
+    clipped = tuple(min(max(value, 0.0), 1.0) for value in box)
+    if not (clipped[0] < clipped[2] and clipped[1] < clipped[3]):
+        raise ValueError(f"box {box}: expected x1 < x2 and y1 < y2 (corners, not x, y, width, height)")
+    return int(start), int(end), clipped, score
+
+
+def encode_record(tokenizer: Tokenizer, record: dict) -> list[int]:
+    """A GRIT record -> the ids that the original data loader makes of it, without <s> and </s>.
+
+    The caption is tokenized once, as a whole. A phrase begins and ends after as many pieces as the
+    text up to there has by itself, so it consists of whole pieces: in "a 50% sale" the span "a 50"
+    takes the piece "50%". Tags that stand literally in the caption are ordinary text.
+    """
+    spans = read_spans(record)
+    caption = record["caption"]
+    tags = []
+    for span in spans:
+        first, end = span_pieces(tokenizer, caption, span)
+        objects = boxes_to_text(span.boxes, tokenizer.grid, training=True)
+        tags.append((first, "<phrase>"))
+        tags.append((end, f"</phrase>{objects}"))
+    ids = insert_tags(tokenizer, caption, tags)
+    return [tokenizer.special_ids["<grounding>"], *ids] if spans else ids
+
+
+def span_pieces(tokenizer: Tokenizer, caption: str, span: Span) -> tuple[int, int]:
+    """The range of pieces of a span, counted as the original data loader does."""
+    before = tokenizer.encode_words(caption[: span.start])
+    through = tokenizer.encode_words(caption[: span.end])
+    first = len(before)
+    while first > 0 and before[:first] != through[:first]:
+        first -= 1  # the span begins inside a piece (the original gives up if more than one piece differs)
+    return first, len(through)
+
+
+def insert_tags(tokenizer: Tokenizer, caption: str, tags: list[tuple[int, str]]) -> list[int]:
+    """The ids of a caption with each tag inserted after so many of its pieces; tags must be in
+    order."""
+    pieces = tokenizer.encode_words(caption)
+    ids: list[int] = []
+    done = 0
+    for count, tag in tags:
+        ids += pieces[done:count] + tokenizer.encode(tag, add_bos=False)
+        done = max(done, min(count, len(pieces)))
+    return ids + pieces[done:]
+
+
+def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tagged text -> the ids a model emits for it, without <s> and </s>.
+
+    Unlike in prompts (`Tokenizer.encode`), the words are tokenized as one text: "</object>." ends
+    in the plain period.
+    """
+    caption = ""
+    tags = []
+    for part in tokenizer.special_pattern.split(text):
+        if part in tokenizer.special_ids:
+            tags.append((len(tokenizer.encode_words(caption)), part))
+        else:
+            caption += part
+    return insert_tags(tokenizer, caption, tags)
+
+
+def grit_to_text(record: dict, key: str = "ref_exps", grid: int = GRID) -> str:
+    """A GRIT record -> tagged text, to look at. Without any box, the caption as it is, without
+    <grounding>."""
+    spans = read_spans(record, key)
+    caption = record["caption"]
+    text = "<grounding>" if spans else ""
+    done = 0
+    for span in spans:
+        # The space in front of a phrase belongs inside its tags: its first piece includes it.
+        opening = span.start - 1 if span.start > done and caption[span.start - 1] == " " else span.start
+        objects = boxes_to_text(span.boxes, grid, training=True)
+        text += f"{caption[done:opening]}<phrase>{caption[opening : span.end]}</phrase>{objects}"
+        done = span.end
+    return text + caption[done:]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Rows
+# ----------------------------------------------------------------------------------------------------
+
+# A row numbers its texts: 0 is the image, 1, 2, ... are texts about it.
+ALONE, PADDING = -1, -2  # a text without an image; positions that fill up a row
+
+
+class Row:
+    """One row of a batch: tokens, position ids, text numbers and targets.
+
+    targets[t] is the token that position t should predict, or -100 for no loss.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, pixels: torch.Tensor):
+        self.pixels = [pixels]
+        self.tokens, self.image_mask = tokenizer.encode_prompt("", 1)
+        self.prefix = len(self.tokens)
+        self.positions = list(range(self.prefix))
+        self.texts = [0] * self.prefix
+        self.targets = [-100] * self.prefix
+
+    def add(self, prompt: list[int], answer: list[int], number: int, image_mask=(), pixels=()) -> None:
+        """Add a text about the image (or ALONE); only the answer carries loss.
+
+        image_mask and pixels are those of further images in the prompt.
+        """
+        text = prompt + answer
+        first = 0 if number == ALONE else self.prefix
+        self.pixels += pixels
+        self.tokens += text
+        self.image_mask += [*image_mask] + [False] * (len(text) - len(image_mask))
+        self.positions += range(first, first + len(text))
+        self.texts += [number] * len(text)
+        if prompt:
+            self.targets += [-100] * (len(prompt) - 1) + answer + [-100]
+        else:  # </image> predicts the first token
+            self.targets[self.prefix - 1] = answer[0]
+            self.targets += [*answer[1:], -100]
+
+
+def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
+    """Rows -> a batch, padded to the longest. Padding is masked and carries no loss."""
+    T = max(len(row.tokens) for row in rows)
+
+    def stack(name: str, fill) -> torch.Tensor:
+        return torch.tensor([getattr(row, name) + [fill] * (T - len(row.tokens)) for row in rows])
+
+    return {
+        "pixels": torch.stack([pixels for row in rows for pixels in row.pixels]),
+        "image_mask": stack("image_mask", False),
+        "tokens": stack("tokens", PAD),
+        "positions": stack("positions", 0) + FIRST_POSITION,
+        "texts": stack("texts", PADDING),
+        "targets": stack("targets", -100),
+    }
+
+
+EASY_ROWS = 48_000  # at the start of a run, a share of easy scenes falls from 1 to 0 over this many rows
+
+
+class Scenes:
+    """Row n: the scene of seed first + n, with as many texts as fit into `length` tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, config: Kosmos2Config, length: int, first: int):
+        self.tokenizer = tokenizer
+        self.image_size = config.vision.image_size
+        self.length = length
+        self.first = first
+
+    def row(self, n: int) -> Row:
+        rng = random.Random(self.first + n)
+        easy = rng.random() * EASY_ROWS > n
+        scene = Scene.random(self.first + n, easy=easy)
+        row = Row(self.tokenizer, preprocess_image(scene.draw(), self.image_size))
+        for number, example in enumerate(choose(tasks(scene, rng), rng), start=1):
+            prompt, image_mask = encode_example(self.tokenizer, example)
+            if not example.alone:
+                prompt, image_mask = prompt[row.prefix :], image_mask[row.prefix :]
+            answer = [*encode_answer(self.tokenizer, example.answer), EOS]
+            if len(row.tokens) + len(prompt) + len(answer) <= self.length:
+                pixels = []
+                if example.second is not None:
+                    pixels = [preprocess_image(example.second.draw(), self.image_size)]
+                row.add(prompt, answer, ALONE if example.alone else number, image_mask, pixels)
+        return row
+
+
+def encode_example(tokenizer: Tokenizer, example: Example) -> tuple[list[int], list[bool]]:
+    """The prompt of an example, with the image in front, as (ids, image_mask)."""
+    if example.alone:
+        return tokenizer.encode_prompt(example.prompt, 0)
+    return tokenizer.encode_prompt(f"<image>{example.prompt}", 1 if example.second is None else 2)
+
+
+def choose(examples: list[Example], rng: random.Random) -> list[Example]:
+    """A random choice of the examples of a scene, in the proportions of MIXTURE."""
+    rng.shuffle(examples)
+    room = {task: int(most) + (rng.random() < most % 1) for task, most in MIXTURE.items()}
+    chosen = []
+    for example in examples:
+        if room[example.task] > 0:
+            room[example.task] -= 1
+            chosen.append(example)
+    return chosen
+
+
+class Grit:
+    """Row n of an endless, reshuffled reading of a GRIT-format file.
+
+    The file has one JSON record per line: "image" (a path, relative to the file), "caption",
+    "noun_chunks", "ref_exps". As in the original training, all tokens of the text carry loss and
+    the text follows the image directly. Everything is checked at the start: ValueError names the
+    line of a bad record or of an image that is missing or unreadable.
+    """
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, config: Kosmos2Config, seed: int):
+        self.tokenizer, self.config, self.seed = tokenizer, config, seed
+        self.records: list[tuple[Path, list[int]]] = []
+        self.counts: Counter = Counter()  # what became of the boxes
+        room = config.text.max_positions - config.latent_query_num - 4  # <s>, <image>, </image>, </s>
+        for number, line in enumerate(read_lines(path), start=1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError(f"expected a JSON object, got {type(record).__name__}")
+                read_spans(record, counts=self.counts)
+                ids = encode_record(tokenizer, record)
+                if len(ids) > room:
+                    raise ValueError(f"the text has {len(ids)} tokens; there is room for {room}")
+                image = path.parent / record["image"]
+                check_image(image)
+            except KeyError as error:
+                raise ValueError(f"{path}, line {number}: no {error} in the record") from None
+            except (ValueError, TypeError, FileNotFoundError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            self.records.append((image, ids))
+        if not self.records:
+            raise ValueError(f"{path} has no records")
+        self.epoch, self.order = -1, []
+
+    def row(self, n: int) -> Row:
+        epoch, at = divmod(n, len(self.records))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, list(range(len(self.records)))
+            random.Random(f"{self.seed} {epoch}").shuffle(self.order)
+        path, ids = self.records[self.order[at]]
+        row = Row(self.tokenizer, preprocess_image(open_image(path), self.config.vision.image_size))
+        row.add([], [*ids, EOS], 1)
+        return row
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a JSONL file that are not empty; ValueError for files of other kinds."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no training data at {path}")
+    content = path.read_bytes()
+    if content.startswith(b"PAR1"):
+        raise ValueError(f"{path} is a parquet file; convert it to JSON lines first")
+    try:
+        return content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); expected one JSON record per line") from None
+
+
+def check_image(path: Path) -> None:
+    """Raise unless this is an image that Pillow can read. (Reads its header only: a large data set
+    has millions.)"""
+    if not path.is_file():
+        raise FileNotFoundError(f"no image at {path}")
+    try:
+        with Image.open(path):
+            pass
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise ValueError(f"cannot read image {path} ({error})") from None
+
+
+class Steps(torch.utils.data.Dataset):
+    """Item i: the micro-batches of one process for the i-th step from `first` on.
+
+    A step's rows are the same however many processes and micro-batches share them.
+    """
+
+    def __init__(
+        self, source, first: int, last: int, batch: int, accumulate: int = 1, rank: int = 0, world: int = 1
+    ):
+        if batch % (accumulate * world):
+            raise ValueError(
+                f"a batch of {batch} does not divide into {world} processes x {accumulate} parts"
+            )
+        self.source, self.first, self.last, self.batch = source, first, last, batch
+        self.accumulate, self.rank, self.world = accumulate, rank, world
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, i: int) -> list[dict[str, torch.Tensor]]:
+        start = (self.first + i) * self.batch
+        rows = [self.source.row(n) for n in range(start + self.rank, start + self.batch, self.world)]
+        size = len(rows) // self.accumulate
+        return [collate(rows[at : at + size]) for at in range(0, len(rows), size)]

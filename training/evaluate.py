@@ -1,0 +1,388 @@
+"""Score a model on scenes it never saw, task by task, with the metrics of the paper.
+
+    python training/evaluate.py [--checkpoint tiny] [--scenes 500] [--most 5] [--calibration PNG]
+    python training/evaluate.py --precision int8          compare fp32 with a lower precision
+
+| task                      | a hit is                                                                       |
+|---------------------------|--------------------------------------------------------------------------------|
+| grounding, referring      | the first box of the phrase has IoU >= 0.5 with the right one (paper, 4.1)     |
+| ranked boxes              | the right box is among the k most probable boxes of the phrase, by IoU 0.5     |
+| several boxes             | a thing that some box of the phrase overlaps with IoU >= 0.5                   |
+| grounded captions         | a thing that a phrase names and links to a box with IoU >= 0.5                 |
+| plain captions            | a thing that the caption names                                                 |
+| box to words              | an expression by which a rule-based reader picks the same thing                |
+| questions, in context     | the right answer, letter by letter                                             |
+| text alone                | an ending that makes the beginning a caption that some scene could have        |
+"""
+
+import argparse
+import random
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "training")]
+
+from data import encode_example  # noqa: E402
+from scenes import Example, Scene, Thing, is_caption, listed, read_words, resolve, tasks  # noqa: E402
+
+from kosmos2 import Generated, Kosmos2, finish, pad_left, preprocess_images, rank_boxes  # noqa: E402
+from load_weights import load_checkpoint  # noqa: E402
+from tokenizer import Box, Entity, Tokenizer, box_to_tokens, geometric_mean, iou, parse, tokens_to_box  # noqa: E402
+
+HELD_OUT = 1_000_000_000  # scenes from this seed on are never trained on
+
+# The rows of the table: their titles, and the tasks of scenes.py they are made of.
+TABLE = {
+    "grounded caption: things named and boxed": ["caption"],
+    "detailed caption: things named and boxed": ["detail"],
+    "plain caption: things named": ["plain caption", "plain detail"],
+    "phrase grounding, accuracy at IoU 0.5": ["ground"],
+    "phrase grounding, several boxes": ["ground several"],
+    "referring expression comprehension, by looks": ["refer"],
+    "referring expression comprehension, by relation": ["refer relation"],
+    "referring expression generation": ["describe box"],
+    "questions: color": ["color"],
+    "questions: kind": ["kind"],
+    "questions: count": ["count"],
+    "questions: yes or no": ["yes or no"],
+    "questions: where": ["where"],
+    "questions: relation": ["relation"],
+    "questions about a box": ["color of box", "kind in box"],
+    "in context: about a box, as shown with another image": ["example of a box"],
+    "text alone: captions finished without an image": ["text alone"],
+    "grounded questions: answer and boxes": [
+        f"{task} grounded" for task in ("color", "kind", "count", "yes or no", "where", "relation")
+    ],
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------
+# Scoring one answer
+# ----------------------------------------------------------------------------------------------------
+
+
+def name_of(phrase: str) -> tuple[str, int] | None:
+    """The name and number of the things a phrase of a caption stands for: "two red cups" -> ("red
+    cup", 2)."""
+    understood = read_words(phrase)
+    if understood is None:
+        return None
+    number, meaning = understood
+    kind, color = meaning["kind"], meaning.get("color")
+    name = kind if color is None else f"{color} {kind}"
+    return name, 1 if number is None else number
+
+
+def named(caption: str) -> Counter:
+    """How often a caption names each thing: "two red cups" counts twice."""
+    found: Counter = Counter()
+    for phrase in listed(caption):
+        name = name_of(phrase)
+        if name is not None:
+            found[name[0]] += name[1]
+    return found
+
+
+def caption_hits(entities: list[Entity], things: tuple[Thing, ...]) -> list[float]:
+    """For each thing, whether some phrase names it and has a box on it. A box counts for one thing
+    only."""
+    boxes = defaultdict(list)
+    for entity in entities:
+        name = name_of(entity.phrase)
+        if name is not None:
+            boxes[name[0]] += entity.boxes
+    hits = []
+    for thing in things:
+        best = max(boxes[thing.name], key=lambda box: iou(box, thing.box), default=None)
+        hit = best is not None and iou(best, thing.box) >= 0.5
+        if hit:
+            boxes[thing.name].remove(best)
+        hits.append(float(hit))
+    return hits
+
+
+def found_all(boxes: list[Box], things) -> list[float]:
+    """For each thing, whether some box overlaps it with IoU >= 0.5."""
+    return [float(any(iou(box, thing.box) >= 0.5 for box in boxes)) for thing in things]
+
+
+def score(example: Example, answer: str, scene: Scene) -> list[float]:
+    """The hits (1) and misses (0) of one answer, tagged text without </s>."""
+    caption, entities = parse(answer)
+    boxes = [box for entity in entities for box in entity.boxes]
+    task = example.task
+    if task in ("caption", "detail"):
+        if not scene.things:
+            return [float(caption == parse(example.answer)[0])]
+        return caption_hits(entities, scene.things)
+    if task in ("plain caption", "plain detail"):
+        if not scene.things:
+            return [float(caption == parse(example.answer)[0])]
+        right = Counter(thing.name for thing in scene.things)
+        hits = (named(caption) & right).total()
+        return [1.0] * hits + [0.0] * (right.total() - hits)
+    if task == "ground several":
+        return found_all(boxes, example.targets)
+    if task in ("ground", "refer", "refer relation"):
+        return found_all(boxes[:1], example.targets)
+    if task == "text alone":
+        joint = "" if answer[:1] in ",." else " "  # the first word of an answer has no space before it
+        return [float(is_caption(example.prompt + joint + answer.strip()))]
+    if task == "describe box":
+        return [float(resolve(answer, scene) == list(example.targets))]
+    if task.endswith("grounded"):
+        right_words = caption == parse(example.answer)[0]
+        return [float(right_words and all(found_all(boxes, example.targets)))]
+    return [float(answer.strip() == example.answer.strip())]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Running a model
+# ----------------------------------------------------------------------------------------------------
+
+Chosen = list[tuple[Scene, Example]]  # examples, each with its scene
+
+
+@torch.inference_mode()
+def answers(model: Kosmos2, tokenizer: Tokenizer, chosen: Chosen, batch: int = 64) -> list[Generated]:
+    """The model's greedy answer to every example about its scene."""
+    results = []
+    device = next(model.parameters()).device
+    for start in range(0, len(chosen), batch):
+        part = chosen[start : start + batch]
+        images = []
+        for scene, example in part:
+            if not example.alone:
+                images.append(scene.draw())
+            if example.second is not None:
+                images.append(example.second.draw())
+        pixels = None
+        if images:
+            pixels = preprocess_images(images, model.config.vision.image_size).to(device)
+        prompts = [encode_example(tokenizer, example) for _, example in part]
+        tokens, image_mask, pad_mask = pad_left(prompts, device)
+        state = model.prefill(tokens, pixels, None, image_mask, pad_mask, max_new_tokens=120)
+        results += finish(state)
+    return results
+
+
+def choose_examples(scenes: int, first_seed: int, most: int = 5, only=None) -> Chosen:
+    """One example of every task (or of the tasks in `only`) for each of so many scenes."""
+    chosen = []
+    for seed in range(first_seed, first_seed + scenes):
+        scene = Scene.random(seed, most)
+        rng = random.Random(seed)
+        by_task = defaultdict(list)
+        for example in tasks(scene, rng):
+            by_task[example.task].append(example)
+        for task, examples in by_task.items():
+            if only is None or task in only:
+                chosen.append((scene, rng.choice(examples)))
+    return chosen
+
+
+def evaluate(
+    model, tokenizer, scenes: int, first_seed: int, most: int = 5, only=None
+) -> dict[str, tuple[float, int]]:
+    """{task: (share of hits, number of hits and misses)} over `choose_examples`."""
+    chosen = choose_examples(scenes, first_seed, most, only)
+    return accuracies(tokenizer, chosen, answers(model, tokenizer, chosen))
+
+
+def accuracies(
+    tokenizer: Tokenizer, chosen: Chosen, results: list[Generated]
+) -> dict[str, tuple[float, int]]:
+    hits = defaultdict(list)
+    for (scene, example), result in zip(chosen, results, strict=True):
+        if example.task != "ground absent":
+            hits[example.task] += score(example, tokenizer.decode(result.ids), scene)
+    return {task: (sum(h) / len(h), len(h)) for task, h in hits.items()}
+
+
+def table_rows(found: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+    """{title of TABLE: (accuracy, number)}"""
+    rows = {}
+    for title, names in TABLE.items():
+        results = [found[name] for name in names if name in found]
+        count = sum(count for _, count in results)
+        if count:
+            rows[title] = sum(share * count for share, count in results) / count, count
+    return rows
+
+
+def generated_boxes(tokenizer: Tokenizer, example: Example, result: Generated) -> list[Entity]:
+    """The entities of an answer whose boxes the model generated, with their scores."""
+    prompt = encode_example(tokenizer, example)[0]
+    _, entities = tokenizer.parse_output(prompt, result.ids, result.probabilities)
+    return [entity for entity in entities if entity.scores[0] is not None]
+
+
+def boxes_kept(
+    tokenizer, chosen: Chosen, results: list[Generated], others: list[Generated]
+) -> tuple[float, int]:
+    """The share of the boxes in `results` that a box of the same answer in `others` overlaps by IoU
+    0.9, and their number."""
+    kept = []
+    for (_, example), result, other in zip(chosen, results, others, strict=True):
+        other_boxes = [box for entity in generated_boxes(tokenizer, example, other) for box in entity.boxes]
+        for entity in generated_boxes(tokenizer, example, result):
+            for box in entity.boxes:
+                kept.append(any(iou(box, candidate) >= 0.9 for candidate in other_boxes))
+    return sum(kept) / max(len(kept), 1), len(kept)
+
+
+@torch.inference_mode()
+def ranked_accuracy(model: Kosmos2, tokenizer: Tokenizer, chosen: Chosen, counts=(1, 5)) -> dict[int, float]:
+    """{k: share of phrases for which one of the k most probable boxes has IoU >= 0.5 with the right
+    one}.
+
+    Boxes are ranked by a beam search. (R@k in the paper takes the first k boxes of one greedy
+    answer instead.)
+    """
+    hits: Counter = Counter()
+    for scene, example in chosen:
+        pixels = preprocess_images([scene.draw()], model.config.vision.image_size)
+        ids, mask = tokenizer.encode_prompt(example.prompt + "<object>")
+        state = model.prefill(torch.tensor([ids]), pixels, image_mask=torch.tensor([mask]), max_new_tokens=2)
+        ranked = rank_boxes(state, tokenizer, max(counts))
+        truth = example.targets[0].box
+        overlaps = [iou(tokens_to_box(ul, lr, tokenizer.grid), truth) for _, ul, lr in ranked]
+        for k in counts:
+            hits[k] += any(overlap >= 0.5 for overlap in overlaps[:k])
+    return {k: hits[k] / len(chosen) for k in counts}
+
+
+def first_scores(tokenizer: Tokenizer, chosen: Chosen, results: list[Generated]) -> dict[str, list[float]]:
+    """The score of the first box of every grounding answer, for phrases in the image and for absent
+    ones."""
+    scores: dict[str, list[float]] = {"ground": [], "ground absent": []}
+    for (_, example), result in zip(chosen, results, strict=True):
+        if example.task in scores:
+            locations = [
+                p
+                for i, p in zip(result.ids, result.probabilities, strict=True)
+                if tokenizer.location_index(i) is not None
+            ]
+            scores[example.task].append(geometric_mean(locations[:2]) or 0.0)
+    return scores
+
+
+# ----------------------------------------------------------------------------------------------------
+# Calibration
+# ----------------------------------------------------------------------------------------------------
+
+
+def scored_boxes(model, tokenizer, chosen: Chosen) -> list[tuple[float, float, bool]]:
+    """(score, best IoU with a right box, whether both corners are in the right cells) of every
+    generated box."""
+    found = []
+    for (scene, example), result in zip(chosen, answers(model, tokenizer, chosen), strict=True):
+        for entity in generated_boxes(tokenizer, example, result):
+            right = [thing.box for thing in example.targets]
+            if example.task == "caption":  # the things that the phrase names
+                name = name_of(entity.phrase)
+                right = [thing.box for thing in scene.things if name and thing.name == name[0]]
+            exact = [tokens_to_box(*box_to_tokens(box, training=True)) for box in right]
+            for box, box_score in zip(entity.boxes, entity.scores, strict=True):
+                best = max((iou(box, truth) for truth in right), default=0.0)
+                found.append((box_score, best, box in exact))
+    return found
+
+
+def plot_calibration(found: list[tuple[float, float, bool]], path: Path, bins: int = 10) -> None:
+    """Plot how good boxes of one score are against the score, in `bins` groups of equal size.
+
+    A score is sqrt(p(top left) p(bottom right)). If the probabilities are calibrated, a share of s²
+    of the boxes with score s has both corners in the right cells.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = torch.tensor(sorted(found)).tensor_split(bins)  # each (boxes, 3)
+    scores = [group[:, 0].mean().item() for group in groups]
+    fig, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    for label, column, least, color in (
+        ("IoU at least 0.5", 1, 0.5, "#1565c0"),
+        ("IoU at least 0.75", 1, 0.75, "#8e24aa"),
+        ("both cells right", 2, 1, "#c62828"),
+    ):
+        shares = [(group[:, column] >= least).float().mean().item() for group in groups]
+        axes.plot(scores, shares, color=color, marker="o", markersize=4, label=label)
+    line = torch.linspace(0, 1, 50)
+    axes.plot(line, line**2, color="#777777", linestyle="--", label="score²: both cells right, if calibrated")
+    axes.set(
+        title=f"{len(found):,} boxes in {bins} groups by score", xlabel="mean score", ylabel="share of boxes"
+    )
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.9), fontsize=9)
+    fig.savefig(path, dpi=110)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------------
+
+
+def print_comparison(args, tokenizer, chosen: Chosen, results: list[Generated], title: str) -> None:
+    """A table of fp32 next to another precision."""
+    others = answers(load_checkpoint(args.checkpoint, args.precision)[0], tokenizer, chosen)
+    rows = table_rows(accuracies(tokenizer, chosen, results))
+    other_rows = table_rows(accuracies(tokenizer, chosen, others))
+    print(f"| {title} | fp32 | {args.precision} | of |\n|---|---|---|---|")
+    for task, (share, count) in rows.items():
+        print(f"| {task} | {share:.3f} | {other_rows[task][0]:.3f} | {count} |")
+    same = sum(a.ids == b.ids for a, b in zip(results, others, strict=True)) / len(chosen)
+    kept, boxes = boxes_kept(tokenizer, chosen, results, others)
+    print(f"| answers with the same ids | | {same:.4f} | {len(chosen)} |")
+    print(f"| boxes that keep IoU 0.9 with those of fp32 | | {kept:.4f} | {boxes} |")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", default=str(ROOT / "tiny"))
+    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--most", type=int, default=5, choices=range(1, 6), help="things per scene, at most")
+    parser.add_argument("--precision", choices=["bf16", "fp16", "int8"], help="compare fp32 with this")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="PNG", help="plot how good boxes are by their score"
+    )
+    args = parser.parse_args()
+    model, tokenizer = load_checkpoint(args.checkpoint)
+    chosen = choose_examples(args.scenes, HELD_OUT, args.most)
+    results = answers(model, tokenizer, chosen)
+    title = f"task ({args.scenes} held-out scenes of up to {args.most} things)"
+    if args.precision:
+        print_comparison(args, tokenizer, chosen, results, title)
+        return 0
+    print(f"| {title} | accuracy | of |\n|---|---|---|")
+    for task, (share, count) in table_rows(accuracies(tokenizer, chosen, results)).items():
+        print(f"| {task} | {share:.3f} | {count} |")
+    phrases = [
+        (scene, example) for scene, example in chosen if example.task in ("ground", "refer", "refer relation")
+    ]
+    for k, share in ranked_accuracy(model, tokenizer, phrases).items():
+        print(f"| ranked boxes of a phrase: one of the first {k} is right | {share:.3f} | {len(phrases)} |")
+    for task, scores in first_scores(tokenizer, chosen, results).items():
+        low, middle, high = (torch.tensor(scores).quantile(q).item() for q in (0.1, 0.5, 0.9))
+        print(
+            f"| score of the first box, {task}: median (10% to 90%) | {middle:.2f} ({low:.2f} to {high:.2f}) | {len(scores)} |"
+        )
+    if args.calibration:
+        tasks_with_boxes = {"caption", "ground", "refer relation"}
+        chosen = choose_examples(args.scenes, HELD_OUT, args.most, tasks_with_boxes)
+        plot_calibration(scored_boxes(model, tokenizer, chosen), args.calibration)
+        print(f"wrote {args.calibration}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

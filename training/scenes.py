@@ -1,0 +1,863 @@
+"""Random images of shapes and things, and everything that can truthfully be said about them.
+
+This is the world of the bundled model: up to five things on a background. `Scene.random` makes a
+scene, `Scene.draw` paints it, `Scene.record` describes it as a GRIT record (caption, noun chunks,
+boxes), and `tasks` lists what can be asked about it in the prompts of the paper, each with its one
+correct answer. Answers follow from rules (`resolve`), so a model can be scored without a judge.
+
+    python training/scenes.py FOLDER [--count 9] [--seed 0]    write images and grit.jsonl to look at
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from things import (
+    AIRBORNE,
+    BODY,
+    BROWN,
+    DRAWINGS,
+    SHADE,
+    SHAPES,
+    UNCOLORED,
+    Color,
+    Part,
+    plural,
+)
+
+from tokenizer import PROMPTS, Box, boxes_to_text, strip_tags
+
+# Each color name covers everything between its samples.
+COLORS: dict[str, list[Color]] = {
+    "red": [(214, 48, 49), (255, 0, 0), (200, 24, 40), (232, 70, 60)],
+    "orange": [(240, 138, 36), (255, 165, 0), (255, 128, 0), (236, 120, 30)],
+    "yellow": [(247, 214, 60), (255, 255, 0), (255, 224, 30), (240, 206, 40)],
+    "green": [(46, 158, 76), (0, 128, 0), (0, 255, 0), (60, 190, 90), (20, 110, 50)],
+    "blue": [(44, 98, 204), (0, 0, 255), (30, 60, 220), (60, 130, 230)],
+    "purple": [(134, 66, 176), (128, 0, 128), (150, 60, 200), (110, 40, 150)],
+    "black": [(36, 36, 40), (0, 0, 0), (20, 20, 24)],
+    "white": [(250, 250, 250), (255, 255, 255), (240, 240, 244)],
+}
+BACKGROUNDS = {
+    "white": 16,
+    "light": 18,
+    "dark": 16,
+    "any": 10,
+    "gradient": 18,
+    "day": 10,
+    "night": 6,
+    "snow": 6,
+}  # weights
+NUMBERS = ["zero", "one", "two", "three", "four", "five"]
+SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+PLACES = [
+    ["at the top left", "at the top", "at the top right"],
+    ["on the left", "in the middle", "on the right"],
+    ["at the bottom left", "at the bottom", "at the bottom right"],
+]
+KINDS = list(DRAWINGS)
+ANYTHING = "thing"  # the word that fits every kind
+
+LARGE, SMALL = 0.30, 0.20  # sizes in between have no size word
+MARGIN = 0.10  # centers closer than this along an axis are neither left nor right, neither above nor below
+NEXT_TO = 0.15  # things side by side with a smaller gap are "next to" each other
+SECOND = 50_000_000  # from a scene's seed to the seed of the other scene in its two-image prompts
+
+
+# ----------------------------------------------------------------------------------------------------
+# Things in a scene
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawing in a scene.
+
+    center: of its box, in 0..1 of the image. size: its longer side, as a fraction of sqrt(width *
+    height) of the image. look: seed of its proportions, tilt and direction. aspect: width / height
+    of the image.
+    """
+
+    kind: str
+    color: str | None  # None for kinds with colors of their own
+    center: tuple[float, float]
+    size: float
+    look: int = 0
+    aspect: float = 1.0
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """Its polygons, in 0..1 of the image."""
+        rng = random.Random(self.look)
+        parts = DRAWINGS[self.kind](lambda value: value * rng.uniform(0.88, 1.12))
+        tilt = math.radians(rng.choice([0, rng.uniform(-12, 12)]))
+        stretch = rng.uniform(0.88, 1.14) * rng.choice([-1, 1])  # negative: mirrored
+        turned = []
+        for part in parts:
+            points = [(x * stretch, y) for x, y in part.points]
+            points = [
+                (x * math.cos(tilt) - y * math.sin(tilt), x * math.sin(tilt) + y * math.cos(tilt))
+                for x, y in points
+            ]
+            turned.append(Part(points, part.color))
+        x1, y1, x2, y2 = extent(turned)
+        scale = self.size / max(x2 - x1, y2 - y1)
+        x_scale, y_scale = scale / math.sqrt(self.aspect), scale * math.sqrt(self.aspect)
+        x_middle, y_middle = (x1 + x2) / 2, (y1 + y2) / 2
+        cx, cy = self.center
+        return [
+            Part(
+                [(cx + (x - x_middle) * x_scale, cy + (y - y_middle) * y_scale) for x, y in part.points],
+                part.color,
+            )
+            for part in turned
+        ]
+
+    @cached_property
+    def box(self) -> Box:
+        return extent(self.parts)
+
+    @property
+    def size_word(self) -> str | None:
+        if self.size >= LARGE:
+            return "large"
+        if self.size <= SMALL:
+            return "small"
+        return None
+
+    @property
+    def place(self) -> str:
+        """The ninth of the image that its center is in: "at the top left", "on the right", "in the
+        middle"."""
+        column, row = (min(int(c * 3), 2) for c in self.center)
+        return PLACES[row][column]
+
+    @property
+    def clear_place(self) -> str | None:
+        """Its place; None if its center is too close to a border between two places to say."""
+        if any(abs(c - border) < 0.03 for c in self.center for border in (1 / 3, 2 / 3)):
+            return None
+        return self.place
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.color is None else f"{self.color} {self.kind}"
+
+    def is_a(self, kind: str, color: str | None = None, size: str | None = None) -> bool:
+        return (
+            kind in (self.kind, ANYTHING) and color in (self.color, None) and size in (self.size_word, None)
+        )
+
+    def side_of(self, side: str, other: "Thing") -> bool | None:
+        """Whether it is left of (right of, above, below) another; None if too close to say."""
+        dx, dy = SIDES[side]
+        distance = dx * (self.center[0] - other.center[0]) + dy * (self.center[1] - other.center[1])
+        return None if abs(distance) < MARGIN else distance > 0
+
+
+def extent(parts: list[Part]) -> Box:
+    """The bounding box of some polygons."""
+    xs = [x for part in parts for x, _ in part.points]
+    ys = [y for part in parts for _, y in part.points]
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def random_thing(
+    rng: random.Random, others: list[Thing], background: str, aspect: float, smallest: float
+) -> Thing | None:
+    """A thing in a free place; sometimes of the kind or color of an earlier one. None if no place
+    was found."""
+    kind, color = rng.choice(KINDS), rng.choice(list(COLORS))
+    if rng.random() < 0.35:
+        kind = rng.choice(list(SHAPES))
+    if others and rng.random() < 0.35:
+        twin = rng.choice(others)
+        kind, color = rng.choice(
+            [(twin.kind, twin.color or color), (twin.kind, color), (kind, twin.color or color)]
+        )
+    gap = rng.choice([0.01, 0.01, -0.03])  # one in three may overlap its neighbors a little
+    for _ in range(40):
+        size = smallest * (0.5 / smallest) ** rng.random()
+        thing = Thing(
+            kind, None if kind in UNCOLORED else color, (0.5, 0.5), size, rng.getrandbits(30), aspect
+        )
+        x1, y1, x2, y2 = thing.box
+        half_width, half_height = (x2 - x1) / 2 + 0.01, (y2 - y1) / 2 + 0.01
+        if max(half_width, half_height) > 0.5:
+            continue
+        x, y = rng.uniform(half_width, 1 - half_width), rng.uniform(half_height, 1 - half_height)
+        if background in ("day", "night", "snow") and rng.random() < 0.8 and (y < 0.45) != (kind in AIRBORNE):
+            continue
+        thing = replace(thing, center=(x, y))
+        if not any(overlap(thing.box, other.box, gap) for other in others):
+            return thing
+    return None
+
+
+def overlap(a: Box, b: Box, gap: float) -> bool:
+    return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap
+
+
+# ----------------------------------------------------------------------------------------------------
+# Scenes
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image before it is painted: its things from left to right, its background and its aspect
+    ratio."""
+
+    things: tuple[Thing, ...]
+    background: str
+    seed: int
+    aspect: float = 1.0  # width / height
+    easy: bool = False  # without outlines and noise
+
+    @classmethod
+    def random(cls, seed: int, most: int = 5, easy: bool = False) -> "Scene":
+        """The scene of this seed, of up to `most` things; one in thirty is empty.
+
+        easy: large shapes on a plain light square, for the beginning of a training run.
+        """
+        rng = random.Random(seed)
+        background = rng.choices(list(BACKGROUNDS), list(BACKGROUNDS.values()))[0]
+        aspect = rng.choice([1.0, 2 ** rng.uniform(-1, 1)])
+        if easy:
+            background, aspect, most = "light", 1.0, min(most, 4)
+        count = 0 if rng.random() < 1 / 30 else rng.randint(1, most)
+        things: list[Thing] = []
+        for _ in range(count):
+            thing = random_thing(rng, things, background, aspect, smallest=0.25 if easy else 0.12)
+            if thing is not None:
+                things.append(thing)
+        things.sort(key=lambda thing: thing.center[0])
+        return cls(tuple(things), background, seed, aspect, easy)
+
+    def draw(self, side: int | None = None) -> Image.Image:
+        """The image; side: sqrt(width * height) in pixels, by default different from scene to
+        scene."""
+        rng = random.Random(f"{self.seed} drawing")
+        side = side or rng.randint(160, 360)
+        smooth = rng.choice([1, 2, 2])  # drawn twice as large, then reduced: antialiased
+        width = round(side * math.sqrt(self.aspect)) * smooth
+        height = round(side / math.sqrt(self.aspect)) * smooth
+        image, colors = paint_background(self.background, width, height, rng)
+        style = "flat" if self.easy else rng.choice(["flat", "flat", "outlined", "mixed"])
+        for thing in self.things:
+            outlined = style == "outlined" or (style == "mixed" and rng.random() < 0.5)
+            draw_thing(image, thing, colors, outlined, rng)
+        image = image.reduce(smooth)
+        noisy = not self.easy and rng.random() < 0.3
+        return add_noise(image, rng) if noisy else image
+
+    def find(self, kind: str, color: str | None = None, size: str | None = None) -> list[Thing]:
+        return [thing for thing in self.things if thing.is_a(kind, color, size)]
+
+    def groups(self) -> list[list[Thing]]:
+        """Things of the same name together, in the order of their leftmost."""
+        groups: dict[str, list[Thing]] = {}
+        for thing in self.things:
+            groups.setdefault(thing.name, []).append(thing)
+        return list(groups.values())
+
+    def record(self, detailed: bool = False) -> dict:
+        """The scene as a GRIT record. "things" is our own addition: the truth to check against.
+
+        Brief: "An image of a snowman next to a fire." or "An image of a red cup, a tree and two
+        blue stars." Detailed: one sentence with the place of every thing.
+        """
+        caption = "There is" if detailed else "An image of"
+        groups = [[thing] for thing in self.things] if detailed else self.groups()
+        rows: list[list] = []
+        for i, group in enumerate(groups):
+            caption += joint(groups, i, detailed)
+            start = len(caption) + 1
+            caption += " " + (described(group[0]) if detailed else counted(group))
+            rows += [[start, len(caption), *thing.box, 1.0] for thing in group]
+            if detailed:
+                caption += f" {group[0].place}"
+        if not groups:
+            caption += " nothing"
+        return {
+            "caption": caption + ".",
+            "noun_chunks": rows,
+            "ref_exps": [list(row) for row in rows],
+            "things": [{"kind": thing.kind, "color": thing.color, "box": thing.box} for thing in self.things],
+        }
+
+
+def joint(groups: list[list[Thing]], i: int, detailed: bool) -> str:
+    """The words between the things i - 1 and i of a caption. Two single things are joined by their
+    relation."""
+    if i == 0:
+        return ""
+    if i < len(groups) - 1:
+        return ","
+    if detailed or len(groups) > 2 or len(groups[0]) > 1 or len(groups[1]) > 1:
+        return " and"
+    return " " + relation(groups[0][0], groups[1][0])
+
+
+def relation(a: Thing, b: Thing) -> str:
+    """How thing a lies to thing b, which is not left of it: above, below, next to or left of it."""
+    across, down = b.center[0] - a.center[0], b.center[1] - a.center[1]
+    if abs(down) > across:
+        return "above" if down > 0 else "below"
+    return "next to" if b.box[0] - a.box[2] < NEXT_TO else "left of"
+
+
+def counted(group: list[Thing]) -> str:
+    """ "a red cup", "an apple", "two blue squares"."""
+    name = group[0].name
+    if len(group) == 1:
+        return f"{article(name)} {name}"
+    return f"{NUMBERS[len(group)]} {name.removesuffix(group[0].kind)}{plural(group[0].kind)}"
+
+
+def described(thing: Thing) -> str:
+    """ "a large red cup"."""
+    words = thing.name if thing.size_word is None else f"{thing.size_word} {thing.name}"
+    return f"{article(words)} {words}"
+
+
+def article(words: str) -> str:
+    return "an" if words[0] in "aeiou" else "a"
+
+
+# ----------------------------------------------------------------------------------------------------
+# Painting
+# ----------------------------------------------------------------------------------------------------
+
+
+def mix(a: Color, b: Color, share: float) -> Color:
+    return tuple(round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+
+
+def distance(a: Color, b: Color) -> float:
+    return math.dist(a, b)
+
+
+def random_color(rng: random.Random, low: int, high: int) -> Color:
+    return rng.randint(low, high), rng.randint(low, high), rng.randint(low, high)
+
+
+def paint_background(
+    name: str, width: int, height: int, rng: random.Random
+) -> tuple[Image.Image, list[Color]]:
+    """The empty image and the main colors in it."""
+    size = (width, height)
+    if name == "gradient":
+        low, high = rng.choice([(0, 255), (150, 255), (0, 110)])
+        colors = [random_color(rng, low, high), random_color(rng, low, high)]
+        ramp = Image.linear_gradient("L").rotate(rng.choice([0, 90, 180, 270])).resize(size)
+        return Image.composite(
+            Image.new("RGB", size, colors[0]), Image.new("RGB", size, colors[1]), ramp
+        ), colors
+    if name in ("day", "night", "snow"):
+        return paint_landscape(name, width, height, rng)
+    low, high = {"white": (250, 255), "light": (170, 255), "dark": (0, 80), "any": (0, 255)}[name]
+    color = random_color(rng, low, high)
+    if name == "white":
+        color = (255, 255, 255)
+    return Image.new("RGB", size, color), [color]
+
+
+def paint_landscape(
+    name: str, width: int, height: int, rng: random.Random
+) -> tuple[Image.Image, list[Color]]:
+    """Sky and ground; stars at night, flakes of snow."""
+    sky, ground = {
+        "day": ((150, 206, 240), rng.choice([(132, 190, 96), (226, 206, 150), (110, 160, 90)])),
+        "night": ((22, 28, 66), rng.choice([(30, 56, 44), (214, 222, 240), (44, 40, 60)])),
+        "snow": (rng.choice([(196, 212, 232), (60, 74, 116)]), (240, 244, 250)),
+    }[name]
+    sky, ground = mix(sky, random_color(rng, 0, 255), 0.08), mix(ground, random_color(rng, 0, 255), 0.08)
+    image = Image.new("RGB", (width, height), sky)
+    pen = ImageDraw.Draw(image)
+    horizon = height * rng.uniform(0.5, 0.8)
+    hill = height * rng.choice([0, 0.08])
+    pen.rectangle([0, horizon, width, height], fill=ground)
+    pen.ellipse([-width * 0.2, horizon - hill, width * 0.7, horizon + hill], fill=ground)
+    if name != "day":
+        radius = max(1, round(width / 220))
+        for _ in range(rng.randint(8, 40)):
+            x, y = rng.uniform(0, width), rng.uniform(0, height if name == "snow" else horizon)
+            pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=(250, 250, 240))
+    return image, [sky, ground]
+
+
+def draw_thing(
+    image: Image.Image, thing: Thing, background: list[Color], outlined: bool, rng: random.Random
+) -> None:
+    """Paint a thing: first the lines around all its polygons, then the polygons, so that its
+    silhouette is outlined."""
+    width, height = image.size
+    body = BROWN
+    if thing.color is not None:
+        samples = COLORS[thing.color]
+        body = mix(rng.choice(samples), rng.choice(samples), rng.random())
+    body = mix(body, random_color(rng, 0, 255), rng.uniform(0, 0.06))
+    fills = {BODY: body, SHADE: mix(body, (0, 0, 0), 0.35)}
+    if thing.color == "black":
+        fills[SHADE] = (92, 92, 98)
+    polygons = []
+    for part in thing.parts:
+        points = [(x * width, y * height) for x, y in part.points]
+        polygons.append((points, fills.get(part.color, part.color)))
+    main = fills.get(BODY) if thing.color else thing.parts[main_part(thing)].color
+    hidden = any(distance(main, color) < 75 for color in background)
+    edges = [(20, 20, 20), (250, 250, 250), mix(main, (0, 0, 0), 0.4)]
+    edge = rng.choice(edges)
+    if hidden:  # it would not show on this background
+        edge = max(edges, key=lambda color: min(distance(color, other) for other in background))
+    side = math.sqrt(width * height)
+    line = max(2, round(side * rng.uniform(0.006, 0.022)))
+    pen = ImageDraw.Draw(image)
+    if thing.kind in SHAPES and not hidden and rng.random() < 0.1:  # only its outline, in its color
+        points = polygons[0][0]
+        pen.line(
+            [*points, *points[:2]], fill=body, width=max(line, round(side * thing.size * 0.09)), joint="curve"
+        )
+        return
+    if outlined or hidden:
+        for points, _ in polygons:
+            pen.line([*points, *points[:2]], fill=edge, width=line, joint="curve")
+    for points, fill in polygons:
+        pen.polygon(points, fill=fill)
+
+
+def main_part(thing: Thing) -> int:
+    """The index of its largest polygon."""
+
+    def area(i: int) -> float:
+        x1, y1, x2, y2 = extent([thing.parts[i]])
+        return (x2 - x1) * (y2 - y1)
+
+    return max(range(len(thing.parts)), key=area)
+
+
+def add_noise(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Gaussian noise on every pixel, gray or colored."""
+    generator = np.random.default_rng(rng.getrandbits(32))
+    channels = rng.choice([1, 3])
+    noise = generator.normal(0, rng.uniform(2, 12), (image.height, image.width, channels)).astype(np.float32)
+    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Referring expressions
+# ----------------------------------------------------------------------------------------------------
+
+MEANINGS = {
+    **{word: ("kind", kind) for kind in [*KINDS, ANYTHING] for word in (kind, plural(kind))},
+    **{word: ("color", word) for word in COLORS},
+    **{word: ("size", word) for word in ("large", "small")},
+}
+
+
+def read_words(words: str) -> tuple[int | None, dict[str, str]] | None:
+    """ "two large red cups" -> (2, {"size": "large", "color": "red", "kind": "cup"}); None if it is
+    not understood."""
+    number = None
+    meaning: dict[str, str] = {}
+    for word in words.split():
+        slot, value = MEANINGS.get(word, (None, word))
+        if word in NUMBERS:
+            number = NUMBERS.index(word)
+        elif slot is not None and slot not in meaning:
+            meaning[slot] = value
+        elif word not in ("the", "a", "an"):
+            return None
+    return (number, meaning) if "kind" in meaning else None
+
+
+def resolve(expression: str, scene: Scene) -> list[Thing] | None:
+    """The things an expression fits, found by rules; None if it is not an expression or cannot be
+    decided.
+
+    "the large red cup", "a star", "the two blue squares", "the star left of the blue square".
+    """
+    words = expression.lower().strip(" .")
+    side = anchor = None
+    for name in SIDES:
+        if f" {name} " in words:
+            words, _, rest = words.partition(f" {name} ")
+            anchors = resolve(rest, scene)
+            if not anchors or len(anchors) != 1:
+                return None
+            side, anchor = name, anchors[0]
+    understood = read_words(words)
+    if understood is None:
+        return None
+    number, meaning = understood
+    found = scene.find(**meaning)
+    if anchor is not None:
+        sides = [(thing, thing.side_of(side, anchor)) for thing in found if thing is not anchor]
+        if any(answer is None for _, answer in sides):
+            return None
+        found = [thing for thing, answer in sides if answer]
+    return found if number in (None, len(found)) else None
+
+
+def names(target: Thing, scene: Scene) -> list[str]:
+    """What singles a thing out by its looks, shortest first: "the star", "the red star", "the small
+    red star"."""
+    words = [target.kind]
+    if target.color is not None:
+        words.append(target.name)
+    if target.size_word is not None:
+        words.append(f"{target.size_word} {target.name}")
+    return [f"the {w}" for w in words if resolve(f"the {w}", scene) == [target]]
+
+
+def relations(target: Thing, scene: Scene, rng: random.Random) -> Iterator[str]:
+    """What singles a thing out by its position, in random order: "the star left of the red cup"."""
+    heads = dict.fromkeys([target.kind, ANYTHING, target.name])
+    anchors = [
+        thing
+        for thing in scene.things
+        if thing is not target and len(scene.find(thing.kind, thing.color)) == 1
+    ]
+    choices = [(anchor, side, head) for anchor in anchors for side in SIDES for head in heads]
+    for anchor, side, head in rng.sample(choices, len(choices)):
+        expression = f"the {head} {side} the {anchor.name}"
+        if target.side_of(side, anchor) and resolve(expression, scene) == [target]:
+            yield expression
+
+
+def listed(caption: str) -> list[str]:
+    """The phrases of a caption: "An image of a cup and two stars." -> ["a cup", "two stars"]."""
+    caption = re.sub(r"^\s*(An image of|There is) ", "", caption.strip()).removesuffix(".")
+    parts = re.split(r", | and | next to | above | below | left of ", caption)
+    return [re.split(r" (?:at|in|on) the ", part)[0].strip() for part in parts]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Tasks
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt of the paper and its answer, both tagged text."""
+
+    task: str
+    prompt: str
+    answer: str
+    targets: tuple[Thing, ...] = ()  # the things that the boxes of the answer, or of the prompt, belong to
+    second: "Scene | None" = None  # the other image, shown where the prompt has <image>
+    alone: bool = False  # a text without an image
+
+
+def objects(things) -> str:
+    """The boxes of some things as `<object>…</object>`."""
+    return boxes_to_text([thing.box for thing in things], training=True)
+
+
+def link(phrase: str, things) -> str:
+    """`<phrase> words</phrase><object>…</object>` with the boxes of these things."""
+    return f"<phrase> {phrase}</phrase>{objects(things)}"
+
+
+def linked_caption(scene: Scene, detailed: bool = False) -> str:
+    """The caption of a scene with a link for every phrase."""
+    record = scene.record(detailed)
+    groups = [[thing] for thing in scene.things] if detailed else scene.groups()
+    spans = dict.fromkeys((row[0], row[1]) for row in record["noun_chunks"])
+    text, done = "", 0
+    for (start, end), group in zip(spans, groups, strict=True):
+        text += record["caption"][done : start - 1] + link(record["caption"][start:end], group)
+        done = end
+    return text + record["caption"][done:]
+
+
+def captions(scene: Scene) -> list[Example]:
+    """Brief and detailed, grounded and plain."""
+    brief, detailed = linked_caption(scene), linked_caption(scene, detailed=True)
+    start = PROMPTS["plain"]
+    describe = PROMPTS["detail"].removeprefix("<grounding>")
+    return [
+        Example("caption", PROMPTS["caption"], brief.removeprefix(start), scene.things),
+        Example("detail", PROMPTS["detail"], f" {detailed}", scene.things),
+        Example("plain caption", start, strip_tags(brief).removeprefix(start), scene.things),
+        Example("plain detail", describe, f" {strip_tags(detailed)}", scene.things),
+    ]
+
+
+def ground_prompt(phrase: str) -> str:
+    return PROMPTS["ground"].replace("{text}", phrase)
+
+
+def grounding(scene: Scene, rng: random.Random) -> list[Example]:
+    """A phrase in the prompt, its boxes in the answer: every group of things by the words of the
+    caption.
+
+    A phrase for nothing in the scene gets a random box: all that can be learned from it is to be
+    unsure.
+    """
+    found = []
+    for group in scene.groups():
+        phrases = [counted(group)]
+        if len(group) > 1:
+            phrases.append(f"the {counted(group)}")
+        task = "ground" if len(group) == 1 else "ground several"
+        for phrase in phrases:
+            found.append(Example(task, ground_prompt(phrase), objects(group), tuple(group)))
+    absent = random_name(rng)
+    if not resolve(absent, scene):
+        (x1, x2), (y1, y2) = sorted(rng.random() for _ in "xx"), sorted(rng.random() for _ in "yy")
+        box = boxes_to_text([(x1, y1, min(1, x2 + 0.01), min(1, y2 + 0.01))], training=True)
+        found.append(Example("ground absent", ground_prompt(f"{article(absent)} {absent}"), box))
+    return found
+
+
+def random_name(rng: random.Random) -> str:
+    """The name of any thing of this world: "red cup", "snowman"."""
+    kind = rng.choice(KINDS)
+    return kind if kind in UNCOLORED else f"{rng.choice(list(COLORS))} {kind}"
+
+
+def referring(scene: Scene, rng: random.Random) -> list[Example]:
+    """Referring expressions to boxes (comprehension), and boxes to expressions (generation)."""
+    found = []
+    for thing in scene.things:
+        by_looks, by_position = names(thing, scene), list(islice(relations(thing, scene, rng), 2))
+        found += [Example("refer", ground_prompt(words), objects([thing]), (thing,)) for words in by_looks]
+        found += [
+            Example("refer relation", ground_prompt(words), objects([thing]), (thing,))
+            for words in by_position
+        ]
+        full_names = [words for words in by_looks if thing.name in words]
+        for words in (full_names or by_position)[:1]:
+            found.append(
+                Example("describe box", f"<grounding>{link('It', [thing])} is", f" {words}.", (thing,))
+            )
+    return found
+
+
+def ask(task: str, question: str, answer: str, grounded: str, targets) -> list[Example]:
+    """A question twice: plain (the answer in a word) and grounded (with boxes)."""
+    plain = PROMPTS["answer"].replace("{text}", question)
+    prompt = PROMPTS["vqa"].replace("{text}", question)
+    return [
+        Example(task, plain, f" {answer}"),
+        Example(f"{task} grounded", prompt, f" {grounded}", tuple(targets)),
+    ]
+
+
+def questions(scene: Scene, rng: random.Random) -> list[Example]:
+    """Visual question answering about single things."""
+    found = []
+    for thing in scene.things:
+        a_name, the_name = f"{article(thing.name)} {thing.name}", f"the {thing.name}"
+        if thing.color and len(scene.find(thing.kind)) == 1:
+            the_kind = link(f"the {thing.kind}", [thing])
+            found += ask(
+                "color",
+                f"What color is the {thing.kind}?",
+                thing.color,
+                f"{the_kind} is {thing.color}.",
+                [thing],
+            )
+        if thing.color and len(scene.find(ANYTHING, thing.color)) == 1:
+            found += ask(
+                "kind", f"Which thing is {thing.color}?", thing.kind, f"{link(a_name, [thing])}.", [thing]
+            )
+        if len(scene.find(thing.kind, thing.color)) == 1:
+            if thing.clear_place:
+                grounded = f"{link(the_name, [thing])} is {thing.place}."
+                found += ask("where", f"Where is {the_name}?", thing.place, grounded, [thing])
+            for side in SIDES:
+                answers = [
+                    (other, other.side_of(side, thing)) for other in scene.things if other is not thing
+                ]
+                there = [other for other, answer in answers if answer]
+                if len(there) == 1 and not any(answer is None for _, answer in answers):
+                    name = f"{article(there[0].name)} {there[0].name}"
+                    found += ask(
+                        "relation", f"What is {side} {the_name}?", name, f"{link(name, there)}.", there
+                    )
+        it = link("it", [thing])
+        if thing.color:
+            found.append(
+                Example(
+                    "color of box", PROMPTS["vqa"].replace("{text}", f"What color is{it}?"), f" {thing.color}"
+                )
+            )
+        found.append(Example("kind in box", PROMPTS["vqa"].replace("{text}", f"What is{it}?"), f" {a_name}"))
+    return found
+
+
+def counting(scene: Scene, rng: random.Random) -> list[Example]:
+    """How many there are of a kind or a color, and whether there is one at all."""
+    found = []
+    color, kind = rng.choice(list(COLORS)), rng.choice(KINDS)
+    choices: list[tuple[str, str | None]] = [(ANYTHING, None), (ANYTHING, color), (kind, None)]
+    if scene.things:
+        some = rng.choice(scene.things)
+        choices += [(some.kind, None), (some.kind, some.color), (ANYTHING, some.color)]
+    for kind, color in dict.fromkeys(choices):
+        group = scene.find(kind, color)
+        prefix = "" if color is None else f"{color} "
+        number = NUMBERS[len(group)]
+        words = f"{number} {prefix}{kind if len(group) == 1 else plural(kind)}"
+        grounded = f"{link(words, group)}." if group else f"{number}."
+        found += ask("count", f"How many {prefix}{plural(kind)} are there?", number, grounded, group)
+    present = [rng.choice(scene.things).name] if scene.things else []
+    for name in [*present, random_name(rng)]:
+        number, meaning = read_words(name)
+        group = scene.find(**meaning)
+        grounded = f"yes,{link(counted(group), group)}." if group else "no."
+        found += ask(
+            "yes or no", f"Is there {article(name)} {name}?", "yes" if group else "no", grounded, group
+        )
+    return found
+
+
+def in_context(scene: Scene, rng: random.Random) -> list[Example]:
+    """Two images in one prompt: what is said about a box of the first shows what to say about a box
+    of the second.
+
+    It is the color, the kind or the place of the thing in the box.
+    """
+    second = Scene.random(scene.seed + SECOND, easy=scene.easy)
+    if not scene.things or not second.things:
+        return []
+    found = []
+    topics = [
+        lambda thing: thing.color,
+        lambda thing: f"{article(thing.kind)} {thing.kind}",
+        lambda thing: thing.clear_place,
+    ]
+    for say in topics:
+        shown, asked = rng.choice(scene.things), rng.choice(second.things)
+        if say(shown) and say(asked):
+            prompt = (
+                f"<grounding>{link('It', [shown])} is {say(shown)}.<image><grounding>{link('It', [asked])} is"
+            )
+            found.append(Example("example of a box", prompt, f" {say(asked)}.", (asked,), second))
+    return found
+
+
+def unseen(scene: Scene) -> Example:
+    """Text alone: the beginning of the caption, without the image. Any ending that makes a caption
+    is right."""
+    words = scene.record()["caption"].split(" ")
+    cut = 3 + scene.seed % (len(words) - 3)
+    return Example(
+        "text alone", " ".join(words[:cut]), "".join(f" {word}" for word in words[cut:]), alone=True
+    )
+
+
+def is_caption(text: str) -> bool:
+    """Whether some scene has this brief caption, with every article, plural and comma in its
+    place."""
+    if text == "An image of nothing.":
+        return True
+    phrases = listed(text)
+    for phrase in phrases:
+        understood = read_words(phrase)
+        if understood is None:
+            return False
+        number, meaning = understood
+        kind, color = meaning["kind"], meaning.get("color")
+        if kind == ANYTHING or (color is None) != (kind in UNCOLORED) or number in (0, 1):
+            return False
+        if phrase != counted([Thing(kind, color, (0, 0), 0)] * (number or 1)):
+            return False
+    joints = re.split("|".join(map(re.escape, phrases)), text.removeprefix("An image of "))
+    if len(phrases) == 2:
+        return joints[1] in (" and ", " next to ", " above ", " below ", " left of ") and joints[2] == "."
+    return joints == ["", *[", "] * (len(phrases) - 2), *[" and "] * (len(phrases) > 1), "."]
+
+
+def tasks(scene: Scene, rng: random.Random) -> list[Example]:
+    """Everything that can be asked about a scene, and what can be said without it."""
+    about = (
+        captions(scene)
+        + grounding(scene, rng)
+        + referring(scene, rng)
+        + questions(scene, rng)
+        + counting(scene, rng)
+    )
+    return [*about, *in_context(scene, rng), unseen(scene)]
+
+
+def demo_scenes() -> dict[str, Scene]:
+    """The scenes of the images in tiny/, by file name."""
+
+    def scene(background: str, seed: int, aspect: float, *things: tuple) -> Scene:
+        placed = [Thing(kind, color, center, size, look, aspect) for kind, color, center, size, look in things]
+        return Scene(tuple(sorted(placed, key=lambda thing: thing.center[0])), background, seed, aspect)
+
+    return {
+        "scene.png": scene(
+            "snow",
+            8,
+            4 / 3,
+            ("snowman", None, (0.36, 0.53), 0.6, 1),
+            ("fire", None, (0.66, 0.7), 0.34, 2),
+        ),
+        "busy.png": scene(
+            "day",
+            10,
+            4 / 3,
+            ("house", "red", (0.2, 0.62), 0.3, 1),
+            ("tree", None, (0.43, 0.6), 0.36, 3),
+            ("house", "red", (0.65, 0.58), 0.22, 9),
+            ("car", "blue", (0.8, 0.84), 0.3, 5),
+            ("sun", None, (0.85, 0.18), 0.2, 6),
+        ),
+        "first.png": scene(
+            "light",
+            14,
+            1.0,
+            ("cup", "yellow", (0.3, 0.62), 0.35, 1),
+            ("kite", "red", (0.7, 0.35), 0.45, 2),
+        ),
+        "second.png": scene(
+            "light",
+            14,
+            1.0,
+            ("umbrella", "purple", (0.33, 0.4), 0.45, 1),
+            ("cat", "orange", (0.72, 0.66), 0.4, 2),
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write random scenes and their GRIT records, to look at.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=9)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--demo", action="store_true", help="write the images of tiny/ instead")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.demo:
+        for name, scene in demo_scenes().items():
+            scene.draw(side=420).save(args.folder / name)
+        return
+    with open(args.folder / "grit.jsonl", "w", encoding="utf-8") as lines:
+        for seed in range(args.seed, args.seed + args.count):
+            scene = Scene.random(seed)
+            scene.draw().save(args.folder / f"{seed}.png")
+            print(json.dumps({"image": f"{seed}.png", **scene.record()}), file=lines)
+    print(f"wrote {args.count} scenes to {args.folder}")
+
+
+if __name__ == "__main__":
+    main()
