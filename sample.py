@@ -276,8 +276,9 @@ def command_line_requests(args: argparse.Namespace) -> list[Request]:
 
 def read_requests(source: str) -> list[Request]:
     """The requests in a JSONL file, or in stdin for "-"; ValueError names the line."""
-    folder = Path() if source == "-" else Path(source).parent
+    folder = Path(source).parent
     lines = sys.stdin if source == "-" else open(source, encoding="utf-8-sig")  # noqa: SIM115
+    name = "stdin" if source == "-" else source
     requests = []
     with lines:
         for number, line in enumerate(lines, start=1):
@@ -285,9 +286,9 @@ def read_requests(source: str) -> list[Request]:
                 try:
                     requests.append(read_request(json.loads(line), folder))
                 except (ValueError, TypeError, AttributeError) as error:
-                    raise ValueError(f"{source}, line {number}: {error}") from None
+                    raise ValueError(f"{name}, line {number}: {error}") from None
     if not requests:
-        raise ValueError(f"{source} has no requests")
+        raise ValueError(f"{name} has no requests")
     return requests
 
 
@@ -696,10 +697,11 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"cannot create folder {folder}: {error.strerror}") from None
 
 
-def print_answers(loaded: Loaded, answers: list[Answer], many: bool) -> None:
+def print_answers(loaded: Loaded, answers: list[Answer], with_names: bool) -> None:
     """The texts; where boxes are the answer, also the boxes in pixels with their scores."""
     for request, answer in zip(loaded.requests, answers, strict=True):
-        print(f"{request.images[-1]}: {answer.text}" if many and request.images else answer.text, flush=True)
+        name = f"{request.images[-1]}: " if with_names and request.images else ""
+        print(name + answer.text, flush=True)
         if request.wants_boxes:
             for entity in as_json(request, answer, loaded.size)["entities"]:
                 for box, score in zip(entity["pixel_boxes"], entity["scores"], strict=True):
@@ -712,18 +714,7 @@ def print_answers(loaded: Loaded, answers: list[Answer], many: bool) -> None:
 # ----------------------------------------------------------------------------------------------------
 
 # Dark enough to read as text on white and under white text.
-PALETTE = [
-    "#c62828",
-    "#1565c0",
-    "#2e7d32",
-    "#8e24aa",
-    "#b85a00",
-    "#00798a",
-    "#ad1457",
-    "#4e5d00",
-    "#5d4037",
-    "#37474f",
-]
+PALETTE = ["#c62828", "#1565c0", "#2e7d32", "#8e24aa", "#b85a00", "#00798a", "#ad1457", "#4e5d00", "#5d4037", "#37474f"]
 
 
 def draw_answers(image: Image.Image, answers: list[Answer]) -> Image.Image:
@@ -896,6 +887,32 @@ def progress_bar(done: int, total: int, note: str = "") -> str:
     return f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{total}  {note}"
 
 
+class Progress:
+    """Progress and messages on stderr; on a terminal, the bar stays in one line."""
+
+    def __init__(self, total: int):
+        self.total, self.done = total, 0
+        self.started = time.perf_counter()
+        self.in_place = sys.stderr.isatty()
+
+    def message(self, text: str, end: str = "\n") -> None:
+        clear = "\r\033[K" if self.in_place else ""
+        print(clear + text, end=end, file=sys.stderr, flush=True)
+
+    def update(self, count: int, timings: str) -> None:
+        """After a batch of `count` requests: the bar, or for a single batch its timings."""
+        self.done += count
+        if count == self.total:
+            if timings:
+                self.message(timings)
+            return
+        per_minute = 60 * self.done / (time.perf_counter() - self.started)
+        minutes = (self.total - self.done) / per_minute
+        finished = self.done == self.total
+        bar = progress_bar(self.done, self.total, f"{per_minute:.0f} per minute, {minutes:.1f} min left")
+        self.message(bar, end="\n" if finished or not self.in_place else "")
+
+
 def run(args: argparse.Namespace) -> int:
     """Load the model, answer all requests, write the results; returns the exit status."""
     started = time.perf_counter()
@@ -916,48 +933,38 @@ def run(args: argparse.Namespace) -> int:
         groups = [group for group in groups if group]
     runner = Runner(args)
     print(f"loaded {args.checkpoint} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-    many = len(groups) > 1
-    total = sum(map(len, groups))
-    runner.stream = total == 1 and sys.stdout.isatty() and not (args.json or results or args.top_boxes)
-    draws = output.path is not None
-    bar = sys.stderr.isatty()
-    failed: list[Path] = []
-    done, started = 0, time.perf_counter()
-    for batch, errors in read_ahead(groups, lambda group: load_images(group, runner, draws), args.batch_size):
+    progress = Progress(sum(map(len, groups)))
+    on_terminal = sys.stdout.isatty() and not (args.json or results or args.top_boxes)
+    runner.stream = on_terminal and progress.total == 1
+    failed = []
+
+    def load(group: list[Request]) -> Loaded:
+        return load_images(group, runner, keep_image=output.path is not None)
+
+    for batch, errors in read_ahead(groups, load, args.batch_size):
         for group, error in errors:
-            print(("\r\033[K" if bar else "") + f"sample: {describe_error(error, group)}", file=sys.stderr)
-            failed += group[0].images[-1:]
-        for loaded, answers in zip(batch, runner.answer(batch) if batch else [], strict=True):
-            rows = [as_json(*pair, loaded.size) for pair in zip(loaded.requests, answers, strict=True)]
+            progress.message(f"sample: {describe_error(error, group)}")
+            failed += group
+        answers = runner.answer(batch) if batch else []
+        for loaded, own_answers in zip(batch, answers, strict=True):
+            rows = [as_json(*pair, loaded.size) for pair in zip(loaded.requests, own_answers, strict=True)]
             if args.json:
                 print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), flush=True)
             elif results is None and not runner.stream:
-                print_answers(loaded, answers, many)
+                print_answers(loaded, own_answers, with_names=len(groups) > 1)
             try:
-                output.write(loaded, answers)
+                output.write(loaded, own_answers)
             except OSError as error:
-                print(f"sample: cannot write {output.path}: {error.strerror or error}", file=sys.stderr)
-                failed += loaded.requests[0].images[-1:]
+                progress.message(f"sample: cannot write {output.path}: {error.strerror or error}")
+                failed += loaded.requests
                 continue
             if results is not None:  # written last, so a listed image is complete
                 results.write(rows)
-        done += sum(len(loaded.requests) for loaded in batch) + sum(len(group) for group, _ in errors)
-        if done == total and len(groups) == 1:
-            print(runner.timings, file=sys.stderr)
-        else:
-            per_minute = 60 * done / (time.perf_counter() - started)
-            note = f"{per_minute:.0f} per minute, {(total - done) / per_minute:.1f} min left"
-            end = "" if bar and done < total else "\n"
-            print(
-                ("\r\033[K" if bar else "") + progress_bar(done, total, note),
-                end=end,
-                file=sys.stderr,
-                flush=True,
-            )
-    if failed and many:
-        print(
-            f"sample: {len(failed)} of {len(groups)} failed: {', '.join(map(str, failed))}", file=sys.stderr
-        )
+        count = sum(len(loaded.requests) for loaded in batch) + sum(len(group) for group, _ in errors)
+        progress.update(count, runner.timings)
+    if failed and progress.total > 1:
+        names = dict.fromkeys(str(path) for request in failed for path in request.images[-1:])
+        print(f"sample: {len(failed)} of {progress.total} failed: {', '.join(names)}", file=sys.stderr)
     return 1 if failed else 0
 
 

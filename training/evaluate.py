@@ -31,7 +31,17 @@ from scenes import Example, Scene, Thing, is_caption, listed, read_words, resolv
 
 from kosmos2 import Generated, Kosmos2, finish, pad_left, preprocess_images, rank_boxes  # noqa: E402
 from load_weights import load_checkpoint  # noqa: E402
-from tokenizer import Box, Entity, Tokenizer, box_to_tokens, geometric_mean, iou, parse, tokens_to_box  # noqa: E402
+from tokenizer import (  # noqa: E402
+    Box,
+    Entity,
+    Tokenizer,
+    box_to_tokens,
+    geometric_mean,
+    iou,
+    parse,
+    strip_tags,
+    tokens_to_box,
+)
 
 HELD_OUT = 1_000_000_000  # scenes from this seed on are never trained on
 
@@ -110,6 +120,13 @@ def found_all(boxes: list[Box], things) -> list[float]:
     return [float(any(iou(box, thing.box) >= 0.5 for box in boxes)) for thing in things]
 
 
+def asked_boxes(example: Example, answer: str) -> list[Box]:
+    """The boxes of the phrase in the prompt; not those of other phrases that the answer may go on to name."""
+    prompt_phrase = strip_tags(example.prompt).strip()
+    _, entities = parse(example.prompt + answer)
+    return next((entity.boxes for entity in entities if entity.phrase == prompt_phrase), [])
+
+
 def score(example: Example, answer: str, scene: Scene) -> list[float]:
     """The hits (1) and misses (0) of one answer, tagged text without </s>."""
     caption, entities = parse(answer)
@@ -126,9 +143,9 @@ def score(example: Example, answer: str, scene: Scene) -> list[float]:
         hits = (named(caption) & right).total()
         return [1.0] * hits + [0.0] * (right.total() - hits)
     if task == "ground several":
-        return found_all(boxes, example.targets)
+        return found_all(asked_boxes(example, answer), example.targets)
     if task in ("ground", "refer", "refer relation"):
-        return found_all(boxes[:1], example.targets)
+        return found_all(asked_boxes(example, answer)[:1], example.targets)
     if task == "text alone":
         joint = "" if answer[:1] in ",." else " "  # the first word of an answer has no space before it
         return [float(is_caption(example.prompt + joint + answer.strip()))]

@@ -801,7 +801,9 @@ def demo_scenes() -> dict[str, Scene]:
     """The scenes of the images in tiny/, by file name."""
 
     def scene(background: str, seed: int, aspect: float, *things: tuple) -> Scene:
-        placed = [Thing(kind, color, center, size, look, aspect) for kind, color, center, size, look in things]
+        placed = [
+            Thing(kind, color, center, size, look, aspect) for kind, color, center, size, look in things
+        ]
         return Scene(tuple(sorted(placed, key=lambda thing: thing.center[0])), background, seed, aspect)
 
     return {

@@ -50,6 +50,7 @@ from scenes import Scene, tasks  # noqa: E402
 
 from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig  # noqa: E402
 from load_weights import SENTENCEPIECE, load_checkpoint, replacing, save_checkpoint  # noqa: E402
+from sample import progress_bar  # noqa: E402
 from tokenizer import GRID, Tokenizer, strip_tags  # noqa: E402
 
 CONFIG = Kosmos2Config(
@@ -221,6 +222,7 @@ class Run:
         config = self.model.config
         if args.data:
             self.source = Grit(args.data, self.tokenizer, config, args.seed)
+            self.say(f"boxes: {', '.join(f'{count} {what}' for what, count in self.source.counts.items())}\n")
         else:
             self.source = Scenes(self.tokenizer, config, args.length, first=args.seed * 100_000_000)
         self.step, self.minutes = 0, 0.0
@@ -333,11 +335,9 @@ class Run:
             print(text, end="", file=sys.stderr, flush=True)
 
     def progress(self, losses: dict[str, float]) -> None:
-        done = self.step / self.args.steps
         left = self.minutes / self.step * (self.args.steps - self.step)
-        bar = "#" * round(30 * done) + "." * (30 - round(30 * done))
         shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        self.say(f"\r[{bar}] {self.step}/{self.args.steps}  loss: {shown}  {left:.0f} min left ")
+        self.say("\r" + progress_bar(self.step, self.args.steps, f"loss: {shown}  {left:.0f} min left "))
 
     def finish(self) -> None:
         """Write the model in the published layout, the log and its plot."""
