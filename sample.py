@@ -28,13 +28,14 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, zip_longest
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tokenizer import PROMPTS, Entity, parse, strip_tags, tokens_to_box
+from tokenizer import PROMPTS, Entity, strip_tags, tokens_to_box
 
 HERE = Path(__file__).resolve().parent
 
@@ -76,14 +77,25 @@ class Answer(NamedTuple):
     entities: list[Entity]
 
 
-class Loaded(NamedTuple):
-    """Consecutive requests about the same images, ready for the model."""
+@dataclass
+class Row:
+    """A request as a row of a batch."""
 
-    requests: list[Request]
-    pixels: list  # of tensors (3, image_size, image_size)
+    request: Request
+    ids: list[int]  # the encoded prompt
+    image_mask: list[bool]
+    image_embeds: "torch.Tensor | None" = None  # (I, Q, D), of all images of the prompt
+    answer: Answer | None = None
+
+
+@dataclass
+class Group:
+    """Consecutive requests about the same images."""
+
+    rows: list[Row]
+    pixels: list  # tensors (3, image_size, image_size), one for each image
     size: tuple[int, int]  # of the last image, which the answers are about
     image: Image.Image | None  # the last image, if it will be drawn
-    prompts: list[tuple[list[int], list[bool]]]  # (ids, image_mask) of each request
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -371,43 +383,46 @@ def find_images(given: list[Path]) -> list[Path]:
     return found
 
 
-def load_images(requests: list[Request], runner: "Runner", keep_image: bool) -> Loaded:
+def load_group(requests: list[Request], runner: "Runner", keep_image: bool) -> Group:
     """Read and preprocess the images of requests that share them.
 
-    The full image is kept only if it will be drawn: dozens of photos in memory at once would take
-    gigabytes.
+    The full image is kept only if it will be drawn: dozens of photos in memory would take gigabytes.
     """
-    pixels, sizes, image = [], [], None
+    image = None
+    pixels = []
+    sizes = []
     for path in requests[0].images:
         image = kosmos2.open_image(path)
         sizes.append(image.size)
         pixels.append(kosmos2.preprocess_image(image, runner.model.config.vision.image_size))
-    prompts = [runner.encode_prompt(request, sizes) for request in requests]
+    rows = []
+    for request in requests:
+        ids, image_mask = runner.encode_prompt(request, sizes)
+        rows.append(Row(request, ids, image_mask))
     size = sizes[-1] if sizes else (1, 1)
-    return Loaded(requests, pixels, size, image if keep_image else None, prompts)
+    return Group(rows, pixels, size, image if keep_image else None)
 
 
-def read_ahead(groups: list[list[Request]], load, batch_size: int) -> Iterator[tuple[list[Loaded], list]]:
-    """Groups of requests -> (loaded groups, [(group, error)]) of about batch_size requests, the
-    next loaded meanwhile.
+def read_ahead(groups: list[list[Request]], load, batch_size: int) -> Iterator[tuple[list[Group], list]]:
+    """Batches of about batch_size requests, as (groups, [(requests, error)]); the next batch loads
+    in the background.
 
-    An error while an image is opened, of whatever kind, concerns only the requests about that
-    image.
+    Any error while an image is opened concerns only the requests about that image.
     """
 
-    def collect(futures) -> tuple[list[Loaded], list]:
+    def collect(futures) -> tuple[list[Group], list]:
         loaded, errors = [], []
-        for group, future in futures:
+        for requests, future in futures:
             try:
                 loaded.append(future.result())
             except Exception as error:  # Pillow's decoders raise many kinds
-                errors.append((group, error))
+                errors.append((requests, error))
         return loaded, errors
 
     with ThreadPoolExecutor(2) as pool:
         waiting: deque = deque()
         for batch in batched(groups, batch_size):
-            waiting.append([(group, pool.submit(load, group)) for group in batch])
+            waiting.append([(requests, pool.submit(load, requests)) for requests in batch])
             if len(waiting) > 1:
                 yield collect(waiting.popleft())
         while waiting:
@@ -448,8 +463,11 @@ class Runner:
         self.timings = ""
         self.stream = False  # print the text while it is generated
         self.device = choose_device(args.device, args.precision)
-        names = [name.replace("-", "_") for name, _, _ in DECODING]
-        self.options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        self.options = {}
+        for name, _, _ in DECODING:
+            name = name.replace("-", "_")
+            if getattr(args, name) is not None:
+                self.options[name] = getattr(args, name)
         kosmos2.GenerationOptions(**self.options)  # raises before the model is loaded
         self.model, self.tokenizer = load_weights.load_checkpoint(
             args.checkpoint, args.precision, self.device, args.tokenizer
@@ -461,134 +479,139 @@ class Runner:
         phrase."""
         if not request.boxes:
             return self.tokenizer.encode_prompt(request.prompt, len(sizes))
+        starts = [match.start() for match in re.finditer("<phrase>", request.prompt)]
         boxes = []
-        phrases = [match.start() for match in re.finditer("<phrase>", request.prompt)]
-        for box, phrase in zip_longest(request.boxes, phrases[: len(request.boxes)], fillvalue=0):
-            image = max(request.prompt[:phrase].count("<image>") - 1, 0)
+        for i, box in enumerate(request.boxes):
+            before = request.prompt[: starts[i]] if i < len(starts) else ""
+            image = max(before.count("<image>") - 1, 0)
             size = sizes[min(image, len(sizes) - 1)] if sizes else (1, 1)
-            boxes.append(
-                [normalize_box(b, size) for b in box] if is_box_list(box) else normalize_box(box, size)
-            )
+            if is_box_list(box):
+                boxes.append([normalize_box(one, size) for one in box])
+            else:
+                boxes.append(normalize_box(box, size))
         return self.tokenizer.encode_prompt(request.prompt, len(sizes), boxes)
 
-    def answer(self, batch: list[Loaded]) -> list[list[Answer]]:
-        """The answers to all requests of a batch."""
-        started = time.perf_counter()
-        pixels = [image for loaded in batch for image in loaded.pixels]
-        embeds = None
-        if pixels:
-            with torch.inference_mode():
-                embeds = self.model.encode_image(torch.stack(pixels).to(self.device))
-        self.timings = f"vision {(time.perf_counter() - started) * 1000:.0f} ms"
-        answers: dict[tuple[int, int], Answer] = {}
-        together = []  # (position, request, prompt, image embeddings) of requests that run as one batch
-        first_image = 0
-        for i, loaded in enumerate(batch):
-            own = None if embeds is None else embeds[first_image : first_image + len(loaded.pixels)]
-            first_image += len(loaded.pixels)
-            rows = [
-                ((i, j), *pair, own)
-                for j, pair in enumerate(zip(loaded.requests, loaded.prompts, strict=True))
-            ]
+    def answer(self, groups: list[Group]) -> None:
+        """Answer all requests of a batch: sets `row.answer`."""
+        self.encode_images(groups)
+        together = []
+        for group in groups:
             if self.args.top_boxes:
-                answers |= {position: self.rank(prompt[0], own) for position, _, prompt, own in rows}
-            elif len(rows) > 1 and all(self.begins_with_image(prompt) for prompt in loaded.prompts):
-                answers |= self.run(rows, self.prefill_image(own))
+                for row in group.rows:
+                    row.answer = self.rank_boxes(row)
+            elif len(group.rows) > 1 and all(map(self.begins_with_image, group.rows)):
+                self.generate(group.rows, self.prefill_image(group.rows[0].image_embeds))
             else:
-                together += rows
+                together += group.rows
+        # Few-shot prompts run without n-gram blocking, so not in the same batch as others.
         for block_ngrams in (True, False):
-            rows = [row for row in together if row[1].block_ngrams == block_ngrams]
+            rows = [row for row in together if row.request.block_ngrams == block_ngrams]
             if rows:
-                answers |= self.run(rows)
-        return [[answers[i, j] for j in range(len(loaded.requests))] for i, loaded in enumerate(batch)]
+                self.generate(rows)
 
-    def begins_with_image(self, prompt: tuple[list[int], list[bool]]) -> bool:
-        """Whether one image stands at the beginning, so that requests about it can share its
-        prefill."""
-        ids, mask = prompt
-        count = len(self.image_ids)
-        return ids[:count] == self.image_ids and len(ids) > count and not any(mask[count:])
-
-    def prefill_image(self, embeds) -> "kosmos2.DecodeState":
-        tokens, image_mask, _ = kosmos2.pad_left([(self.image_ids, self.image_mask)], self.device)
-        return self.model.prefill(tokens, image_embeds=embeds, image_mask=image_mask, max_new_tokens=0)
-
-    def run(self, rows: list, prefix=None) -> dict[tuple[int, int], Answer]:
-        """Generate for rows (position, request, prompt, image embeddings); returns the answers by
-        position."""
-        past = 0 if prefix is None else len(self.image_ids)
-        prompts = [(prompt[0][past:], prompt[1][past:]) for _, _, prompt, _ in rows]
-        tokens, image_mask, pad_mask = kosmos2.pad_left(prompts, self.device)
-        inputs = dict(pad_mask=pad_mask, prefix=prefix)
-        embeds = [own for _, _, _, own in rows if own is not None]
-        if prefix is None and embeds:
-            inputs |= dict(image_embeds=torch.cat(embeds), image_mask=image_mask)
-        request = rows[0][1]
-        options = dict(constraint=self.tokenizer.allowed_tokens) | self.options
-        if "no_repeat_ngram_size" not in options and request.block_ngrams:
-            options["no_repeat_ngram_size"] = self.model.config.text.no_repeat_ngram_size
-        if "max_new_tokens" not in options:
-            room = self.model.config.text.max_positions - max(len(prompt[0]) for _, _, prompt, _ in rows)
-            options["max_new_tokens"] = max(1, min(DEFAULT_NEW_TOKENS, room))
+    def encode_images(self, groups: list[Group]) -> None:
+        """Encode the images of all groups as one batch: sets `row.image_embeds`."""
         started = time.perf_counter()
-        state = self.model.prefill(tokens, **inputs, **options)
-        results = self.decode(state, rows[0], started)
-        return {
-            row[0]: self.make_answer(row[1], row[2][0], result)
-            for row, result in zip(rows, results, strict=True)
-        }
+        pixels = [image for group in groups for image in group.pixels]
+        if not pixels:
+            self.timings = "no image"
+            return
+        with torch.inference_mode():
+            image_embeds = self.model.encode_image(torch.stack(pixels).to(self.device))  # (I, Q, D)
+        self.timings = f"vision {(time.perf_counter() - started) * 1000:.0f} ms"
+        start = 0
+        for group in groups:
+            end = start + len(group.pixels)
+            for row in group.rows:
+                row.image_embeds = image_embeds[start:end]
+            start = end
 
-    def decode(self, state, row, started: float) -> list:
-        """Generate to the end; prints the text on the way if self.stream is set."""
+    def begins_with_image(self, row: Row) -> bool:
+        """Whether the prompt has one image, at the beginning: such prompts can share its prefill."""
+        count = len(self.image_ids)
+        return row.ids[:count] == self.image_ids and len(row.ids) > count and not any(row.image_mask[count:])
+
+    def prefill_image(self, image_embeds) -> "kosmos2.DecodeState":
+        tokens, image_mask, _ = kosmos2.pad_left([(self.image_ids, self.image_mask)], self.device)
+        return self.model.prefill(tokens, image_embeds=image_embeds, image_mask=image_mask, max_new_tokens=0)
+
+    def generate(self, rows: list[Row], prefix: "kosmos2.DecodeState | None" = None) -> None:
+        """Generate the answers of some rows as one batch. prefix: the state behind their image."""
+        started = time.perf_counter()
+        past = 0 if prefix is None else len(self.image_ids)
+        prompts = [(row.ids[past:], row.image_mask[past:]) for row in rows]
+        tokens, image_mask, pad_mask = kosmos2.pad_left(prompts, self.device)
+        embeds = [row.image_embeds for row in rows if row.image_embeds is not None]
+        image_embeds = None
+        if embeds and prefix is None:
+            image_embeds = torch.cat(embeds)  # (I, Q, D)
+        options = self.row_options(rows)
+        state = self.model.prefill(tokens, None, image_embeds, image_mask, pad_mask, prefix, **options)
         if state.options.num_beams > 1:
             results = kosmos2.finish(state)
-            count = sum(len(result.ids) for result in results)
-            self.timings += f", {count} tokens by beam search in {time.perf_counter() - started:.2f} s"
-            return results
-        times = [started]
+        else:
+            results = self.decode(state, rows[0], started)
+        for row, result in zip(rows, results, strict=True):
+            raw = self.tokenizer.decode(row.ids + result.ids)
+            prompt = self.answer_ids(row)
+            text, entities = self.tokenizer.parse_output(prompt, result.ids, result.probabilities)
+            row.answer = Answer(text, raw.strip(), entities)
+
+    def row_options(self, rows: list[Row]) -> dict:
+        """The decoding options of some rows, with defaults that depend on the model and the prompts."""
+        text_config = self.model.config.text
+        room = text_config.max_positions - max(len(row.ids) for row in rows)
+        defaults = {
+            "constraint": self.tokenizer.allowed_tokens,
+            "max_new_tokens": max(1, min(DEFAULT_NEW_TOKENS, room)),
+        }
+        if rows[0].request.block_ngrams:
+            defaults["no_repeat_ngram_size"] = text_config.no_repeat_ngram_size
+        return defaults | self.options
+
+    def decode(self, state, row: Row, started: float) -> list:
+        """Generate to the end; prints the text of the row on the way if self.stream is set."""
+        times = []
         printed = ""
         for _ in kosmos2.decode(state):
             times.append(time.perf_counter())
             if self.stream:
-                ids = self.answer_ids(row[1], row[2][0]) + state.results[0].ids
+                ids = self.answer_ids(row) + state.results[0].ids
                 text = strip_tags(self.tokenizer.decode(ids)).lstrip()
                 print(text[len(printed) :], end="", flush=True)
                 printed = text
         if self.stream:
             print(flush=True)
-        first = times[min(1, len(times) - 1)] - started
-        rate = (len(times) - 2) / max(times[-1] - times[1], 1e-9) if len(times) > 2 else 0.0
-        self.timings += f", first token {first * 1000:.0f} ms, then {rate:.0f} tokens/s"
+        if times:
+            self.timings += f", first token {(times[0] - started) * 1000:.0f} ms"
+        if len(times) > 1:
+            self.timings += f", then {(len(times) - 1) / (times[-1] - times[0]):.0f} tokens/s"
         return state.results
 
-    def answer_ids(self, request: Request, prompt: list[int]) -> list[int]:
+    def answer_ids(self, row: Row) -> list[int]:
         """The ids of the prompt that belong to the answer: those behind the last image, if the
-        answer continues it."""
-        if not request.continued:
+        answer continues the prompt."""
+        if not row.request.continued:
             return []
         closing = self.tokenizer.special_ids["</image>"]
-        last = max((at for at, i in enumerate(prompt) if i == closing), default=-1)
-        return prompt[last + 1 :]
+        start = 0
+        if closing in row.ids:
+            start = len(row.ids) - row.ids[::-1].index(closing)
+        return row.ids[start:]
 
-    def make_answer(self, request: Request, prompt: list[int], result) -> Answer:
-        raw = self.tokenizer.decode(prompt + result.ids)
-        start = self.answer_ids(request, prompt)
-        text, entities = self.tokenizer.parse_output(start, result.ids, result.probabilities)
-        return Answer(text, raw.strip(), entities)
-
-    def rank(self, prompt: list[int], embeds) -> Answer:
+    def rank_boxes(self, row: Row) -> Answer:
         """The most likely boxes for the phrase that a prompt ends with, best first."""
-        prefix = self.prefill_image(embeds)
-        tokens = torch.tensor([prompt[len(self.image_ids) :] + [self.tokenizer.special_ids["<object>"]]])
-        state = self.model.prefill(tokens.to(self.device), prefix=prefix, max_new_tokens=2)
+        prefix = self.prefill_image(row.image_embeds)
+        ids = [*row.ids[len(self.image_ids) :], self.tokenizer.special_ids["<object>"]]
+        tokens = torch.tensor([ids], device=self.device)
+        state = self.model.prefill(tokens, prefix=prefix, max_new_tokens=2)
         ranked = kosmos2.rank_boxes(state, self.tokenizer, self.args.top_boxes)
-        raw = self.tokenizer.decode(prompt)
-        text, _ = parse(raw)
         boxes = [tokens_to_box(ul, lr, self.tokenizer.grid) for _, ul, lr in ranked]
+        scores = [score for score, _, _ in ranked]
         self.timings += f", ranked {len(boxes)} boxes"
-        return Answer(
-            text, raw.strip(), [Entity(text, (0, len(text)), boxes, [score for score, _, _ in ranked])]
-        )
+        raw = self.tokenizer.decode(row.ids)
+        text, _ = self.tokenizer.parse(raw)
+        return Answer(text, raw.strip(), [Entity(text, (0, len(text)), boxes, scores)])
 
 
 def is_box_list(box) -> bool:
@@ -597,14 +620,19 @@ def is_box_list(box) -> bool:
 
 
 def choose_device(device: str, precision: str) -> "torch.device":
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    has_cuda = torch.cuda.is_available()
+    has_mps = torch.backends.mps.is_available()
     if device == "auto":
-        device = "cpu" if precision == "int8" else next(name for name, found in available.items() if found)
+        device = "cpu"
+        if precision != "int8" and has_mps:
+            device = "mps"
+        if precision != "int8" and has_cuda:
+            device = "cuda"
     chosen = torch.device(device)
+    if (chosen.type == "cuda" and not has_cuda) or (chosen.type == "mps" and not has_mps):
+        raise ValueError(f"--device {device} is not available; use --device cpu")
     if chosen.type == "cuda" and chosen.index is None and "LOCAL_RANK" in os.environ:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if not available.get(chosen.type, True):
-        raise ValueError(f"--device {device} is not available; use --device cpu")
     return chosen
 
 
@@ -677,17 +705,22 @@ class Results:
         self.file.flush()
 
 
-def as_json(request: Request, answer: Answer, size: tuple[int, int]) -> dict:
+def as_json(row: Row, size: tuple[int, int]) -> dict:
     """A line of --json and --results. Boxes are in 0..1, and in pixels of the upright image."""
     width, height = size
     entities = []
-    for entity in answer.entities:
+    for entity in row.answer.entities:
         pixel_boxes = [[x1 * width, y1 * height, x2 * width, y2 * height] for x1, y1, x2, y2 in entity.boxes]
-        entities.append(entity._asdict() | {"pixel_boxes": pixel_boxes, "scores": list(entity.scores)})
-    images = [str(path) for path in request.images]
-    row = {"image": images[0] if len(images) == 1 else images or None, "prompt": request.prompt}
-    row |= {"given_boxes": request.boxes, "text": answer.text, "raw": answer.raw, "entities": entities}
-    return request.extra | row
+        entities.append(entity._asdict() | {"pixel_boxes": pixel_boxes})
+    images = [str(path) for path in row.request.images]
+    return row.request.extra | {
+        "image": images[0] if len(images) == 1 else images or None,
+        "prompt": row.request.prompt,
+        "given_boxes": row.request.boxes,
+        "text": row.answer.text,
+        "raw": row.answer.raw,
+        "entities": entities,
+    }
 
 
 def make_folder(folder: Path) -> None:
@@ -697,16 +730,17 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"cannot create folder {folder}: {error.strerror}") from None
 
 
-def print_answers(loaded: Loaded, answers: list[Answer], with_names: bool) -> None:
+def print_answers(group: Group, with_names: bool) -> None:
     """The texts; where boxes are the answer, also the boxes in pixels with their scores."""
-    for request, answer in zip(loaded.requests, answers, strict=True):
-        name = f"{request.images[-1]}: " if with_names and request.images else ""
-        print(name + answer.text, flush=True)
-        if request.wants_boxes:
-            for entity in as_json(request, answer, loaded.size)["entities"]:
-                for box, score in zip(entity["pixel_boxes"], entity["scores"], strict=True):
-                    shown = "  -  " if score is None else f"{score:.3f}"
-                    print(f"  {shown}  {','.join(f'{v:.0f}' for v in box)}", flush=True)
+    for row in group.rows:
+        name = f"{row.request.images[-1]}: " if with_names and row.request.images else ""
+        print(name + row.answer.text, flush=True)
+        if not row.request.wants_boxes:
+            continue
+        for entity in as_json(row, group.size)["entities"]:
+            for box, score in zip(entity["pixel_boxes"], entity["scores"], strict=True):
+                shown = "  -  " if score is None else f"{score:.3f}"
+                print(f"  {shown}  {','.join(f'{v:.0f}' for v in box)}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -714,7 +748,18 @@ def print_answers(loaded: Loaded, answers: list[Answer], with_names: bool) -> No
 # ----------------------------------------------------------------------------------------------------
 
 # Dark enough to read as text on white and under white text.
-PALETTE = ["#c62828", "#1565c0", "#2e7d32", "#8e24aa", "#b85a00", "#00798a", "#ad1457", "#4e5d00", "#5d4037", "#37474f"]
+PALETTE = [
+    "#c62828",
+    "#1565c0",
+    "#2e7d32",
+    "#8e24aa",
+    "#b85a00",
+    "#00798a",
+    "#ad1457",
+    "#4e5d00",
+    "#5d4037",
+    "#37474f",
+]
 
 
 def draw_answers(image: Image.Image, answers: list[Answer]) -> Image.Image:
@@ -858,22 +903,25 @@ class Output:
         if self.path.exists() and image.exists() and self.path.samefile(image):
             raise ValueError(f"--output {self.path} is the image itself; use another name")
 
-    def write(self, loaded: Loaded, answers: list[Answer]) -> None:
-        if self.path is None or loaded.image is None:
+    def write(self, group: Group) -> None:
+        """Write the annotated image of a group, or add it to the page."""
+        if self.path is None or group.image is None:
             return
-        source = loaded.requests[0].images[-1]
+        source = group.rows[0].request.images[-1]
+        answers = [row.answer for row in group.rows]
         if self.page:
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as page:
-                page.write(html_figure(loaded.image, answers, source.name))
+                page.write(html_figure(group.image, answers, source.name))
             return
         file = self.path
         if self.folder:
-            names = [source.stem, source.name, *(f"{source.stem}-{n}" for n in range(2, len(self.used) + 3))]
-            file = next(f for f in (self.path / f"{name}.boxes.png" for name in names) if f not in self.used)
+            file = self.path / f"{source.stem}.boxes.png"
+            while file in self.used:  # another image of that name
+                file = file.with_name(f"{source.stem}-{len(self.used)}.boxes.png")
         self.used.add(file)
         kind = Image.registered_extensions()[file.suffix.lower()]
         with load_weights.replacing(file) as part:
-            draw_answers(loaded.image, answers).save(part, format=kind)
+            draw_answers(group.image, answers).save(part, format=kind)
         print(f"wrote {file}", file=sys.stderr)
 
 
@@ -938,29 +986,30 @@ def run(args: argparse.Namespace) -> int:
     runner.stream = on_terminal and progress.total == 1
     failed = []
 
-    def load(group: list[Request]) -> Loaded:
-        return load_images(group, runner, keep_image=output.path is not None)
+    def load(requests: list[Request]) -> Group:
+        return load_group(requests, runner, keep_image=output.path is not None)
 
     for batch, errors in read_ahead(groups, load, args.batch_size):
-        for group, error in errors:
-            progress.message(f"sample: {describe_error(error, group)}")
-            failed += group
-        answers = runner.answer(batch) if batch else []
-        for loaded, own_answers in zip(batch, answers, strict=True):
-            rows = [as_json(*pair, loaded.size) for pair in zip(loaded.requests, own_answers, strict=True)]
+        for requests, error in errors:
+            progress.message(f"sample: {describe_error(error, requests)}")
+            failed += requests
+        if batch:
+            runner.answer(batch)
+        for group in batch:
+            lines = [as_json(row, group.size) for row in group.rows]
             if args.json:
-                print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), flush=True)
+                print("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), flush=True)
             elif results is None and not runner.stream:
-                print_answers(loaded, own_answers, with_names=len(groups) > 1)
+                print_answers(group, with_names=len(groups) > 1)
             try:
-                output.write(loaded, own_answers)
+                output.write(group)
             except OSError as error:
                 progress.message(f"sample: cannot write {output.path}: {error.strerror or error}")
-                failed += loaded.requests
+                failed += [row.request for row in group.rows]
                 continue
             if results is not None:  # written last, so a listed image is complete
-                results.write(rows)
-        count = sum(len(loaded.requests) for loaded in batch) + sum(len(group) for group, _ in errors)
+                results.write(lines)
+        count = sum(len(group.rows) for group in batch) + sum(len(requests) for requests, _ in errors)
         progress.update(count, runner.timings)
     if failed and progress.total > 1:
         names = dict.fromkeys(str(path) for request in failed for path in request.images[-1:])
@@ -968,9 +1017,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def describe_error(error: Exception, group: list[Request]) -> str:
+def describe_error(error: Exception, requests: list[Request]) -> str:
     """One line that names the image."""
-    names = ", ".join(str(path) for path in group[0].images)
+    names = ", ".join(str(path) for path in requests[0].images)
     text = str(error).split("\n")[0] or type(error).__name__
     return text if names in text else f"{names}: {text}"
 
