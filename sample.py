@@ -289,8 +289,10 @@ def command_line_requests(args: argparse.Namespace) -> list[Request]:
 def read_requests(source: str) -> list[Request]:
     """The requests in a JSONL file, or in stdin for "-"; ValueError names the line."""
     folder = Path(source).parent
-    lines = sys.stdin if source == "-" else open(source, encoding="utf-8-sig")  # noqa: SIM115
-    name = "stdin" if source == "-" else source
+    if source == "-":
+        lines, name = sys.stdin, "stdin"
+    else:
+        lines, name = open(source, encoding="utf-8-sig"), source  # noqa: SIM115 (closed below)
     requests = []
     with lines:
         for number, line in enumerate(lines, start=1):
@@ -306,31 +308,45 @@ def read_requests(source: str) -> list[Request]:
 
 def read_request(row, folder: Path) -> Request:
     """One line of a requests file. Relative image paths start at the current directory or at the
-    file's folder."""
+    folder of the file."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {row!r}")
     extra = dict(row)
-    names, texts = extra.pop("image", []), extra.pop("text", [])
-    task, prompt, boxes = extra.pop("task", None), extra.pop("prompt", None), extra.pop("boxes", None) or []
-    names = [names] if isinstance(names, str) else names or []
-    texts = [texts] if isinstance(texts, str) else texts or []
+    task = extra.pop("task", None)
+    prompt = extra.pop("prompt", None)
+    texts = as_list(extra.pop("text", None))
+    boxes = as_list(extra.pop("boxes", None))
+    if boxes and isinstance(boxes[0], (int, float)):
+        boxes = [boxes]
     if prompt is not None and (task or texts):
         raise ValueError("prompt replaces task and text; use one or the other")
     if len(texts) > 1 and task != "context":
         raise ValueError("expected one text; write one request for each")
     images = []
-    for name in names:
+    for name in as_list(extra.pop("image", None)):
         path = Path(name)
-        images.append(path if path.exists() or not (folder / path).exists() else folder / path)
-    boxes = [tuple(box) if isinstance(box, list) else box for box in boxes]
+        if not path.exists() and (folder / path).exists():
+            path = folder / path
+        images.append(path)
     return make_requests(tuple(images), task, texts, prompt, boxes, extra)[0]
+
+
+def as_list(value) -> list:
+    """A list as it is, a single value as a list of one, None as an empty list."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def normalize_box(box: tuple, size: tuple[int, int]) -> tuple:
     """A box in 0..1, in pixels of an image of this (width, height), or location indices -> in 0..1,
     or indices."""
-    if box is None or len(box) == 2:
-        return box
+    if box is None:
+        return None
+    if not isinstance(box, (list, tuple)) or not all(isinstance(v, (int, float)) for v in box):
+        raise ValueError(f"box {box!r}: expected four numbers or two location indices")
+    if len(box) == 2:
+        return tuple(box)
     typed = ",".join(str(v) for v in box)
     if len(box) != 4:
         raise ValueError(f"box {typed}: expected four numbers or two location indices")
@@ -369,11 +385,15 @@ def find_images(given: list[Path]) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(p for p in path.iterdir() if not p.name.endswith(".boxes.png"))
-        images = [p for p in inside if p.suffix.lower() in endings and not p.is_dir()]
-        skipped = Counter(
-            "folders" if p.is_dir() else p.suffix or p.name for p in inside if p not in set(images)
-        )
+        images = []
+        skipped: Counter = Counter()
+        for file in sorted(path.iterdir()):
+            if file.is_dir():
+                skipped["folder"] += 1
+            elif file.suffix.lower() not in endings:
+                skipped[file.suffix or file.name] += 1
+            elif not file.name.endswith(".boxes.png"):  # written by an earlier run
+                images.append(file)
         if skipped:
             kinds = ", ".join(f"{count} x {kind}" for kind, count in skipped.most_common(8))
             print(f"sample: skipped in {path}: {kinds}", file=sys.stderr)
@@ -675,8 +695,8 @@ class Results:
             length += len(line)
             try:
                 row = json.loads(line)
-                images = [row["image"]] if isinstance(row["image"], str) else row["image"] or []
-                request = Request(tuple(map(Path, images)), row["prompt"], tuple(row["given_boxes"]))
+                images = tuple(map(Path, as_list(row["image"])))
+                request = Request(images, row["prompt"], tuple(row["given_boxes"]))
                 checkpoint = row["checkpoint"]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{file} is not a results file: {line[:60]!r}") from None
@@ -740,7 +760,8 @@ def print_answers(group: Group, with_names: bool) -> None:
         for entity in as_json(row, group.size)["entities"]:
             for box, score in zip(entity["pixel_boxes"], entity["scores"], strict=True):
                 shown = "  -  " if score is None else f"{score:.3f}"
-                print(f"  {shown}  {','.join(f'{v:.0f}' for v in box)}", flush=True)
+                corners = ",".join(f"{value:.0f}" for value in box)
+                print(f"  {shown}  {corners}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -944,8 +965,9 @@ class Progress:
         self.in_place = sys.stderr.isatty()
 
     def message(self, text: str, end: str = "\n") -> None:
-        clear = "\r\033[K" if self.in_place else ""
-        print(clear + text, end=end, file=sys.stderr, flush=True)
+        if self.in_place:
+            text = "\r\033[K" + text  # over the bar
+        print(text, end=end, file=sys.stderr, flush=True)
 
     def update(self, count: int, timings: str) -> None:
         """After a batch of `count` requests: the bar, or for a single batch its timings."""
