@@ -649,7 +649,7 @@ class Kosmos2(nn.Module):
         if image_embeds is not None and tuple(image_embeds.shape[1:]) != (Q, D):
             raise ValueError(f"image_embeds: expected (I, {Q}, {D}), got {tuple(image_embeds.shape)}")
         images = 0 if image_embeds is None else len(image_embeds)
-        slots = [] if image_mask is None else image_mask.sum(dim=1).tolist()
+        slots = [0] if image_mask is None else image_mask.sum(dim=1).tolist()
         if sum(slots) != images * Q or any(count % Q for count in slots):
             raise ValueError(f"image_mask marks {slots} slots per row; {images} images need {Q} slots each")
 
@@ -916,11 +916,15 @@ def decode(state: DecodeState) -> Iterator[list[int | None]]:
     if options.num_beams > 1:
         raise ValueError("beam search cannot stream; use num_beams 1")
     generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
+    cut: set[int] = set()  # prompts whose answers the length limit has cut short
     for remaining in range(options.max_new_tokens, 0, -1):
         logits = mask_logits(state.logits, state, remaining)  # (B, V)
         uniform = torch.rand(len(logits) if generator is None else 1, generator=generator).to(logits.device)
         tokens = sample(logits, options.temperature, options.top_k, options.top_p, uniform).tolist()
-        tokens = [cut_markup(state, i, token, remaining) for i, token in enumerate(tokens)]
+        for i, token in enumerate(tokens):
+            tokens[i] = EOS if state.rows[i] in cut else cut_markup(state, i, token, remaining)
+            if tokens[i] != token:
+                cut.add(state.rows[i])
         sequences = state.append(list(range(len(tokens))), tokens)
         new_ids: list[int | None] = [None] * len(state.prompts)
         for row, sequence in zip(state.rows, sequences, strict=True):
@@ -970,13 +974,15 @@ def mask_logits(scores: Tensor, state: DecodeState, remaining: int) -> Tensor:
 
 
 def cut_markup(state: DecodeState, i: int, token: int, remaining: int) -> int:
-    """The token, or </s> instead of markup that can no longer be completed: the length limit cuts a
-    text short, but never changes it."""
+    """The token, unless it is markup that can no longer be completed. Then </s>, or the tag that
+    closes what is open: the length limit cuts a text short, but never changes it."""
     if state.options.constraint is None:
         return token
     ids = state.prompts[state.rows[i]] + state.sequences[i].ids
     allowed = state.options.constraint(ids, remaining)
-    return token if allowed is None or allowed[token] or not allowed.any() else EOS
+    if allowed is None or allowed[token] or not allowed.any():
+        return token
+    return EOS if allowed[EOS] else int(allowed.argmax())
 
 
 def pad_left(rows: list[tuple[list[int], list[bool]]], device=None) -> tuple[Tensor, Tensor, Tensor]:

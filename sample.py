@@ -324,7 +324,7 @@ def read_request(row, folder: Path) -> Request:
         raise ValueError("expected one text; write one request for each")
     images = []
     for name in as_list(extra.pop("image", None)):
-        path = Path(name)
+        path = text_path(name)
         if not path.exists() and (folder / path).exists():
             path = folder / path
         images.append(path)
@@ -695,7 +695,7 @@ class Results:
             length += len(line)
             try:
                 row = json.loads(line)
-                images = tuple(map(Path, as_list(row["image"])))
+                images = tuple(map(text_path, as_list(row["image"])))
                 request = Request(images, row["prompt"], tuple(row["given_boxes"]))
                 checkpoint = row["checkpoint"]
             except (ValueError, KeyError, TypeError):
@@ -732,7 +732,7 @@ def as_json(row: Row, size: tuple[int, int]) -> dict:
     for entity in row.answer.entities:
         pixel_boxes = [[x1 * width, y1 * height, x2 * width, y2 * height] for x1, y1, x2, y2 in entity.boxes]
         entities.append(entity._asdict() | {"pixel_boxes": pixel_boxes})
-    images = [str(path) for path in row.request.images]
+    images = [path_text(path) for path in row.request.images]
     return row.request.extra | {
         "image": images[0] if len(images) == 1 else images or None,
         "prompt": row.request.prompt,
@@ -741,6 +741,16 @@ def as_json(row: Row, size: tuple[int, int]) -> dict:
         "raw": row.answer.raw,
         "entities": entities,
     }
+
+
+def path_text(path: Path) -> str:
+    """A path as text, also in a locale that is not UTF-8; bytes that are not UTF-8 stay escaped."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+def text_path(text: str) -> Path:
+    """The inverse of `path_text`."""
+    return Path(os.fsdecode(text.encode("utf-8", "surrogateescape")))
 
 
 def make_folder(folder: Path) -> None:
@@ -753,7 +763,9 @@ def make_folder(folder: Path) -> None:
 def print_answers(group: Group, with_names: bool) -> None:
     """The texts; where boxes are the answer, also the boxes in pixels with their scores."""
     for row in group.rows:
-        name = f"{row.request.images[-1]}: " if with_names and row.request.images else ""
+        name = ""
+        if with_names and row.request.images:
+            name = f"{path_text(row.request.images[-1])}: "
         print(name + row.answer.text, flush=True)
         if not row.request.wants_boxes:
             continue
@@ -787,8 +799,9 @@ def draw_answers(image: Image.Image, answers: list[Answer]) -> Image.Image:
     """The image with a box around every entity and its phrase on the box, one color for each
     entity."""
     scale = max(1.0, 480 / max(image.size))  # a thumbnail has no room for text
-    canvas = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-    width, height = canvas.size
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    canvas = Image.new("RGB", (max(width, 240), height), "white")  # wide enough for labels
+    canvas.paste(image.resize((width, height), Image.Resampling.LANCZOS), (0, 0))
     font_size = max(13, round(min(width, 1600) / 40))
     pen, line = ImageDraw.Draw(canvas), max(2, font_size // 6)
     entities = [entity for answer in answers for entity in answer.entities]
@@ -932,7 +945,7 @@ class Output:
         answers = [row.answer for row in group.rows]
         if self.page:
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as page:
-                page.write(html_figure(group.image, answers, source.name))
+                page.write(html_figure(group.image, answers, path_text(Path(source.name))))
             return
         file = self.path
         if self.folder:

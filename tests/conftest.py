@@ -1,4 +1,4 @@
-"""What the tests share: paths, small random models, and the reference where it is installed."""
+"""Shared by the tests: paths, small random models, and the reference where it is installed."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
-sys.path[:0] = [str(ROOT), str(TINY)]
+sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 
 import sample as script  # noqa: E402
 from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig, pad_left  # noqa: E402
@@ -26,7 +26,7 @@ needs_transformers = pytest.mark.skipif(not HAS_TRANSFORMERS, reason="transforme
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Where everything is installed (KOSMOS2_NO_SKIPS is set), a skipped test is a failed one."""
+    """With KOSMOS2_NO_SKIPS, a skipped test is a failed test."""
     report = yield
     if report.skipped and os.environ.get("KOSMOS2_NO_SKIPS") and not item.get_closest_marker("official"):
         report.outcome, report.longrepr = (
@@ -37,12 +37,12 @@ def pytest_runtest_makereport(item, call):
 
 
 def rough(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Random weights under which every part matters: norms and biases far from 1 and 0, attention not flat."""
+    """Random weights for which every part matters: norms and biases far from 1 and 0, attention not uniform."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("lm_head.weight"):
-                continue  # the embedding again
+                continue  # tied to the embedding
             noise = torch.randn(p.shape, generator=generator)
             if p.dim() > 1 and "position" not in name and "latent" not in name:
                 noise *= (1.7 if "q_proj" in name or "k_proj" in name else 1.0) / math.sqrt(p[0].numel())
@@ -68,7 +68,7 @@ SMALL = Kosmos2Config(
 
 @pytest.fixture(scope="session")
 def small() -> Kosmos2:
-    """A small random model on the vocabulary of the bundled one."""
+    """A small random model with the vocabulary of the bundled model."""
     return rough(Kosmos2(SMALL), seed=1).eval()
 
 
@@ -92,16 +92,16 @@ def tiny():
 
 
 @pytest.fixture
-def official_words() -> Path:
-    """The official sentencepiece model."""
+def official_model_file() -> Path:
+    """The path of the official sentencepiece model."""
     folder = os.environ.get("KOSMOS2_REFERENCE")
     if not folder:
-        pytest.skip("KOSMOS2_REFERENCE names no folder with the official sentencepiece model")
+        pytest.skip("KOSMOS2_REFERENCE is not set to a folder with the official sentencepiece model")
     return Path(folder) / SENTENCEPIECE
 
 
 def copy(folder: Path, to: Path, **config_changes) -> Path:
-    """A checkpoint folder copied, with entries of config.json replaced (None removes one)."""
+    """Copy a checkpoint folder, with entries of config.json replaced (None removes one)."""
     shutil.copytree(folder, to)
     if config_changes:
         config = json.loads((to / "config.json").read_text()) | config_changes

@@ -2,7 +2,7 @@
 
     python tests/golden.py
 
-The tests compare with the record, so that a machine without transformers still compares with it.
+The tests compare with this record, also on a machine without transformers.
 """
 
 import json

@@ -6,10 +6,11 @@ import re
 import pytest
 import torch
 from conftest import SMALL, TINY, VOCAB, needs_transformers, prompt_batch, rough
+from data import encode_answer
 from PIL import Image
 from test_model import PROMPTS, pixels
 
-from kosmos2 import EOS, Kosmos2, causal_mask, pad_left, preprocess_image, record
+from kosmos2 import EOS, Kosmos2, causal_mask, finish, pad_left, preprocess_image, rank_boxes, record
 from load_weights import SENTENCEPIECE, load_checkpoint
 from tokenizer import iou
 
@@ -35,15 +36,18 @@ def is_well_formed(text: str) -> bool:
 def test_probabilities_are_the_models_own(small, small_tokenizer, options):
     """Whatever way a token was chosen, its probability is that of a plain pass over the whole text."""
     tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS)
-    new = small.generate(tokens, pixels(3), None, image_mask, pad_mask, max_new_tokens=9, **options)
+    results = finish(
+        small.prefill(tokens, pixels(3), None, image_mask, pad_mask, max_new_tokens=9, **options)
+    )
     for row in range(3):
         real = ~pad_mask[row]
-        text = torch.cat([tokens[row, real], torch.tensor(new[row])])[None]
-        mask = torch.cat([image_mask[row, real], torch.zeros(len(new[row]), dtype=torch.bool)])[None]
+        new = results[row].ids
+        text = torch.cat([tokens[row, real], torch.tensor(new)])[None]
+        mask = torch.cat([image_mask[row, real], torch.zeros(len(new), dtype=torch.bool)])[None]
         with torch.no_grad():
             wanted = small(text, pixels=pixels(3)[row : row + 1], image_mask=mask)[0].softmax(-1)
         at = int(real.sum()) - 1
-        for i, (token, probability) in enumerate(zip(new[row], new[row].probabilities, strict=True)):
+        for i, (token, probability) in enumerate(zip(new, results[row].probabilities, strict=True)):
             assert probability == pytest.approx(wanted[at + i, token].item(), rel=1e-4)
 
 
@@ -57,12 +61,9 @@ def test_scores_belong_to_their_boxes(tiny):
     new = new.replace(
         "<patch_index_9999>", "<patch_index_0035></delimiter_of_multi_objects/><patch_index_0004>"
     )
-    ids = tokenizer.encode_caption(new + new.replace("0004><patch_index_0003", "0100><patch_index_0036"))
-
-    class WithProbabilities(list):
-        probabilities = [(i + 1) / 100 for i in range(len(ids))]
-
-    caption, entities = tokenizer.read(prompt, WithProbabilities(ids))
+    ids = encode_answer(tokenizer, new + new.replace("0004><patch_index_0003", "0100><patch_index_0036"))
+    probabilities = [(i + 1) / 100 for i in range(len(ids))]
+    caption, entities = tokenizer.parse_output(prompt, ids, probabilities)
     assert caption == "a star and a moon a moon" and [e.phrase for e in entities] == [
         "a star",
         "a moon",
@@ -82,17 +83,19 @@ def test_scores_belong_to_their_boxes(tiny):
 def test_markup_is_whole_under_random_logits(small, small_tokenizer, length):
     """A random model at a high temperature, drawing tags as often as words."""
     tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS)
-    tags = [small_tokenizer.special[t] for t in ("<phrase>", "</phrase>", "<object>", "</object>", "</s>")]
+    tags = [
+        small_tokenizer.special_ids[t] for t in ("<phrase>", "</phrase>", "<object>", "</object>", "</s>")
+    ]
 
     def constraint(ids, left):
-        allowed = small_tokenizer.well_formed(ids, left)
-        if left % 3 and allowed[tags].any():  # make tags likely
+        allowed = small_tokenizer.allowed_tokens(ids, left)
+        if len(ids) % 3 and allowed[tags].any():  # make tags likely
             allowed[[i for i in range(len(allowed)) if i not in tags]] = False
         return allowed
 
     inputs = (tokens, pixels(3), None, image_mask, pad_mask)
     for seed in range(6):
-        for rule in (constraint, small_tokenizer.well_formed):
+        for rule in (constraint, small_tokenizer.allowed_tokens):
             hot = dict(max_new_tokens=length, temperature=9.0, seed=seed, no_repeat_ngram_size=seed % 3)
             new = small.generate(*inputs, constraint=rule, **hot)
             for prompt, row in zip(PROMPTS, new, strict=True):
@@ -116,11 +119,11 @@ def test_a_well_formed_model_is_left_alone(tiny):
     inputs = (tokens, picture, None, image_mask, pad_mask)
     free = model.generate(*inputs)
     assert all(row[-1] == EOS and is_well_formed(tokenizer.decode(row)) for row in free)
-    assert model.generate(*inputs, constraint=tokenizer.well_formed) == free
+    assert model.generate(*inputs, constraint=tokenizer.allowed_tokens) == free
     for length in range(1, 20):  # cut off anywhere, no box is left half open
         for prompt, row in zip(
             prompts,
-            model.generate(*inputs, max_new_tokens=length, constraint=tokenizer.well_formed),
+            model.generate(*inputs, max_new_tokens=length, constraint=tokenizer.allowed_tokens),
             strict=True,
         ):
             assert is_well_formed(prompt.replace("<grounding>", "") + tokenizer.decode(row))
@@ -133,21 +136,23 @@ def test_ranked_boxes(tiny):
     model, tokenizer = tiny
     picture = preprocess_image(Image.open(TINY / "scene.png"), model.config.vision.image_size)[None]
     tokens, image_mask, _ = prompt_batch(tokenizer, ["<grounding><phrase> a star</phrase><object>"])
-    boxes = tokenizer.rank_boxes(model.start(tokens, picture, None, image_mask, max_new_tokens=2), 5)
+    boxes = rank_boxes(model.prefill(tokens, picture, None, image_mask, max_new_tokens=2), tokenizer, 5)
     scores = [score for score, *_ in boxes]
     assert 1 <= len(boxes) <= 5 and scores == sorted(scores, reverse=True) and 0 < scores[0] <= 1
     places = [whole_cells(*box) for _, *box in boxes]
     assert all(iou(a, b) < 0.5 for a in places for b in places if a is not b)
-    greedy = model.generate(
-        tokens, picture, None, image_mask, max_new_tokens=2, constraint=tokenizer.well_formed
-    )[0]
+    # Locations only, without the limit's rule that a box must be closed.
+    state = model.prefill(tokens, picture, None, image_mask, max_new_tokens=2)
+    greedy = finish(state)[0]
+    assert all(tokenizer.location_index(i) is not None for i in greedy.ids)
     assert scores[0] >= math.sqrt(math.prod(greedy.probabilities)) * (1 - 1e-5)
 
 
 def test_ranking_wants_room_and_one_row(small, small_tokenizer):
     for rows, length, count in ((1, 1, 2), (2, 5, 2), (1, 5, 0)):
         with pytest.raises(ValueError, match="one prompt"):
-            small_tokenizer.rank_boxes(small.start(torch.full((rows, 4), 9), max_new_tokens=length), count)
+            state = small.prefill(torch.full((rows, 4), 9), max_new_tokens=length)
+            rank_boxes(state, small_tokenizer, count)
 
 
 def whole_cells(ul, lr, grid=32):
@@ -178,43 +183,31 @@ def test_a_prefix_read_once_changes_nothing(small, small_tokenizer, monkeypatch)
             tokens, pixels(1), None, image_mask, max_new_tokens=12, no_repeat_ngram_size=3
         )
     ids, mask = small_tokenizer.encode_prompt("", 1)
-    past = small.start(torch.tensor([ids]), pixels(1), None, torch.tensor([mask]), max_new_tokens=0)
+    past = small.prefill(torch.tensor([ids]), pixels(1), None, torch.tensor([mask]), max_new_tokens=0)
     monkeypatch.setattr(Kosmos2, "encode_image", None)
     tokens, _, pad_mask = pad_left([(small_tokenizer.encode(q, add_bos=False), []) for q in questions])
     for _ in range(2):  # and can be used again
-        assert (
-            small.start(
-                tokens, pad_mask=pad_mask, past=past, max_new_tokens=12, no_repeat_ngram_size=3
-            ).finish()
-            == alone
-        )
+        options = dict(max_new_tokens=12, no_repeat_ngram_size=3)
+        state = small.prefill(tokens, pad_mask=pad_mask, prefix=past, **options)
+        assert [result.ids for result in finish(state)] == alone
 
 
 # ---------------------------------------------------------------------------------------- looking inside
 
 
 def test_a_past_that_went_on_is_refused(small):
-    past = small.start(torch.full((1, 4), 9), max_new_tokens=2)
-    past.finish()
-    with pytest.raises(ValueError, match="generated nothing"):
-        small.start(torch.full((1, 4), 9), past=past)
+    past = small.prefill(torch.full((1, 4), 9), max_new_tokens=2)
+    finish(past)
+    with pytest.raises(ValueError, match="without new tokens"):
+        small.prefill(torch.full((1, 4), 9), prefix=past)
 
 
-def test_a_generation_ends_once(small):
-    state = small.start(torch.full((1, 4), 9), max_new_tokens=3, min_new_tokens=3)
-    assert len(state.finish()[0]) == len(state.finish()[0]) == 3
-
-
-def test_a_part_of_the_new_tokens_keeps_its_probabilities(small):
-    new = small.generate(torch.full((1, 4), 9), max_new_tokens=4, min_new_tokens=4)[0]
-    assert new[:-1].probabilities == new.probabilities[:-1] and new[1] == list(new)[1]
-
-
-def test_a_rule_that_leaves_nothing_is_dropped(small, small_tokenizer):
-    """Nothing whole can follow an open phrase in one token; something that is not <s> or <pad> comes all the same."""
+def test_a_rule_that_leaves_no_token_is_skipped(small, small_tokenizer):
+    """An open phrase cannot be completed with one token; a piece comes nevertheless."""
     ids = small_tokenizer.encode("<phrase>", add_bos=True)
-    new = small.generate(torch.tensor([ids]), max_new_tokens=1, constraint=small_tokenizer.well_formed)[0]
-    assert new == small.generate(torch.tensor([ids]), max_new_tokens=1)[0]
+    assert not small_tokenizer.allowed_tokens(ids, 1).any()
+    new = small.generate(torch.tensor([ids]), max_new_tokens=1, constraint=small_tokenizer.allowed_tokens)[0]
+    assert len(new) == 1 and small_tokenizer.free_text[new[0]]
 
 
 def test_recordings(small, small_tokenizer):

@@ -13,15 +13,18 @@ from PIL import Image
 
 from kosmos2 import (
     EOS,
+    DecodeState,
     Kosmos2,
     Kosmos2Config,
     causal_mask,
+    finish,
     preprocess_image,
     repeated_ngrams,
     sample,
     sinusoidal_positions,
     token_positions,
 )  # fmt: skip
+from load_weights import published_config
 
 PROMPTS = [
     "<grounding>An image of",
@@ -52,8 +55,8 @@ def test_golden_values(small, small_tokenizer):
     torch.testing.assert_close(logits[0, -1, :8], torch.tensor(golden["logits"]), rtol=1e-4, atol=1e-4)
     assert loss.item() == pytest.approx(golden["loss"], rel=1e-5)
     for name, options in golden["options"].items():
-        new = small.generate(tokens, pixels=pixels(1), image_mask=image_mask, **options)
-        assert new[0] == golden["ids"][name], name
+        new = finish(small.prefill(tokens, pixels=pixels(1), image_mask=image_mask, **options))
+        assert new[0].ids == golden["ids"][name], name
         if name in golden["probabilities"]:
             assert new[0].probabilities == pytest.approx(golden["probabilities"][name], rel=1e-3)
 
@@ -135,16 +138,16 @@ def test_gradients_reach_every_parameter(small_tokenizer):
     ("change", "words"),
     [
         (dict(image_mask=None), r"image_mask marks \[0"),
-        (dict(pixels=None), "the pictures fill 0"),
-        (dict(pixels=torch.zeros(1, 3, 41, 42)), "wants"),
-        (dict(pixels=torch.zeros(3, 42, 42)), "wants"),
+        (dict(pixels=None), "0 images need"),
+        (dict(pixels=torch.zeros(1, 3, 41, 42)), "expected"),
+        (dict(pixels=torch.zeros(3, 42, 42)), "expected"),
         (dict(image_embeds=torch.zeros(1, 5, 48)), "not both"),
         (dict(tokens=torch.full((1, 9), 10**6)), "token ids"),
-        (dict(tokens=torch.zeros(9, dtype=torch.long)), "tokens have shape"),
-        (dict(pixels=None, image_embeds=torch.zeros(1, 5, 96)), "image_embeds have shape"),
-        (dict(image_mask=torch.zeros(1, 3, dtype=torch.bool)), "image_mask is"),
-        (dict(pad_mask=torch.zeros(1, 3, dtype=torch.bool)), "pad_mask is"),
-        (dict(pad_mask=torch.zeros(1, 11, dtype=torch.long)), "wanted is bool"),
+        (dict(tokens=torch.zeros(9, dtype=torch.long)), "tokens: expected"),
+        (dict(pixels=None, image_embeds=torch.zeros(1, 5, 96)), "image_embeds: expected"),
+        (dict(image_mask=torch.zeros(1, 3, dtype=torch.bool)), "image_mask: expected"),
+        (dict(pad_mask=torch.zeros(1, 3, dtype=torch.bool)), "pad_mask: expected"),
+        (dict(pad_mask=torch.zeros(1, 11, dtype=torch.long)), "expected bool"),
     ],
 )
 def test_what_does_not_fit_is_refused(small, small_tokenizer, change, words):
@@ -170,7 +173,9 @@ def test_the_cache_changes_nothing_at_any_step(small, small_tokenizer, left_padd
     """Every new token, computed with the cache, is the argmax of a fresh pass over the whole sequence."""
     tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS[:2] if left_padded else PROMPTS[:1])
     images = pixels(len(tokens))
-    new = small.generate(tokens, pixels=images, image_mask=image_mask, pad_mask=pad_mask, max_new_tokens=12)
+    state = small.prefill(tokens, pixels=images, image_mask=image_mask, pad_mask=pad_mask, max_new_tokens=12)
+    results = finish(state)
+    new = [result.ids for result in results]
     grown, grown_mask, grown_pad = tokens, image_mask, pad_mask
     for step in range(12):
         with torch.no_grad():
@@ -178,7 +183,7 @@ def test_the_cache_changes_nothing_at_any_step(small, small_tokenizer, left_padd
         assert logits.argmax(-1).tolist() == [row[step] for row in new]
         wanted = logits.softmax(-1).amax(-1)
         torch.testing.assert_close(
-            torch.tensor([row.probabilities[step] for row in new]), wanted, rtol=1e-4, atol=1e-6
+            torch.tensor([result.probabilities[step] for result in results]), wanted, rtol=1e-4, atol=1e-6
         )
         column = torch.tensor([[row[step]] for row in new])
         grown = torch.cat([grown, column], dim=1)
@@ -261,7 +266,7 @@ def test_positions_beyond_training_are_refused(small_tokenizer):
         (dict(min_new_tokens=9, max_new_tokens=8), "min_new_tokens"), (dict(temperature=-1.0), "temperature"),
         (dict(temperature=float("nan")), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=0.0), "top_p"),
         (dict(top_p=1.5), "top_p"), (dict(no_repeat_ngram_size=-1), "no_repeat"), (dict(num_beams=0), "num_beams"),
-        (dict(num_beams=2, temperature=1.0), "does not sample"), (dict(num_beams=2.0), "num_beams"), (dict(max_new_tokens=5000), "positions"),
+        (dict(num_beams=2, temperature=1.0), "does not sample"), (dict(num_beams=2.0), "num_beams"), (dict(max_new_tokens=5000), "context"),
     ],
 )  # fmt: skip
 def test_impossible_options_are_refused(small, options, words):
@@ -279,7 +284,7 @@ def test_right_padding_is_refused(small):
 
 def draw(probabilities, u, **options):
     options = dict(temperature=1.0, top_k=None, top_p=None) | options
-    return sample(torch.tensor([probabilities]).log(), u=torch.tensor([u]), **options).item()
+    return sample(torch.tensor([probabilities]).log(), uniform=torch.tensor([u]), **options).item()
 
 
 def test_sampling_inverts_the_distribution():
@@ -292,6 +297,16 @@ def test_top_p_keeps_the_token_that_crosses():
     assert {draw(probabilities, u, top_p=0.7) for u in (0.0, 0.5, 0.9999)} == {1, 2}
     assert {draw(probabilities, u, top_p=1e-9) for u in (0.0, 0.5, 0.9999)} == {1}
     assert {draw(probabilities, u, top_p=1.0) for u in (0.0, 0.7, 0.9999)} == {0, 1, 2}
+
+
+def test_top_p_at_the_boundary():
+    """Tokens that reach p exactly are enough; top_p = 1 removes none of a full vocabulary."""
+    probabilities = [0.3, 0.1, 0.1, 0.5]
+    assert {draw(probabilities, u / 100, top_p=0.8) for u in range(100)} == {0, 3}
+    logits = torch.randn(1, 65037, generator=torch.Generator().manual_seed(0))
+    for u in (0.0, 0.5, 0.999, 0.999999):
+        uniform = torch.tensor([u])
+        assert sample(logits, 1.0, None, 1.0, uniform) == sample(logits, 1.0, None, None, uniform)
 
 
 def test_top_k():
@@ -355,7 +370,7 @@ def test_weights_that_are_not_finite_are_noticed(small_tokenizer):
 
 def write(folder, **changes):
     path = folder / "config.json"
-    path.write_text(json.dumps(SMALL.to_published() | changes))
+    path.write_text(json.dumps(published_config(SMALL) | changes))
     return path
 
 
@@ -409,7 +424,7 @@ def test_beams_keep_to_a_constraint(small):
         small.generate(torch.tensor([[0, 5]]), num_beams=3, max_new_tokens=20, constraint=constraint)[0]
         == path
     )
-    assert seen == [path[:n] for n in range(4)]
+    assert {tuple(ids) for ids in seen} == {tuple(path[:n]) for n in range(4)}
 
 
 def test_a_beam_search_compares_means(small, monkeypatch):
@@ -423,13 +438,20 @@ def test_a_beam_search_compares_means(small, monkeypatch):
         d: {EOS: 0.95, c: 0.05},
     }
 
-    def predict(self, x, positions, mask):
-        self.logits = torch.full((len(self.texts), small.config.text.vocab_size), -1e9)
-        for row, text in enumerate(self.texts):
-            for token, p in table[text[-1] if text else None].items():
+    def step(self, parents, sequences):
+        self.rows = [self.rows[i] for i in parents]
+        self.sequences = sequences
+        self.logits = torch.full((len(sequences), small.config.text.vocab_size), -1e9)
+        for row, sequence in enumerate(sequences):
+            for token, p in table[sequence.ids[-1] if sequence.ids else None].items():
                 self.logits[row, token] = math.log(p)
 
-    monkeypatch.setattr("kosmos2.Generation.predict", predict)
-    found = small.generate(torch.tensor([[0, 5]]), num_beams=2, max_new_tokens=6)[0]
-    assert found == [b, c, d, EOS] and math.prod(found.probabilities) == pytest.approx(0.4 * 0.95**3)
-    assert small.generate(torch.tensor([[0, 5]]), max_new_tokens=6)[0] == [a, EOS]
+    def start(**options):
+        state = small.prefill(torch.tensor([[0, 5]]), max_new_tokens=6, **options)
+        step(state, [0], state.sequences)
+        return state
+
+    monkeypatch.setattr(DecodeState, "step", step)
+    found = finish(start(num_beams=2))[0]
+    assert found.ids == [b, c, d, EOS] and math.prod(found.probabilities) == pytest.approx(0.4 * 0.95**3)
+    assert finish(start())[0].ids == [a, EOS]

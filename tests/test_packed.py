@@ -1,4 +1,4 @@
-"""Linear layers that read less: the kernel for a few rows, and weights of 8 and 16 bits."""
+"""Faster linear layers: the multi-core kernel for a few rows, and 8- and 16-bit weights."""
 
 import os
 import re
@@ -12,8 +12,16 @@ from conftest import ROOT, TINY, copy
 from safetensors.torch import load_file, save_file
 from scenes import Scene
 
-from kosmos2 import Attention, PackedEmbedding, PackedLinear, linear, pad_left, preprocess_image, quantize
-from load_weights import load_checkpoint, save_checkpoint
+from kosmos2 import Attention, finish, pad_left, preprocess_images
+from load_weights import (
+    PackedAttention,
+    PackedEmbedding,
+    PackedLinear,
+    load_checkpoint,
+    multi_core_linear,
+    quantize,
+    save_checkpoint,
+)
 
 
 def some_layer(K=192, N=200, seed=0):
@@ -29,23 +37,25 @@ def error(found, wanted) -> float:
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (16, 1), (3, 5), (17, 1)])
 def test_few_rows(shape):
-    """A few rows times a large matrix, of a prime number of outputs as well: what F.linear gives."""
+    """A few rows times a large matrix equal F.linear, also for a prime number of outputs."""
     for N in (4096, 4099):
         weight, bias = some_layer(K=256, N=N)
         x = torch.randn(*shape, 256)
-        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            multi_core_linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(multi_core_linear(x, weight), F.linear(x, weight), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_packed_weights(bits):
-    """Close to the layer they stand for, with and without PyTorch's kernel; the two even closer to each other."""
+    """Close to the float layer, with and without PyTorch's kernel; those two are even closer."""
     weight, bias = some_layer()
     x = torch.randn(3, 20, 192) * torch.logspace(-3, 3, 20)[:, None]  # rows of very different size
     packed, scale = quantize(weight) if bits == 8 else (weight.half(), None)
     with_kernel = PackedLinear(packed, bias, scale)
     with pytest.MonkeyPatch.context() as elsewhere:
-        elsewhere.setattr("kosmos2.KERNEL", "none of that name")
+        elsewhere.setattr("load_weights.INT8_KERNEL", "none of that name")
         without = PackedLinear(packed, bias, scale)
     assert without.packed is None
     wanted, most = F.linear(x, weight, bias), {8: 0.015, 16: 5e-4}[bits]
@@ -58,7 +68,7 @@ def test_packed_weights(bits):
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_a_row_does_not_depend_on_its_neighbours(bits):
+def test_rows_are_independent(bits):
     weight, bias = some_layer()
     layer = PackedLinear(
         *([weight.half(), bias] if bits == 16 else [quantize(weight)[0], bias, quantize(weight)[1]])
@@ -68,8 +78,8 @@ def test_a_row_does_not_depend_on_its_neighbours(bits):
     torch.testing.assert_close(layer(rows), alone, rtol=1e-6, atol=0)
 
 
-def test_quantisation_of_difficult_weights():
-    """Nothing, a lone outlier, a row that is all one value, and zeros on the way in."""
+def test_quantization_of_difficult_weights():
+    """A row of zeros, one outlier, a constant row, a tiny value; and an input of zeros."""
     weight = torch.zeros(4, 16)
     weight[1, 3], weight[2], weight[3, 0] = -1e4, 0.5, 1e-20
     q, scale = quantize(weight)
@@ -81,9 +91,9 @@ def test_quantisation_of_difficult_weights():
 
 
 def test_no_sum_overflows():
-    """The largest weights and inputs there are, also where fbgemm may use no VNNI instructions."""
+    """The largest possible weights and inputs, also if fbgemm may not use VNNI instructions."""
     script = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1])\nfrom kosmos2 import PackedLinear\n"
+        "import sys, torch; sys.path.insert(0, sys.argv[1])\nfrom load_weights import PackedLinear\n"
         "layer, x = PackedLinear(torch.full((64, 256), 127, dtype=torch.int8), None, torch.ones(64)), torch.ones(2, 256)\n"
         "x[1, ::2] = -1\nprint(layer(x)[:, 5].tolist(), layer(-x)[:, 5].tolist())"
     )
@@ -101,7 +111,7 @@ def test_no_sum_overflows():
         ), instructions
 
 
-def test_embedding_and_output_projection_are_quantised_once():
+def test_embedding_and_output_projection_share_their_weights():
     weight, _ = some_layer()
     q, scale = quantize(weight)
     embedding = PackedEmbedding(q, scale)
@@ -113,13 +123,13 @@ def test_embedding_and_output_projection_are_quantised_once():
 
 @pytest.mark.parametrize(("precision", "most"), [("fp16", 1e-3), ("int8", 0.05)])
 def test_packed_models(tiny, precision, most):
-    """Logits of the bundled model, several rows of a batch and alone; generated boxes stay."""
+    """Logits of the bundled model, in a batch and alone."""
     model, tokenizer = tiny
     packed, _ = load_checkpoint(TINY, precision)
     prompts = [
         tokenizer.encode_prompt(p) for p in ("<grounding>An image of", "<grounding><phrase> a star</phrase>")
     ]
-    pixels = torch.stack([preprocess_image(Scene.random(seed).draw(), 112) for seed in (1, 2)])
+    pixels = preprocess_images([Scene.random(seed).draw() for seed in (1, 2)], model.config.vision.image_size)
     tokens, image_mask, pad_mask = pad_left(prompts)
     with torch.inference_mode():
         wanted = model(tokens, pixels, None, image_mask, pad_mask)[~pad_mask]
@@ -131,12 +141,12 @@ def test_packed_models(tiny, precision, most):
 
 
 def test_packed_models_need_no_special_mode():
-    """Nothing of a packed model asks for gradients, so it runs without torch.no_grad()."""
+    """A packed model has no gradients, so it runs without torch.no_grad()."""
     model, tokenizer = load_checkpoint(TINY, "int8")
     ids, mask = tokenizer.encode_prompt("An image of")
     logits, loss = model(
         torch.tensor([ids]),
-        torch.randn(1, 3, 112, 112),
+        torch.randn(1, 3, *[model.config.vision.image_size] * 2),
         None,
         torch.tensor([mask]),
         labels=torch.tensor([ids]),
@@ -144,7 +154,7 @@ def test_packed_models_need_no_special_mode():
     assert torch.isfinite(logits).all() and not loss.requires_grad
 
 
-def test_what_packed_models_refuse(small_folder, tmp_path):
+def test_errors_of_packed_models(small_folder, tmp_path):
     packed, tokenizer = load_checkpoint(TINY, "int8")
     with pytest.raises(ValueError, match="cannot be saved"):
         save_checkpoint(packed, tokenizer.model_file, tmp_path / "saved")
@@ -159,53 +169,43 @@ def test_what_packed_models_refuse(small_folder, tmp_path):
             load_checkpoint(folder, precision)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_parts_of_a_batch(precision, monkeypatch):
-    """Computed a row at a time or all together, padded rows and rows with a past included: the same."""
-    model, tokenizer = load_checkpoint(TINY, precision)
-    pixels = torch.stack([preprocess_image(Scene.random(seed).draw(), 112) for seed in (1, 2, 3)])
-    texts = (
-        "<grounding>An image of",
-        "<grounding><phrase> a star</phrase>",
-        "Question: How many shapes are there? Answer:",
-    )
-    tokens, image_mask, pad_mask = pad_left([tokenizer.encode_prompt(text) for text in texts])
-    head, head_mask = tokenizer.encode_prompt("")
-    questions, _, question_pads = pad_left([(tokenizer.encode(text, add_bos=False), []) for text in texts])
-
-    def results():
-        embeds = model.encode_image(pixels)
-        whole = model.generate(tokens, None, embeds, image_mask, pad_mask, max_new_tokens=20)
-        past = model.start(
-            torch.tensor([head]), pixels[:1], image_mask=torch.tensor([head_mask]), max_new_tokens=0
-        )
-        return (
-            embeds,
-            whole,
-            model.start(questions, pad_mask=question_pads, past=past, max_new_tokens=20).finish(),
-        )
-
-    with torch.inference_mode():
-        together = results()
-        monkeypatch.setattr("kosmos2.CACHE", 1)
-        apart = results()
-    torch.testing.assert_close(together[0], apart[0], rtol=1e-3, atol=1e-2 if precision == "int8" else 1e-4)
-    assert together[1:] == apart[1:]
-    for one, other in zip(together[1] + together[2], apart[1] + apart[2], strict=True):
-        assert one.probabilities == pytest.approx(
-            other.probabilities, abs=0.02 if precision == "int8" else 1e-4
-        )
-
-
-def test_packed_attention_is_one_product(tiny):
-    """Queries, keys and values of self-attention come out of one layer; those of the resampler, which has two inputs, do not."""
+def test_packed_attention_is_one_matmul(tiny):
+    """Self-attention gets its queries, keys and values from one layer; the resampler's attention,
+    which has two inputs, does not."""
     packed, _ = load_checkpoint(TINY, "int8")
     for name, module in packed.named_modules():
         if isinstance(module, Attention):
-            assert (module.qkv_proj is None) == (name == "resampler.x_attn"), name
+            assert isinstance(module, PackedAttention) == (name != "resampler.x_attn"), name
     x = torch.randn(2, 5, 192)
     with torch.inference_mode():
-        for wanted, found in zip(
-            *(m.decoder.layers[0].attn.project(x, None) for m in (tiny[0], packed)), strict=True
-        ):
-            assert error(found, wanted) < 0.02
+        expected = tiny[0].decoder.layers[0].attn.project(x, None)
+        found = packed.decoder.layers[0].attn.project(x, None)
+    for one, other in zip(expected, found, strict=True):
+        assert error(other, one) < 0.02
+    with pytest.raises(ValueError, match="self-attention"):  # its context must not be ignored
+        packed.decoder.layers[0].attn(x, context=x)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_precisions_share_a_prefix(precision):
+    """Questions that share the prefill of their image get the answers they get alone."""
+    model, tokenizer = load_checkpoint(TINY, precision)
+    pixels = preprocess_images([Scene.random(1).draw()], model.config.vision.image_size)
+    texts = (
+        "<grounding>An image of",
+        "<grounding><phrase> a star</phrase>",
+        "Question: How many stars are there? Answer:",
+    )
+    head, head_mask = tokenizer.encode_prompt("")
+    prefix = model.prefill(
+        torch.tensor([head]), pixels, image_mask=torch.tensor([head_mask]), max_new_tokens=0
+    )
+    questions, _, pad_mask = pad_left([(tokenizer.encode(text, add_bos=False), []) for text in texts])
+    together = finish(model.prefill(questions, pad_mask=pad_mask, prefix=prefix, max_new_tokens=20))
+    for text, result in zip(texts, together, strict=True):
+        tokens, image_mask, _ = pad_left([tokenizer.encode_prompt(text)])
+        alone = finish(model.prefill(tokens, pixels, None, image_mask, max_new_tokens=20))[0]
+        assert result.ids == alone.ids
+        assert result.probabilities == pytest.approx(
+            alone.probabilities, abs=0.02 if precision == "int8" else 1e-4
+        )

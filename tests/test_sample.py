@@ -1,4 +1,4 @@
-"""The script, as people run it."""
+"""The script, run as users run it."""
 
 import json
 import os
@@ -10,22 +10,22 @@ import pytest
 import torch
 from conftest import ROOT, TINY, copy, run
 from PIL import Image, ImageDraw
-from scenes import Scene, Shape
+from scenes import Scene, Thing
 
 import sample as script
-from kosmos2 import Kosmos2
+from kosmos2 import Kosmos2, open_image
 from tokenizer import Entity, parse
 
 SCENE = TINY / "scene.png"
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
+def in_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
 def test_without_arguments():
-    """In a process of its own: one sentence on stdout, the picture with boxes, and where it is."""
+    """In a new process: one sentence on stdout, the annotated image, and its path on stderr."""
     done = subprocess.run([sys.executable, ROOT / "sample.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("An image of") and done.stdout.count("\n") == 1
@@ -38,11 +38,11 @@ def test_without_arguments():
     ("arguments", "beginning"),
     [
         (["--task", "caption"], "An image of"), (["--task", "detail"], "There is"),
-        (["--task", "ground", "--text", "a star"], "a star"), (["--task", "refer", "--box", "0.1,0.1,0.4,0.4"], "It is the"),
-        (["--task", "refer", "--text", "the star"], "the star"),
-        (["--task", "vqa", "--text", "How many shapes are there?"], ""),
-        (["--task", "plain"], "An image of"), (["--task", "answer", "--text", "How many shapes are there?"], "five"),
-        (["--prompt", "Question: How many shapes are there? Answer:"], "Question: How many shapes are there? Answer:"),
+        (["--task", "ground", "--text", "a fire"], "a fire\n  0."), (["--task", "refer", "--box", "0.1,0.1,0.4,0.4"], "It is the"),
+        (["--task", "refer", "--text", "the fire"], "the fire\n  0."),
+        (["--task", "vqa", "--text", "How many things are there?"], ""),
+        (["--task", "plain"], "An image of"), (["--task", "answer", "--text", "How many things are there?"], ""),
+        (["--prompt", "Question: How many things are there? Answer:"], "Question: How many things are there? Answer:"),
         (["--prompt", "An image of"], "An image of"), (["--num-beams", "3"], "An image of"),
         (["--temperature", "0.7", "--top-p", "0.9", "--top-k", "20", "--seed", "1"], "An image of"),
         (["--task", "refer", "--box", "44,863"], "It is the"), (["--task", "refer", "--box", "60,60,300,300"], "It is the"),
@@ -52,21 +52,21 @@ def test_without_arguments():
 def test_tasks_and_options(capsys, arguments, beginning):
     status, out, err = run(capsys, SCENE, *arguments)
     assert status == 0, err
-    assert out.startswith(beginning) and out.strip() and out.count("\n") == 1
+    assert out.startswith(beginning) and out.strip() and out.count("\n") == 1 + beginning.count("\n")
 
 
 def test_text_alone(capsys):
     status, out, err = run(capsys, "--task", "text", "--text", "An image of a", "--text", "An image of two")
-    assert status == 0 and os.listdir() == [] and "no picture" in err
+    assert status == 0 and os.listdir() == [] and "no image" in err
     assert [line[:13] for line in out.splitlines()] == ["An image of a", "An image of t"]
 
 
-def test_an_example_says_what_is_asked(capsys, tmp_path):
-    """Two pictures in one prompt: the same box is described as the box of the first picture was."""
-    Scene((Shape("heart", "green", (0.7, 0.3), 0.35),), (204, 204, 204), 1).draw().resize((300, 200)).save(
+def test_the_example_defines_the_task(capsys, tmp_path):
+    """Two images in one prompt: the box is described the way the box of the first image was."""
+    Scene((Thing("heart", "green", (0.7, 0.3), 0.35),), "light", 1).draw().resize((300, 200)).save(
         "first.png"
     )
-    Scene((Shape("star", "red", (0.4, 0.5), 0.35),), (204, 204, 204), 2).draw().save("second.png")
+    Scene((Thing("star", "red", (0.4, 0.5), 0.35),), "light", 2).draw().save("second.png")
     said = {}
     for words in ("green.", "a heart."):
         arguments = [
@@ -86,15 +86,15 @@ def test_an_example_says_what_is_asked(capsys, tmp_path):
     row = json.loads(out)
     assert (
         status == 0
-        and row["image"] == "second.png"
+        and row["image"] == ["first.png", "second.png"]
         and row["prompt"] == "<image> heart.<image>"
-        and row["text"] == "star."
+        and row["text"]
     )
     assert run(capsys, "first.png", "--task", "context", "--text", "heart.")[0] == 1
 
 
 def test_results_and_resume(capsys, tmp_path):
-    """A run that was cut in the middle of a line goes on where it stopped, and gives what one run gives."""
+    """A run that stopped in the middle of a line is continued, with the results of a single run."""
     folder, whole, cut = tmp_path / "pictures", tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     folder.mkdir()
     for i in range(5):
@@ -104,9 +104,9 @@ def test_results_and_resume(capsys, tmp_path):
         "--task",
         "answer",
         "--text",
-        "What color is the star?",
+        "What color is the house?",
         "--text",
-        "How many shapes are there?",
+        "How many things are there?",
         "--batch-size",
         2,
     ]
@@ -124,13 +124,13 @@ def test_results_and_resume(capsys, tmp_path):
         assert run(capsys, *ask, "--results", cut, "--resume")[0] == 0
         assert cut.read_text() == whole.read_text()
     status, _, err = run(capsys, folder, "--results", whole, "--resume")
-    assert status == 1 and "other prompts" in err and whole.read_text() == cut.read_text()
+    assert status == 1 and "another prompt" in err and whole.read_text() == cut.read_text()
     (tmp_path / "notes.txt").write_text("dear diary\n")
     assert run(capsys, *ask, "--results", tmp_path / "notes.txt", "--resume")[0] == 1
 
 
-def test_processes_share_the_pictures(capsys, tmp_path, monkeypatch):
-    """Each of torchrun's ranks writes its own file; a later run with any number of them skips what is in any."""
+def test_processes_share_the_images(capsys, tmp_path, monkeypatch):
+    """Each rank of torchrun writes its own file; a later run skips what is in any of them."""
     folder, results = tmp_path / "pictures", tmp_path / "out.jsonl"
     folder.mkdir()
     for i in range(5):
@@ -170,7 +170,7 @@ def test_json(capsys):
 
 
 def test_folders_batches_and_failures(capsys, tmp_path):
-    """A bad picture does not stop the others, and neither batch size nor neighbours change a text."""
+    """A bad image does not stop the others; batching does not change the texts."""
     folder = tmp_path / "a folder"
     folder.mkdir()
     picture = Image.open(SCENE)
@@ -186,7 +186,7 @@ def test_folders_batches_and_failures(capsys, tmp_path):
     assert texts[0] == texts[1] and len(texts[0]) == 3
     assert sorted(os.listdir(tmp_path / "out")) == [f"{i} größe.boxes.png" for i in range(3)]
     status, out, err = run(capsys, folder / "0 größe.png", tmp_path / "none.png")
-    assert status == 1 and out.count("An image of") == 1 and "no picture at" in err
+    assert status == 1 and out.count("An image of") == 1 and "no image at" in err
 
 
 def test_streaming_on_a_terminal(capsys, monkeypatch):
@@ -200,18 +200,18 @@ def test_streaming_on_a_terminal(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["--task", "ground"], 2, "--text"), (["--task", "vqa", "--text", " "], 2, "--text"),
-        (["--task", "refer"], 2, "--box"), (["--task", "dance"], 2, "invalid choice"), (["--box", "1,2,3"], 2, "1,2,3"),
+        (["--task", "ground"], 2, "needs a text"), (["--task", "vqa", "--text", " "], 2, "needs a text"),
+        (["--task", "refer"], 2, "needs a box"), (["--task", "dance"], 2, "invalid choice"), (["--box", "1,2,3"], 2, "1,2,3"),
         (["--prompt", "a", "--text", "b"], 2, "--prompt"), (["--batch-size", "0"], 2, "--batch-size"),
-        (["--text", "a"], 2, "takes no --text"), (["--top-boxes", "3"], 2, "--top-boxes"), (["none.png"], 1, "no picture at none.png"),
+        (["--text", "a"], 2, "takes no text"), (["--top-boxes", "3"], 2, "--top-boxes"), (["none.png"], 1, "no image at none.png"),
         (["https://example.org/a.png"], 1, "download"), (["--checkpoint", "nothing"], 1, "no checkpoint at nothing"),
-        (["--max-new-tokens", "5000"], 1, "2048 positions"), (["--temperature", "-1"], 1, "temperature"),
-        (["--box", "0.1,0.1,0.5,0.5"], 1, "phrases in <phrase>…</phrase>: 0"), (["--device", "toaster"], 1, "toaster"),
-        (["--task", "refer", "--box", "1,1,9000,9000"], 1, "beyond the picture"), (["."], 1, "holds no pictures"),
-        (["--prompt", "<image> and <image>"], 1, "at 2 places"), (["--task", "text", "--text", "a", "--output", "x.png"], 2, "--output"), (["--output", "no/such/x.png"], 1, "no/such"),
-        (["--task", "refer", "--text", " "], 2, "not empty"), (["--task", "ground", "--text", "a", "--box", "1,2"], 2, "one of them"),
-        (["--task", "vqa", "--text", "<image>?"], 2, "pictures"), (["--task", "refer", "--box", "0.1,0.1,1.5,0.5"], 1, "mixes"),
-        ([SCENE, "--output", SCENE], 1, "itself"), (["--output", "x.pdf"], 1, "x.pdf"), (["--device", "cuda:9"], 1, "cuda"),
+        (["--max-new-tokens", "5000"], 1, "context 2048"), (["--temperature", "-1"], 1, "temperature"),
+        (["--box", "0.1,0.1,0.5,0.5"], 1, "1 boxes for 0 phrases"), (["--device", "toaster"], 1, "toaster"),
+        (["--task", "refer", "--box", "1,1,9000,9000"], 1, "beyond the image"), (["."], 1, "no images in folder"),
+        (["--prompt", "<image> and <image>"], 1, "2 <image> tags"), (["--task", "text", "--text", "a", "--output", "x.png"], 2, "--output"), (["--output", "no/such/x.png"], 1, "no/such"),
+        (["--task", "refer", "--text", " "], 2, "not empty"), (["--task", "ground", "--text", "a", "--box", "1,2"], 2, "not both"),
+        (["--task", "vqa", "--text", "<image>?"], 2, "images"), (["--task", "refer", "--box", "0.1,0.1,1.5,0.5"], 1, "mixes"),
+        ([SCENE, "--output", SCENE], 1, "itself"), (["--output", "x.xyz"], 1, "x.xyz"), (["--device", "cuda:9"], 1, "cuda"),
         (["--checkpoint", "../nothing/here"], 1, "no checkpoint at"),
     ],
 )  # fmt: skip
@@ -232,7 +232,7 @@ def test_interrupted(capsys, monkeypatch):
     assert run(capsys)[0] == 130
 
 
-def test_the_reader_leaves_early():
+def test_stdout_closed_early():
     command = f'"{sys.executable}" "{ROOT / "sample.py"}" "{SCENE}" "{SCENE}" --json | head -c 1'
     done = subprocess.run(
         ["bash", "-c", command + '; exit "${PIPESTATUS[0]}"'], capture_output=True, text=True
@@ -240,7 +240,7 @@ def test_the_reader_leaves_early():
     assert done.returncode == 0 and "Traceback" not in done.stderr
 
 
-def test_ngram_block_comes_from_the_checkpoint(capsys, tmp_path):
+def test_ngram_blocking_comes_from_the_checkpoint(capsys, tmp_path):
     folder = copy(TINY, tmp_path / "blocked")
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["no_repeat_ngram_size"] = 1
@@ -253,8 +253,8 @@ def test_ngram_block_comes_from_the_checkpoint(capsys, tmp_path):
     assert raws[0] == raws[2] != raws[1]
 
 
-def test_many_questions_read_the_picture_once(capsys, monkeypatch):
-    questions = ["How many shapes are there?", "Is there a red star?", "What is at the top?"]
+def test_many_questions_encode_the_image_once(capsys, monkeypatch):
+    questions = ["How many things are there?", "Is there a red star?", "What is left of the fire?"]
     alone = [run(capsys, SCENE, "--task", "vqa", "--text", q, "--json")[1] for q in questions]
     calls, encode = [], Kosmos2.encode_image
     monkeypatch.setattr(Kosmos2, "encode_image", lambda self, *a: calls.append(1) or encode(self, *a))
@@ -267,54 +267,52 @@ def test_many_questions_read_the_picture_once(capsys, monkeypatch):
 
 def test_top_boxes_and_scores(capsys):
     status, out, err = run(
-        capsys, SCENE, "--task", "ground", "--text", "the star", "--top-boxes", "4", "--json"
+        capsys, SCENE, "--task", "ground", "--text", "the fire", "--top-boxes", "4", "--json"
     )
     assert status == 0, err
     entity = json.loads(out)["entities"][0]
-    assert entity["phrase"] == "the star" and entity["scores"] == sorted(entity["scores"], reverse=True)
+    assert entity["phrase"] == "the fire" and entity["scores"] == sorted(entity["scores"], reverse=True)
     assert 1 <= len(entity["boxes"]) == len(entity["scores"]) <= 4
-    status, out, _ = run(
-        capsys, SCENE, "--task", "refer", "--text", "the star", "--top-boxes", "2", "--scores"
-    )
-    assert status == 0 and out.startswith("the star\n  ") and os.listdir() == ["scene.boxes.png"]
+    status, out, _ = run(capsys, SCENE, "--task", "refer", "--text", "the fire", "--top-boxes", "2")
+    assert status == 0 and out.startswith("the fire\n  ") and os.listdir() == ["scene.boxes.png"]
     _, out, _ = run(capsys, SCENE, "--json")
     assert all(0 < score <= 1 for e in json.loads(out)["entities"] for score in e["scores"])
 
 
-def test_several_pictures_in_one_prompt(capsys):
+def test_several_images_in_one_prompt(capsys):
     status, out, err = run(capsys, SCENE, SCENE, "--prompt", "<image>An image of a star.<image>An image of")
     assert status == 0, err
     assert out.count("\n") == 1
 
 
-def test_pictures_of_every_kind(tmp_path):
+def test_images_of_every_kind(tmp_path):
     base = Image.open(SCENE).convert("RGB").resize((60, 40))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it rotated by 270 degrees
+    exif[0x0112] = 6  # rotate by 270 degrees
     base.save(tmp_path / "turned.jpg", exif=exif)
-    assert script.open_picture(tmp_path / "turned.jpg").size == (40, 60)
+    assert open_image(tmp_path / "turned.jpg").size == (40, 60)
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     clear.save(tmp_path / "clear.png")
-    assert script.open_picture(tmp_path / "clear.png").getpixel((1, 1)) == (255, 255, 255)
+    assert open_image(tmp_path / "clear.png").getpixel((1, 1)) == (255, 255, 255)
     Image.fromarray((torch.arange(16).reshape(4, 4) * 4096).to(torch.uint16).numpy()).save(
         tmp_path / "deep.png"
     )
-    assert script.open_picture(tmp_path / "deep.png").getpixel((0, 2)) == (128, 128, 128)
+    assert open_image(tmp_path / "deep.png").getpixel((0, 2)) == (128, 128, 128)
     for mode, name in (
-        ("L", "grey.png"),
+        ("L", "gray.png"),
         ("CMYK", "print.jpg"),
         ("P", "palette.gif"),
         ("1", "bits.tif"),
         ("LA", "la.png"),
     ):
         base.convert(mode).save(tmp_path / name)
-        picture = script.open_picture(tmp_path / name)
+        picture = open_image(tmp_path / name)
         assert picture.mode == "RGB" and picture.size == (60, 40)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2000, 3), (3, 700), (640, 480)])
 def test_labels_stay_inside(size, monkeypatch):
-    """Whatever the picture's size and the phrase's length, no label leaves the picture."""
+    """No label leaves the image, whatever the size of the image and the length of the phrase."""
     drawn = []
     original = ImageDraw.ImageDraw.text
 
@@ -328,8 +326,174 @@ def test_labels_stay_inside(size, monkeypatch):
         Entity("a snowman in a very long red scarf " * 3, (0, 9), [(0.9, 0.0, 1.0, 0.1)]),
         Entity("x", (9, 10), [(0, 0, 1, 1)]),
     ]
-    answer = {"text": "a snowman in a very long red scarf", "entities": entities}
-    out = script.draw_answers(Image.new("RGB", size), [answer, answer], with_scores=True)
+    answer = script.Answer("a snowman in a very long red scarf", "", entities)
+    out = script.draw_answers(Image.new("RGB", size), [answer, answer])
     assert out.size[0] >= size[0] and drawn
     for x, length, (width, _), _ in drawn:
         assert x >= 0 and x + length <= width + 1
+
+
+# ------------------------------------------------------------------------------------------------- requests
+
+
+def test_requests(capsys, tmp_path):
+    """Each line is answered as it would be on its own; other keys are copied; bad images fail alone."""
+    Image.open(SCENE).save("a.png")
+    Image.open(TINY / "busy.png").save("b.png")
+    lines = [
+        {"image": "a.png", "task": "caption", "id": 1},
+        {"image": "a.png", "task": "answer", "text": "Is there a fire?", "id": 2},
+        {
+            "image": "b.png",
+            "prompt": "<grounding><phrase> It</phrase> is",
+            "boxes": [[0.1, 0.4, 0.4, 0.8]],
+            "id": 3,
+        },
+        {
+            "image": ["a.png", "b.png"],
+            "task": "context",
+            "text": "a fire.",
+            "boxes": [[0.5, 0.5, 0.8, 0.9], [10, 20, 100, 200]],
+        },
+        {"task": "text", "text": "An image of a", "note": {"any": ["thing"]}},
+        {"image": "none.png", "id": 6},
+    ]
+    Path("requests.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    status, out, err = run(capsys, "--requests", "requests.jsonl", "--json", "--batch-size", 3)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 1 and "none.png" in err and "1 of 6 failed" in err
+    assert [row.get("id") for row in rows] == [1, 2, 3, None, None] and rows[4]["note"] == {"any": ["thing"]}
+    assert rows[3]["image"] == ["a.png", "b.png"] and rows[4]["image"] is None
+    alone = json.loads(run(capsys, "a.png", "--task", "answer", "--text", "Is there a fire?", "--json")[1])
+    assert rows[1] == {"id": 2} | alone
+    assert run(capsys, "--requests", "requests.jsonl", "--results", "out.jsonl")[0] == 1
+    whole = Path("out.jsonl").read_text()
+    Path("out.jsonl").write_text("".join(whole.splitlines(keepends=True)[:2]))
+    assert run(capsys, "--requests", "requests.jsonl", "--results", "out.jsonl", "--resume")[0] == 1
+    assert Path("out.jsonl").read_text() == whole
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("nonsense", "line 2"), ("[1]", "JSON object"), ('{"task": "dance"}', "'dance'"), ('{"task": "vqa"}', "needs a text"),
+        ('{"prompt": "a", "task": "caption"}', "one or the other"), ('{"task": "vqa", "text": ["a", "b"]}', "one text"),
+    ],
+)  # fmt: skip
+def test_bad_requests_are_named(capsys, monkeypatch, line, words):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"task": "caption"}\n' + line + "\n"))
+    status, out, err = run(capsys, "--requests", "-")
+    assert status == 1 and "stdin, line 2" in err and words in err and err.count("\n") == 1
+
+
+def test_resume_compares_resolved_paths_and_checkpoints(capsys, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.open(SCENE).save("images/a.png")
+    Path("link").symlink_to("images")
+    assert run(capsys, "images/a.png", "--results", "out.jsonl")[0] == 0
+    for spelling in ("./images/a.png", tmp_path / "images" / "a.png", "link/a.png", "images/../images/a.png"):
+        assert run(capsys, spelling, "--results", "out.jsonl", "--resume")[0] == 0
+    assert len(Path("out.jsonl").read_text().splitlines()) == 1
+    folder = copy(TINY, tmp_path / "other")
+    status, _, err = run(capsys, "images/a.png", "--results", "out.jsonl", "--resume", "--checkpoint", folder)
+    assert status == 1 and "another checkpoint" in err
+
+
+def test_errors_quote_the_box_as_typed(capsys):
+    for box, words in (("100,20,30,40", "box 100,20,30,40"), ("0.25,0.5,0.75,0.4", "box 0.25,0.5,0.75,0.4")):
+        status, _, err = run(capsys, SCENE, "--task", "refer", "--box", box)
+        assert status == 1 and words in err
+    assert run(capsys, SCENE, "--results", ".")[0] == 2
+
+
+@pytest.mark.parametrize(
+    "kind", [TypeError, NotImplementedError, RuntimeError, MemoryError, ZeroDivisionError]
+)
+def test_any_error_of_a_decoder_concerns_one_image(capsys, monkeypatch, kind):
+    for name in ("a.png", "b.png", "c.png"):
+        Image.open(SCENE).save(name)
+    original = Image.open
+
+    def fails_for_b(path, *args, **kwargs):
+        if str(path).endswith("b.png"):
+            raise kind("broken")
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(Image, "open", fails_for_b)
+    for more in ([], ["--resume"]):
+        status, _, err = run(capsys, "a.png", "b.png", "c.png", "--results", "out.jsonl", *more)
+        assert status == 1 and "b.png: broken" in err and "Traceback" not in err
+    images = [json.loads(line)["image"] for line in Path("out.jsonl").read_text().splitlines()]
+    assert images == ["a.png", "c.png"]
+
+
+def test_folders_take_every_format_and_name_the_rest(capsys, tmp_path):
+    folder = tmp_path / "mixed"
+    (folder / "inner").mkdir(parents=True)
+    image = Image.open(SCENE).convert("RGB")
+    image.save(folder / "a.jfif", "JPEG")
+    image.save(folder / "b.webp")
+    image.save(folder / "c.ppm")
+    (folder / "d.heic").write_bytes(b"")
+    status, out, err = run(capsys, folder, "--json")
+    names = [Path(json.loads(line)["image"]).name for line in out.splitlines()]
+    assert status == 0 and names == ["a.jfif", "b.webp", "c.ppm"]
+    assert "1 x .heic" in err and "1 x folder" in err
+
+
+def test_output_is_utf8_in_any_locale(tmp_path):
+    Image.open(SCENE).save("猫.png")
+    Image.open(SCENE).save(b"bad\xff.png".decode("utf-8", "surrogateescape"))
+    env = os.environ | {"PYTHONIOENCODING": "cp1252", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    for more in ([], ["--json"]):
+        command = [sys.executable, ROOT / "sample.py", ".", *more]
+        done = subprocess.run(command, capture_output=True, env=env)
+        assert done.returncode == 0, done.stderr
+        text = done.stdout.decode("utf-8")
+        assert "猫.png" in text and len(text.splitlines()) == 2
+        if more:
+            assert all(json.loads(line)["text"] for line in text.splitlines())
+
+
+def test_html_page(capsys, tmp_path):
+    name = '<img src=x onerror=alert(1)>&".png'
+    Image.open(SCENE).save(name)
+    status, out, err = run(capsys, name, SCENE, "--output", "page.html")
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert status == 0 and page.count("<figure>") == 2 and "<img src=x" not in page
+    assert "&lt;img src=x" in page and page.count("data:image/jpeg;base64,") == 2
+    assert "http:" not in page and "https:" not in page  # needs nothing else
+    entity = Entity("<b>", (0, 3), [(0.1, 0.1, 0.5, 0.5)], [0.5])
+    figure = script.html_figure(Image.new("RGB", (9, 9)), [script.Answer("<b> & <i>", "", [entity])])
+    assert "&lt;b&gt;" in figure and "<b>" not in figure and "<i>" not in figure and "50%" in figure
+
+
+def test_length_limits_cut_the_text(capsys):
+    """A shorter answer is the beginning of the longer one, and its boxes are among those of the longer one."""
+    row = json.loads(run(capsys, TINY / "busy.png", "--json")[1])
+    boxes = [box for entity in row["entities"] for box in entity["boxes"]]
+    for limit in (1, 2, 3, 5, 6, 8, 9, 11, 14, 20, 26):
+        cut = json.loads(run(capsys, TINY / "busy.png", "--json", "--max-new-tokens", limit)[1])
+        assert row["text"].startswith(cut["text"])
+        assert all(box in boxes for entity in cut["entities"] for box in entity["boxes"])
+
+
+def test_large_images_are_resized_while_reading(tmp_path):
+    """Twelve photos of 24 megapixels take far less memory than all of them together would."""
+    script_text = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1])\nimport sample\n"
+        "sample.main(['one.png', '--json'])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "sample.main(['photos', '--json', '--batch-size', '12'])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    Image.open(SCENE).save("one.png")
+    Path("photos").mkdir()
+    photo = Image.new("RGB", (6000, 4000), "white")
+    for i in range(12):
+        photo.save(f"photos/{i}.jpg")
+    command = [sys.executable, "-c", script_text, ROOT]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout.splitlines()[-1]) < 400_000  # KiB; all twelve take 864,000

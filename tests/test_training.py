@@ -1,4 +1,4 @@
-"""The bundled model, and what made it: scenes, packing, training, scoring."""
+"""The training code and the bundled model: scenes, rows, training runs, scores."""
 
 import json
 import random
@@ -8,17 +8,25 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, TINY, rough
-from data import ALONE, MIXTURE, Grit, Scenes, collate
-from evaluate import HELD_OUT, answers, evaluate, named, score
-from scenes import COLORS, SHAPES, Scene, Shape, names, relations, resolve, tasks
+from data import ALONE, MIXTURE, Grit, Scenes, collate, encode_record, grit_to_text
+from drawings import measure
+from evaluate import HELD_OUT, answers, choose_examples, evaluate, first_scores, named, score
+from PIL import Image
+from pretrain import patch_labels
+from scenes import Scene, Thing, is_caption, listed, names, relations, resolve, tasks
+from things import DRAWINGS, UNCOLORED
 from train import Losses
 
 from kosmos2 import EOS, Kosmos2
 from load_weights import SENTENCEPIECE, load_checkpoint
-from tokenizer import Tokenizer, grit_to_text, iou, parse
+from tokenizer import Tokenizer, parse
+
+TRAIN = ROOT / "training" / "train.py"
+DRAWN_CAPTIONS, DRAWN_GROUNDING = 0.85, 0.9  # least accuracy on drawings by other code, of 60 images
 
 
 @pytest.fixture(scope="module")
@@ -29,95 +37,104 @@ def source(small_tokenizer):
 # ---------------------------------------------------------------------------------------------------- scenes
 
 
-def test_scenes_are_what_their_records_say():
-    for seed in range(60):
+def test_scenes_match_their_records():
+    for seed in range(80):
         scene = Scene.random(seed)
-        assert scene == Scene.random(seed) and 1 <= len(scene.shapes) <= 5
+        assert scene == Scene.random(seed) and len(scene.things) <= 5
         record = scene.record()
         for start, end, *box, _ in record["noun_chunks"]:
             assert 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
             assert record["caption"][start:end].split()[0] in ("a", "an", "two", "three", "four", "five")
-        assert not any(iou(a.box, b.box) for a in scene.shapes for b in scene.shapes if a is not b)
         caption, entities = parse(grit_to_text(record))
-        assert caption == record["caption"] and sum(len(e.boxes) for e in entities) == len(scene.shapes)
+        assert caption == record["caption"] and sum(len(e.boxes) for e in entities) == len(scene.things)
+        assert is_caption(caption) and listed(caption) == [e.phrase for e in entities] or not scene.things
 
 
-def test_pictures_show_the_shapes_where_the_boxes_are():
-    """Inside its outline a shape has its colour; the background has not."""
-    scene = Scene(
-        (Shape("square", "red", (0.3, 0.4), 0.3), Shape("heart", "blue", (0.75, 0.7), 0.3)),
-        (204, 204, 204),
-        1,
-    )
-    picture = scene.draw(200)
-    for shape in scene.shapes:
-        pixel = picture.getpixel(tuple(round(c * 200) for c in shape.center))
-        assert sum(abs(a - b) for a, b in zip(pixel, COLORS[shape.color], strict=True)) < 60
-        x1, y1, x2, y2 = shape.box
-        assert max(x2 - x1, y2 - y1) == pytest.approx(shape.size)
-    assert sum(abs(c - 204) for c in picture.getpixel((5, 195))) < 80
-    assert (
-        len(
-            {
-                Scene((Shape(s, "red", (0.5, 0.5), 0.4),), (204, 204, 204), 1).draw(64).tobytes()
-                for s in SHAPES
-            }
-        )
-        == 8
-    )
+@pytest.mark.parametrize("kind", DRAWINGS)
+def test_boxes_fit_their_drawings(kind):
+    """The pixels that a thing changes lie in its box, and reach all four sides of it."""
+    color = None if kind in UNCOLORED else "blue"
+    thing = Thing(kind, color, (0.45, 0.55), 0.5, look=3, aspect=1.5)
+    with_thing = np.asarray(Scene((thing,), "light", 1, 1.5, easy=True).draw(300)).astype(int)
+    without = np.asarray(Scene((), "light", 1, 1.5, easy=True).draw(300)).astype(int)
+    height, width, _ = with_thing.shape
+    rows, columns = np.nonzero(np.abs(with_thing - without).sum(axis=2) > 30)
+    x1, y1, x2, y2 = thing.box
+    found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    assert np.abs(np.array(found) - (x1 * width, y1 * height, x2 * width, y2 * height)).max() < 7
 
 
 def test_the_rule_based_reader():
-    star, heart, circle = (
-        Shape("star", "red", (0.2, 0.2), 0.2),
-        Shape("heart", "red", (0.8, 0.25), 0.35),
-        Shape("circle", "blue", (0.5, 0.8), 0.2),
-    )
-    scene = Scene((star, circle, heart), (204, 204, 204), 0)
+    star = Thing("star", "red", (0.2, 0.2), 0.15)
+    heart = Thing("heart", "red", (0.8, 0.25), 0.35)
+    tree = Thing("tree", None, (0.5, 0.8), 0.25)
+    scene = Scene((star, tree, heart), "white", 0)
     assert resolve("the star", scene) == resolve("the small red star.", scene) == [star]
-    assert resolve("the red shape right of the star", scene) == [heart]
-    assert resolve("the circle below the red heart", scene) == [circle]
-    assert (
-        resolve("the two red shapes", scene) == [star, heart]
-        and resolve("the three red shapes", scene) is None
-    )
-    assert resolve("the shape below the red heart", scene) is None  # is the star? too close to say
-    assert (
-        resolve("the dog", scene) is None
-        and resolve("red", scene) is None
-        and resolve("the star left of", scene) is None
-    )
+    assert resolve("the red thing right of the star", scene) == [heart]
+    assert resolve("the tree below the red heart", scene) == [tree]
+    assert resolve("the two red things", scene) == [star, heart]
+    assert resolve("the three red things", scene) is None
+    assert resolve("the thing below the red heart", scene) is None  # the star is too close to say
+    assert resolve("the dog", scene) == [] and resolve("the shoe", scene) is None
+    assert resolve("red", scene) is None and resolve("the star left of", scene) is None
     assert names(star, scene) == ["the star", "the red star", "the small red star"]
-    assert all(resolve(name, scene) == [circle] for name in relations(circle, scene, random.Random(0)))
+    assert all(resolve(name, scene) == [tree] for name in relations(tree, scene, random.Random(0)))
+
+
+def test_captions_state_relations():
+    def caption(*centers):
+        things = [
+            Thing(kind, None, center, 0.2) for kind, center in zip(("snowman", "fire"), centers, strict=True)
+        ]
+        return Scene(tuple(sorted(things, key=lambda thing: thing.center[0])), "snow", 0).record()["caption"]
+
+    assert caption((0.3, 0.5), (0.5, 0.5)) == "An image of a snowman next to a fire."
+    assert caption((0.2, 0.5), (0.8, 0.5)) == "An image of a snowman left of a fire."
+    assert caption((0.4, 0.2), (0.5, 0.8)) == "An image of a snowman above a fire."
+    assert caption((0.6, 0.2), (0.5, 0.8)) == "An image of a fire below a snowman."
+    assert Scene((), "white", 0).record()["caption"] == "An image of nothing."
+    assert not is_caption("An image of a snowman, a fire.") and not is_caption("An image of a red fire.")
 
 
 def test_the_right_answer_scores():
-    """And every kind of task comes up, with an answer that its own scorer accepts and others it does not."""
+    """Every task occurs; its scorer accepts the right answer and no other."""
     seen = set()
-    for seed in range(40):
+    for seed in range(60):
         scene = Scene.random(seed)
         for example in tasks(scene, random.Random(seed)):
             seen.add(example.task)
-            assert set(score(example, example.answer, scene)) == {1.0}, example
-            assert not any(score(example, " nonsense", scene)), example
+            if example.task != "ground absent":
+                assert set(score(example, example.answer, scene)) == {1.0}, example
+                assert not any(score(example, " nonsense", scene)), example
     assert seen == set(MIXTURE)
 
 
+def test_only_the_boxes_of_the_asked_phrase_count():
+    scene = Scene((Thing("star", "red", (0.2, 0.2), 0.2), Thing("sun", None, (0.8, 0.8), 0.2)), "white", 0)
+    example = next(e for e in tasks(scene, random.Random(0)) if e.task == "ground" and "star" in e.prompt)
+    other = f" and<phrase> a sun</phrase>{example.answer}"
+    assert score(example, example.answer, scene) == [1.0] and score(example, other, scene) == [0.0]
+
+
 def test_captions_are_counted():
-    assert named("two red circles, a large blue star and an orange moon") == {
-        "red circle": 2,
-        "blue star": 1,
-        "orange moon": 1,
-    }
+    found = named("An image of two red circles, a tree and an orange moon.")
+    assert found == {"red circle": 2, "tree": 1, "orange moon": 1}
+
+
+def test_patch_labels():
+    scene = Scene((Thing("circle", "red", (0.5, 0.5), 0.4),), "white", 0)
+    labels = patch_labels(scene, 10).view(10, 10, 6)
+    assert (labels[4:6, 4:6, 0] == list(DRAWINGS).index("circle") + 1).all()
+    assert (labels[:2] == 0).all() and labels[5, 5, 2:].tolist() == pytest.approx(scene.things[0].box)
 
 
 # ------------------------------------------------------------------------------------------------- training
 
 
 def test_texts_in_one_row_do_not_see_each_other(source):
-    """The losses of a row are those of its texts one by one, each alone with the picture or without."""
+    """The losses of a row are those of its texts, each alone with the image or without."""
     model = rough(Kosmos2(SMALL), seed=2).eval()
-    made = [source.row(n) for n in range(20)]
+    made = [source.row(n) for n in range(40)]
     rows = [next(row for row in made if len(row.pixels) > 1), next(row for row in made if ALONE in row.texts)]
     assert all(max(row.texts) > 5 for row in rows)
     alone = []
@@ -158,7 +175,7 @@ def test_only_answers_carry_loss(source):
 
 
 def write_grit(folder, count=6):
-    """Scenes as a GRIT-format file with its pictures."""
+    """Scenes as a GRIT-format file with its images."""
     folder.mkdir(exist_ok=True)
     with open(folder / "grit.jsonl", "w") as lines:
         for seed in range(count):
@@ -171,13 +188,18 @@ def test_grit_rows(tmp_path, small_tokenizer):
     """All tokens of the text carry loss, the first one at </image>; every record comes once an epoch."""
     source = Grit(write_grit(tmp_path), small_tokenizer, SMALL, seed=0)
     row = source.row(0)
-    assert row.targets[: row.prefix] == [-100] * (row.prefix - 1) + [small_tokenizer.special["<grounding>"]]
+    assert row.targets[: row.prefix] == [-100] * (row.prefix - 1) + [
+        small_tokenizer.special_ids["<grounding>"]
+    ]
     assert row.targets[row.prefix - 1 : -1] == row.tokens[row.prefix :] and row.tokens[-1] == EOS
-    wanted = sorted(grit_to_text(Scene.random(seed).record()) for seed in range(6))
+    expected = sorted(
+        small_tokenizer.decode(encode_record(small_tokenizer, Scene.random(seed).record()))
+        for seed in range(6)
+    )
     for epoch in range(2):
         texts = [small_tokenizer.decode(source.row(6 * epoch + n).tokens[row.prefix : -1]) for n in range(6)]
-        assert sorted(t.replace("<grounding> ", "<grounding>") for t in texts) == wanted
-    for content, words in (("{}", "line 1"), ("", "no records"), ("nonsense", "line 1")):
+        assert sorted(texts) == expected
+    for content, words in (("{}", "line 1"), ("", "no records"), ("nonsense", "line 1"), ("[1]", "line 1")):
         (tmp_path / "bad.jsonl").write_text(content)
         with pytest.raises(ValueError, match=words):
             Grit(tmp_path / "bad.jsonl", small_tokenizer, SMALL, seed=0)
@@ -191,7 +213,7 @@ def test_two_processes_train_like_one(tmp_path, small_folder):
         ("parts", [sys.executable], ["--accumulate", "2", "--recompute"]),
         ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []),
     ):
-        command = [*run, TINY / "train.py", "--out", tmp_path / name, "--checkpoint", small_folder, "--data", data, "--steps", "20",
+        command = [*run, TRAIN, "--out", tmp_path / name, "--checkpoint", small_folder, "--data", data, "--steps", "20",
                    "--batch", "4", "--log-every", "1", "--fp32", "--optimizer", "adamw", "--lr", "1e-3", *more]  # fmt: skip
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -220,7 +242,7 @@ def test_only_the_chosen_part_is_trained(tmp_path, small, small_folder):
 def run_training(folder, steps, *more):
     folder.mkdir(exist_ok=True)
     shutil.copy(TINY / SENTENCEPIECE, folder)  # saves the time of making one
-    command = [sys.executable, TINY / "train.py", "--out", folder, "--steps", str(steps), "--batch", "2", "--scenes", "1",
+    command = [sys.executable, TRAIN, "--out", folder, "--steps", str(steps), "--batch", "2", "--scenes", "1",
                "--save-every", "2", *more]  # fmt: skip
     return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
@@ -242,7 +264,9 @@ def test_training_resumes_where_it_was(tmp_path):
     (tmp_path / "cut").mkdir()
     shutil.copy(TINY / SENTENCEPIECE, tmp_path / "cut")
     subprocess.run(
-        [sys.executable, "-c", script, str(TINY), str(tmp_path / "cut")], check=True, capture_output=True
+        [sys.executable, "-c", script, str(ROOT / "training"), str(tmp_path / "cut")],
+        check=True,
+        capture_output=True,
     )
     resumed = run_training(tmp_path / "cut", 4)
     assert resumed.returncode == 0 and "resuming" in resumed.stderr and "at step 2" in resumed.stderr
@@ -262,7 +286,7 @@ def test_training_killed_at_any_moment(tmp_path):
     shutil.copy(TINY / SENTENCEPIECE, folder)
     command = [
         sys.executable,
-        TINY / "train.py",
+        TRAIN,
         "--out",
         folder,
         "--steps",
@@ -308,7 +332,7 @@ def test_size_and_files():
 
 
 def test_it_sees(tiny):
-    """A sample of what tiny/evaluate.py measures on 500 scenes; the bounds leave room for a sample of 60."""
+    """A sample of what training/evaluate.py measures; the bounds leave room for a sample of 60."""
     model, tokenizer = tiny
     found = evaluate(
         model, tokenizer, 60, HELD_OUT + 10_000, 4, only={"caption", "ground", "refer relation", "count"}
@@ -317,18 +341,53 @@ def test_it_sees(tiny):
 
 
 def test_it_does_not_answer_blindly(tiny):
-    """The same question about two pictures gets two answers."""
+    """The same question about two images gets two answers."""
     model, tokenizer = tiny
-    pair = [Scene((Shape("star", color, (0.5, 0.5), 0.35),), (204, 204, 204), 3) for color in ("red", "blue")]
+    pair = [Scene((Thing("star", color, (0.5, 0.5), 0.4),), "light", 3) for color in ("red", "blue")]
     question = next(e for e in tasks(pair[0], random.Random(0)) if e.task == "color")
-    replies = answers(model, tokenizer, [(scene, question) for scene in pair])
-    assert [tokenizer.decode(reply).strip() for reply in replies] == ["red", "blue"]
+    results = answers(model, tokenizer, [(scene, question) for scene in pair])
+    assert [tokenizer.decode(result.ids).strip() for result in results] == ["red", "blue"]
 
 
-def test_evaluate_counts_what_is_there():
+def test_the_score_of_an_absent_thing_is_low(tiny):
+    model, tokenizer = tiny
+    chosen = choose_examples(40, HELD_OUT + 20_000, only={"ground", "ground absent"})
+    scores = first_scores(tokenizer, chosen, answers(model, tokenizer, chosen))
+    assert np.median(scores["ground absent"]) < 0.6 * np.median(scores["ground"])
+
+
+def test_drawings_by_other_code(tiny):
+    found = measure(*tiny, count=60)
+    assert found["all"].captions > DRAWN_CAPTIONS and found["all"].grounding > DRAWN_GROUNDING
+
+
+def test_evaluate_counts_misses():
     blind = Kosmos2(replace(SMALL, vision=replace(SMALL.vision, image_size=28))).eval()
-    found = evaluate(
-        blind, Tokenizer(TINY / "sentencepiece.bpe.model", 5), 2, HELD_OUT, only={"caption", "ground"}
-    )
+    found = evaluate(blind, Tokenizer(TINY / SENTENCEPIECE, 5), 2, HELD_OUT, only={"caption", "ground"})
     assert {task: share for task, (share, _) in found.items()} == {"caption": 0.0, "ground": 0.0}
-    assert (ROOT / "tiny").samefile(TINY)
+
+
+def test_unreadable_training_data_is_named(tmp_path, small_tokenizer):
+    """By file and line, before the training starts."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    record = {"image": "good.png", "caption": "a dog", "ref_exps": [[0, 5, 0.1, 0.1, 0.5, 0.5, 1.0]]}
+    good = json.dumps(record)
+    cases = [
+        (good + "\n" + json.dumps(record | {"image": "none.png"}), "line 2: no image at"),
+        (good + "\n" + json.dumps(record | {"image": "bad.png"}), "line 2: cannot read image"),
+        (json.dumps(record | {"ref_exps": [[0, 5, 10, 20, 300, 400, 1.0]]}), "line 1: box .* 0..1"),
+        (json.dumps({"caption": "a dog", "ref_exps": []}), "line 1: no 'image'"),
+    ]
+    for content, words in cases:
+        (tmp_path / "grit.jsonl").write_text(content)
+        with pytest.raises(ValueError, match=words):
+            Grit(tmp_path / "grit.jsonl", small_tokenizer, SMALL, seed=0)
+    for content, words in ((b"PAR1....", "parquet"), (b"\xff\xfe{}", "UTF-8")):
+        (tmp_path / "grit.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            Grit(tmp_path / "grit.jsonl", small_tokenizer, SMALL, seed=0)
+    low = record | {"ref_exps": [*record["ref_exps"], [0, 5, 0.1, 0.1, 0.5, 0.5, 0.3]]}
+    (tmp_path / "grit.jsonl").write_text(json.dumps(low))
+    counts = Grit(tmp_path / "grit.jsonl", small_tokenizer, SMALL, seed=0).counts
+    assert counts == {"kept": 1, "scored below 0.65": 1}
