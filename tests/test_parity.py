@@ -223,7 +223,8 @@ def test_hidden_states_and_attention_weights(both):
         assert difference(seen[f"decoder.layers.{i}.attn"][0], found.attentions[i]) < 2e-5, i
         if i < layers - 1:  # transformers returns the last one after the final norm
             assert difference(seen[f"decoder.layers.{i}"][0], found.hidden_states[i + 1]) < 2e-5, i
-    vision = found.vision_model_output
+    with torch.no_grad():
+        vision = reference.vision_model(pixels, output_attentions=True, output_hidden_states=True)
     for i in range(model.config.vision.layers):
         assert difference(seen[f"vision.layers.{i}.attn"][0], vision.attentions[i]) < 2e-5, i
         assert difference(seen[f"vision.layers.{i}"][0], vision.hidden_states[i + 1]) < 2e-5, i

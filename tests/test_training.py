@@ -55,8 +55,8 @@ def test_boxes_fit_their_drawings(kind):
     """The pixels that a thing changes lie in its box, and reach all four sides of it."""
     color = None if kind in UNCOLORED else "blue"
     thing = Thing(kind, color, (0.45, 0.55), 0.5, look=3, aspect=1.5)
-    with_thing = np.asarray(Scene((thing,), "light", 1, 1.5, easy=True).draw(300)).astype(int)
-    without = np.asarray(Scene((), "light", 1, 1.5, easy=True).draw(300)).astype(int)
+    with_thing = np.asarray(Scene((thing,), "light", 1, 1.5, plain=True).draw(300)).astype(int)
+    without = np.asarray(Scene((), "light", 1, 1.5, plain=True).draw(300)).astype(int)
     height, width, _ = with_thing.shape
     rows, columns = np.nonzero(np.abs(with_thing - without).sum(axis=2) > 30)
     x1, y1, x2, y2 = thing.box
@@ -243,7 +243,7 @@ def run_training(folder, steps, *more):
     folder.mkdir(exist_ok=True)
     shutil.copy(TINY / SENTENCEPIECE, folder)  # saves the time of making one
     command = [sys.executable, TRAIN, "--out", folder, "--steps", str(steps), "--batch", "2", "--scenes", "1",
-               "--save-every", "2", *more]  # fmt: skip
+               "--vision-steps", "1", "--save-every", "2", *more]  # fmt: skip
     return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
 
@@ -258,7 +258,7 @@ def test_training_resumes_where_it_was(tmp_path):
         "import sys; sys.path.insert(0, sys.argv[1]); import train\n"
         "train.Run.finish = lambda self: None\n"  # what a kill after step 2 leaves behind
         "train.Steps.__len__ = lambda self: 2\n"
-        "sys.argv = ['train.py', '--out', sys.argv[2], '--steps', '4', '--batch', '2', '--save-every', '2']\n"
+        "sys.argv = ['train.py', '--out', sys.argv[2], '--steps', '4', '--batch', '2', '--vision-steps', '1', '--save-every', '2']\n"
         "train.main()"
     )
     (tmp_path / "cut").mkdir()
@@ -297,6 +297,8 @@ def test_training_killed_at_any_moment(tmp_path):
         "1",
         "--length",
         "60",
+        "--vision-steps",
+        "1",
     ]
     for delay in (0.0, 0.43):
         process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)

@@ -237,9 +237,6 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
     }
 
 
-EASY_ROWS = 48_000  # at the start of a run, a share of easy scenes falls from 1 to 0 over this many rows
-
-
 class Scenes:
     """Row n: the scene of seed first + n, with as many texts as fit into `length` tokens."""
 
@@ -250,9 +247,8 @@ class Scenes:
         self.first = first
 
     def row(self, n: int) -> Row:
+        scene = Scene.random(self.first + n)
         rng = random.Random(self.first + n)
-        easy = rng.random() * EASY_ROWS > n
-        scene = Scene.random(self.first + n, easy=easy)
         row = Row(self.tokenizer, preprocess_image(scene.draw(), self.image_size))
         for number, example in enumerate(choose(tasks(scene, rng), rng), start=1):
             prompt, image_mask = encode_example(self.tokenizer, example)

@@ -80,6 +80,8 @@ class PatchClassifier(nn.Module):
 
 def pretrain_vision(model: Kosmos2, make_optimizers, steps: int, batch: int = 64, lr: float = 2e-3) -> None:
     """Train model.vision in place."""
+    if steps == 0:
+        return
     config = model.config.vision
     classifier = PatchClassifier(model)
     optimizers = make_optimizers(classifier, "muon", lr)
@@ -99,5 +101,7 @@ def pretrain_vision(model: Kosmos2, make_optimizers, steps: int, batch: int = 64
             optimizer.zero_grad()
         if step % 20 == 0:
             minutes = (time.perf_counter() - started) / 60
-            text = f"step {step}/{steps}, loss {loss.item():.3f}, kinds {accuracy.item():.3f}, {minutes:.1f} min"
+            text = (
+                f"step {step}/{steps}, loss {loss.item():.3f}, kinds {accuracy.item():.3f}, {minutes:.1f} min"
+            )
             print(f"\rpretraining the ViT: {text} ", end="", file=sys.stderr, flush=True)

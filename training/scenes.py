@@ -71,6 +71,7 @@ PLACES = [
 KINDS = list(DRAWINGS)
 ANYTHING = "thing"  # the word that fits every kind
 
+SMALLEST, LARGEST = 0.12, 0.5  # sizes of things
 LARGE, SMALL = 0.30, 0.20  # sizes in between have no size word
 MARGIN = 0.10  # centers closer than this along an axis are neither left nor right, neither above nor below
 NEXT_TO = 0.15  # things side by side with a smaller gap are "next to" each other
@@ -175,9 +176,7 @@ def extent(parts: list[Part]) -> Box:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def random_thing(
-    rng: random.Random, others: list[Thing], background: str, aspect: float, smallest: float
-) -> Thing | None:
+def random_thing(rng: random.Random, others: list[Thing], background: str, aspect: float) -> Thing | None:
     """A thing in a free place; sometimes of the kind or color of an earlier one. None if no place
     was found."""
     kind, color = rng.choice(KINDS), rng.choice(list(COLORS))
@@ -190,7 +189,7 @@ def random_thing(
         )
     gap = rng.choice([0.01, 0.01, -0.03])  # one in three may overlap its neighbors a little
     for _ in range(40):
-        size = smallest * (0.5 / smallest) ** rng.random()
+        size = SMALLEST * (LARGEST / SMALLEST) ** rng.random()
         thing = Thing(
             kind, None if kind in UNCOLORED else color, (0.5, 0.5), size, rng.getrandbits(30), aspect
         )
@@ -225,27 +224,22 @@ class Scene:
     background: str
     seed: int
     aspect: float = 1.0  # width / height
-    easy: bool = False  # without outlines and noise
+    plain: bool = False  # drawn without outlines and noise
 
     @classmethod
-    def random(cls, seed: int, most: int = 5, easy: bool = False) -> "Scene":
-        """The scene of this seed, of up to `most` things; one in thirty is empty.
-
-        easy: large shapes on a plain light square, for the beginning of a training run.
-        """
+    def random(cls, seed: int, most: int = 5) -> "Scene":
+        """The scene of this seed, of up to `most` things; one in thirty is empty."""
         rng = random.Random(seed)
         background = rng.choices(list(BACKGROUNDS), list(BACKGROUNDS.values()))[0]
         aspect = rng.choice([1.0, 2 ** rng.uniform(-1, 1)])
-        if easy:
-            background, aspect, most = "light", 1.0, min(most, 4)
         count = 0 if rng.random() < 1 / 30 else rng.randint(1, most)
         things: list[Thing] = []
         for _ in range(count):
-            thing = random_thing(rng, things, background, aspect, smallest=0.25 if easy else 0.12)
+            thing = random_thing(rng, things, background, aspect)
             if thing is not None:
                 things.append(thing)
         things.sort(key=lambda thing: thing.center[0])
-        return cls(tuple(things), background, seed, aspect, easy)
+        return cls(tuple(things), background, seed, aspect)
 
     def draw(self, side: int | None = None) -> Image.Image:
         """The image; side: sqrt(width * height) in pixels, by default different from scene to
@@ -256,12 +250,12 @@ class Scene:
         width = round(side * math.sqrt(self.aspect)) * smooth
         height = round(side / math.sqrt(self.aspect)) * smooth
         image, colors = paint_background(self.background, width, height, rng)
-        style = "flat" if self.easy else rng.choice(["flat", "flat", "outlined", "mixed"])
+        style = "flat" if self.plain else rng.choice(["flat", "flat", "outlined", "mixed"])
         for thing in self.things:
             outlined = style == "outlined" or (style == "mixed" and rng.random() < 0.5)
             draw_thing(image, thing, colors, outlined, rng)
         image = image.reduce(smooth)
-        noisy = not self.easy and rng.random() < 0.3
+        noisy = not self.plain and rng.random() < 0.3
         return add_noise(image, rng) if noisy else image
 
     def find(self, kind: str, color: str | None = None, size: str | None = None) -> list[Thing]:
@@ -734,7 +728,7 @@ def in_context(scene: Scene, rng: random.Random) -> list[Example]:
 
     It is the color, the kind or the place of the thing in the box.
     """
-    second = Scene.random(scene.seed + SECOND, easy=scene.easy)
+    second = Scene.random(scene.seed + SECOND)
     if not scene.things or not second.things:
         return []
     found = []

@@ -1,6 +1,6 @@
 """Train a Kosmos-2: the bundled model from scratch, or any checkpoint on GRIT data.
 
-    python training/train.py --out runs/tiny              from scratch, on scenes; about four hours on two cores
+    python training/train.py --out runs/tiny              from scratch, on scenes; about three hours on two cores
     python training/train.py --out runs/short --steps 50  a minute, to see that it works
     python training/train.py --out runs/mine --checkpoint WEIGHTS --data grit.jsonl --train resampler --lr 1e-4
     torchrun --nproc-per-node 8 training/train.py ...     the same on many processes
@@ -15,7 +15,8 @@ What makes so small a model learn to see in a few hours (each one measured):
   smooth functions of their position, so a near miss is already nearly right.
 - Rows of one image and many texts (data.py): encoding an image costs as much as several texts.
 - Muon for the matrices inside the blocks (`make_optimizers`).
-- Easy scenes first (data.py).
+- Pretraining the ViT on labels for every patch (pretrain.py). Measured when an older model was
+  adapted to this world: with it, the location loss was 2.8 after 100 steps, without it 3.0 after 500.
 """
 
 import argparse
@@ -46,6 +47,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 
 from data import Grit, Scenes, Steps  # noqa: E402
 from evaluate import HELD_OUT, evaluate  # noqa: E402
+from pretrain import pretrain_vision  # noqa: E402
 from scenes import Scene, tasks  # noqa: E402
 
 from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig  # noqa: E402
@@ -124,10 +126,6 @@ def init_weights(model: Kosmos2, first_location: int, seed: int = 0) -> None:
         for last in (block.attn.out_proj, block.mlp.fc2):
             last.weight *= 0.5
     E, grid = model.config.vision.width, model.config.vision.grid
-    # Filters without a constant part: a plain background gives nothing, an edge stands out. A
-    # quarter keep it.
-    filters = model.vision.patch_embedding.weight  # (E, 3, patch_size, patch_size)
-    filters[E // 4 :] -= filters[E // 4 :].mean(dim=(2, 3), keepdim=True)
     model.vision.class_embedding.normal_(std=E**-0.5)
     model.resampler.dense.weight.normal_(std=1.0)
     model.resampler.latent_query.normal_(std=1.0)
@@ -176,14 +174,14 @@ def recompute_activations(model: Kosmos2) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, a constant rate, and over the last fifth of the steps a linear decay to zero.
+    """Linear warm-up, a constant rate, and over the last 60 % of the steps a linear decay to zero.
 
     A longer run passes through the same weights up to its own decay, so a finished run can be
     extended: rerun it from a checkpoint before the decay with more steps.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * min(1.0, (steps - step) / max(1.0, 0.2 * steps))
+    return peak * min(1.0, (steps - step) / max(1.0, 0.6 * steps))
 
 
 def make_optimizers(model: Kosmos2, name: str, lr: float) -> list[torch.optim.Optimizer]:
@@ -229,6 +227,8 @@ class Run:
         self.log: list[dict] = []
         if (self.folder / "checkpoint.pt").exists():
             self.resume()
+        else:
+            self.save()  # with the pretrained ViT
 
     def open_model(self) -> tuple[Kosmos2, Tokenizer]:
         """The checkpoint to fine-tune; without one, the small model with a new vocabulary."""
@@ -243,6 +243,8 @@ class Run:
         tokenizer = Tokenizer(words, CONFIG.latent_query_num)
         model = Kosmos2(replace(CONFIG, text=replace(CONFIG.text, vocab_size=tokenizer.vocab_size)))
         init_weights(model, tokenizer.first_location, self.args.seed)
+        if not (self.folder / "checkpoint.pt").exists():
+            pretrain_vision(model, make_optimizers, self.args.vision_steps)
         return model, tokenizer
 
     def resume(self) -> None:
@@ -390,7 +392,10 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PART",
         help=f"what to train, of {', '.join(PARTS)} (default: all)",
     )
-    p.add_argument("--steps", type=int, default=10_000)
+    p.add_argument(
+        "--vision-steps", type=int, default=2500, help="of pretraining the ViT, when training from scratch"
+    )
+    p.add_argument("--steps", type=int, default=6000)
     p.add_argument("--batch", type=int, default=32, help="images per step, over all processes")
     p.add_argument(
         "--accumulate", type=int, default=1, metavar="N", help="compute the batch of a step in N parts"
