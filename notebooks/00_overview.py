@@ -1,42 +1,43 @@
 # %% [markdown]
-# # 0. One picture, all the way through
+# # 0. One image, from pixels to text
 #
-# Kosmos-2 reads a picture and writes a sentence whose phrases are linked to boxes in the picture. Here one
-# picture goes through the whole of it, and we look at what lies between any two parts. The notebooks that
-# follow open the parts one by one.
+# Kosmos-2 reads an image and writes a caption whose phrases are linked to boxes in the image. This notebook
+# follows one image through the whole model and looks at every tensor on the way. The following notebooks
+# explain the parts one by one. (Reading time: 20 minutes.)
 #
 # ![The parts of Kosmos-2: vision transformer, resampler, the row of tokens with its image slots, the decoder and the choice of the next token](overview.svg)
 #
-# (The sizes in the drawing are the published model's.) Everything here is the real architecture with the bundled weights: a small model, trained on pictures of
-# coloured shapes. Only the sizes differ from the published one; the code takes them from the configuration.
+# (The sizes in the diagram are those of the published model.) The notebooks use the real architecture with
+# the bundled weights: a small model trained on drawings. Only the sizes differ from the published model, and
+# the code takes them from the configuration.
 
 # %%
-from figures import ROOT, plt, reference, show, show_image, table  # isort: skip  (it also sets the paths)
+from figures import ROOT, plt, reference, show, show_answers, show_image, table  # isort: skip  (it also sets the paths)
 import torch
 from PIL import Image
 
-from kosmos2 import preprocess_image, record
+from kosmos2 import finish, preprocess_image, record
 from load_weights import load_checkpoint
-from sample import draw_answers
+from sample import Answer, draw_answers
 from tokenizer import to_markdown
 
 model, tokenizer = load_checkpoint(ROOT / "tiny")
-picture = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
-show_image(picture, "The picture of this notebook: five coloured shapes on a soft background.", width=224)
+image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
+show_image(image, "The image of this notebook: a snowman next to a fire in the snow.", width=224)
 
 # %% [markdown]
 # ## Sizes, before we compute anything
 #
-# A model's sizes follow from its configuration. With a picture of 112 x 112 pixels and patches of 14 x 14
-# there are 8 x 8 = 64 patches; a [CLS] position makes 65. The resampler hands the decoder 32 vectors,
-# whatever the number of patches. Every number we print below is predicted here.
+# The sizes of all tensors follow from the configuration. An image of 140 x 140 pixels has 10 x 10 = 100
+# patches of 14 x 14 pixels; with [CLS] there are 101 positions. The resampler passes 32 vectors to the decoder,
+# whatever the number of patches.
 
 # %%
 vision, text, Q = model.config.vision, model.config.text, model.config.latent_query_num
 N = (vision.image_size // vision.patch_size) ** 2 + 1
 table(
     [
-        ("pixels", "(1, 3, S, S)", (1, 3, vision.image_size, vision.image_size)),
+        ("pixels", "(1, 3, size, size)", (1, 3, vision.image_size, vision.image_size)),
         ("features", "(1, N, E)", (1, N, vision.width)),
         ("image_embeds", "(1, Q, D)", (1, Q, text.width)),
     ],
@@ -44,13 +45,14 @@ table(
 )
 
 # %% [markdown]
-# ## From the picture to image embeddings
+# ## From the image to image embeddings
 #
-# `preprocess_image` squashes the picture to a square, and shifts and scales its colours so that CLIP's
-# training pictures had mean 0 and spread 1 (this one is brighter than most). `record` collects what the modules put out while the model runs; nothing runs twice for it.
+# `preprocess_image` squashes the image to a square and normalizes its colors with the mean and standard
+# deviation of CLIP's training images. `record` collects the outputs of blocks and the attention weights while
+# the model runs.
 
 # %%
-pixels = preprocess_image(picture, vision.image_size)[None]
+pixels = preprocess_image(image, vision.image_size)[None]
 with torch.inference_mode(), record(model) as seen:
     features = model.vision(pixels)
     image_embeds = model.resampler(features)
@@ -59,7 +61,7 @@ assert features.shape == (1, N, vision.width) and image_embeds.shape == (1, Q, t
 
 fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", width_ratios=(1, 1.3, 1.3))
 axes[0].imshow(((pixels[0] - pixels.min()) / (pixels.max() - pixels.min())).permute(1, 2, 0))
-axes[0].set_title(f"pixels: mean {pixels.mean():.2f}, spread {pixels.std():.2f}")
+axes[0].set_title(f"pixels: mean {pixels.mean():.2f}, std {pixels.std():.2f}")
 for axis, values, title, labels in (
     (axes[1], features[0], "features", ("E", "N")), (axes[2], image_embeds[0], "image embeddings", ("D", "Q")),
 ):  # fmt: skip
@@ -69,16 +71,13 @@ for axis, values, title, labels in (
     fig.colorbar(drawn)
 show(
     fig,
-    "Three panels: the pixels, still a recognisable picture; the features and the image embeddings as coloured stripes.",
+    "Three panels: the pixels, the features and the image embeddings, the last two as colored rows.",
 )
 
 # %% [markdown]
-# Rows are positions. Among the features ([CLS], then the patches row by row) most rows look alike: they are the
-# background; those that differ are the shapes. Of the image embeddings hardly two rows look alike, for each
-# latent asks something else.
-#
-# Each feature vector has length one: the ViT's last step divides by the length. That is one of the things
-# in which Kosmos-2 differs from the textbook, and notebook 2 shows what follows from it.
+# Each row is a position: on the left [CLS], then the patches row by row; on the right the latents. Each
+# feature vector has unit length, because the last step of the ViT divides by the length. This is one of the
+# things in which Kosmos-2 differs from the textbook; notebook 2 shows what follows from it.
 
 # %%
 torch.testing.assert_close(features.norm(dim=-1), torch.ones(1, N))
@@ -86,24 +85,31 @@ torch.testing.assert_close(features.norm(dim=-1), torch.ones(1, N))
 # %% [markdown]
 # ## The prompt
 #
-# A picture takes the place of words. The prompt has Q slots between `<image>` and `</image>`; the
-# embeddings of the ids in these slots are never used, the image embeddings stand there instead.
+# The prompt has Q slots between `<image>` and `</image>`. The image embeddings replace the token embeddings
+# of these slots, so the ids in them are only placeholders.
+#
+# `<grounding>` at the beginning of the text switches boxes on: the model was trained on texts with boxes that
+# begin with it and on texts without boxes that do not.
 
 # %%
 ids, image_mask = tokenizer.encode_prompt("<grounding>An image of")
 shown = [
-    (t, i, tokenizer.tokens[i], "slot" if m else "")
+    (t, i, tokenizer.id_to_token[i], "slot" if m else "")
     for t, (i, m) in enumerate(zip(ids, image_mask, strict=True))
 ]
 table([row for row in shown if row[3] == "" or row[0] < 4], ("t", "id", "token", ""))
-print(f"\n{len(ids)} positions = <s>, <image>, {Q} slots, </image>, and the words")
+print(f"\n{len(ids)} positions = <s>, <image>, {Q} slots, </image>, and the text")
 assert len(ids) == 3 + Q + len(tokenizer.encode("<grounding>An image of", add_bos=False))
 
 # %% [markdown]
 # ## One step of the decoder
 #
-# The decoder reads all positions at once and says, for each, how likely every token of the vocabulary is to
-# come next. Only the last position matters to us.
+# The decoder processes all positions at once and returns, for each, the logits of the next token. To continue
+# the text, only the last position matters. The ViT and the resampler use no mask; in the decoder, each position
+# attends to itself and to earlier ones only.
+#
+# Position ids start at 2 (fairseq reserves 0 and 1): `<s>` has 2, `<image>` 3, the Q slots follow, then
+# `</image>`, and the first token of the text has 2 + 3 + Q - 1 + 1 = Q + 5. (For Q = 64 that is 69.)
 
 # %%
 tokens, mask = torch.tensor([ids]), torch.tensor([image_mask])
@@ -111,34 +117,34 @@ with torch.inference_mode():
     x = model.embed(tokens, image_embeds=image_embeds, image_mask=mask)
     logits = model(tokens, image_embeds=image_embeds, image_mask=mask)
 print("x:", tuple(x.shape), " logits:", tuple(logits.shape))
-torch.testing.assert_close(x[0, 2 : 2 + Q], image_embeds[0])  # the picture is where the slots were
+torch.testing.assert_close(x[0, 2 : 2 + Q], image_embeds[0])  # the image embeddings are in the slots
 best = logits[0, -1].softmax(dim=0).topk(4)
 table(
     [
-        (f"{p:.4f}", repr(tokenizer.tokens[i]))
+        (f"{p:.4f}", repr(tokenizer.id_to_token[i]))
         for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ],
     ("p", "next token"),
 )
 
 # %% [markdown]
-# `<phrase>` opens a phrase that will be linked to a box. No token here is special to the decoder: tags and
-# boxes are words of its vocabulary, and it learned when to say them.
+# `<phrase>` opens a phrase that will be linked to a box. To the decoder, tags and location tokens are ordinary
+# tokens of its vocabulary.
 #
 # ## Token by token
 
 # %%
-state = model.start(tokens, image_embeds=image_embeds, image_mask=mask, max_new_tokens=100)
-new = state.finish()[0]
-rows = [
-    (t, tokenizer.tokens[i], f"{p:.3f}") for t, (i, p) in enumerate(zip(new, new.probabilities, strict=True))
-]
+state = model.prefill(tokens, image_embeds=image_embeds, image_mask=mask, max_new_tokens=100)
+result = finish(state)[0]
+new = result.ids
+rows = []
+for t, (i, p) in enumerate(zip(new, result.probabilities, strict=True)):
+    rows.append((t, tokenizer.id_to_token[i], f"{p:.3f}"))
 table(rows[:14], ("step", "token", "p"))
-print("…")
 
 # %% [markdown]
-# Two location tokens after `<object>`: the upper left and the lower right cell of a 32 x 32 grid. Where the
-# model was less than sure, it hesitates between neighbouring cells. Read as text, and then as hyperlinks:
+# After `<object>` come two location tokens: the top-left and the bottom-right cell of a 32 x 32 grid. As text,
+# and as hyperlinks:
 
 # %%
 raw = tokenizer.decode(new)
@@ -146,24 +152,20 @@ print(raw, "\n")
 print(to_markdown("An image of" + raw))
 
 # %% [markdown]
-# The score of a box says how sure the model was of its two tokens, from 0 to 1 (notebook 4). The least sure box
-# is also the worst: the diamond's right corner is cut off.
+# The score of a box is the geometric mean of the probabilities of its two tokens (notebook 4).
 
 # %%
-caption, entities = tokenizer.read(ids, new)
+caption, entities = tokenizer.parse_output(ids, new, result.probabilities)
 for _, span, boxes, scores in entities:
     print(f"{caption[slice(*span)]:18} {[round(v, 3) for v in boxes[0]]}  score {scores[0]:.2f}")
-show_image(
-    draw_answers(picture, [{"text": caption, "entities": entities}]),
-    "The picture again; every shape has a box around it in the colour of its phrase in the sentence below.",
-    width=400,
-)
+answer = Answer(caption, raw, entities)
+show_image(draw_answers(image, [answer]), "The image with a labeled box around each thing.", width=400)
+show_answers(image, answer)
 
 # %% [markdown]
-# ## Is it the real thing?
+# ## Comparison with the reference
 #
-# Hugging Face's transformers reads the same folder of weights. If we have understood the architecture, both
-# must compute the same numbers.
+# Hugging Face transformers loads the same folder. Image embeddings, logits and generated ids must be equal.
 
 # %%
 theirs = reference()
@@ -177,18 +179,15 @@ their_ids = theirs.generate(
 )[0, len(ids) :].tolist()  # fmt: skip
 assert their_ids == list(new)
 print(
-    f"largest difference of a logit: {(logits - out.logits).abs().max():.1e}; all {len(new)} ids are the same"
+    f"largest difference of a logit: {(logits - out.logits).abs().max():.1e}; all {len(new)} ids are equal"
 )
-
-# %% [markdown]
-# (Exactly zero is possible: both do the same operations in the same order, on the same machine.)
 
 # %% [markdown]
 # ## Exercises
 #
 # Predict, then run. Answers are in `answers.py`.
 #
-# 1. Leave `<grounding>` out of the prompt. Which tokens will not come any more, and why?
-# 2. Give the model a black picture. What does it say, and what are its scores like?
-# 3. Exchange two rows of `image_embeds` before the decoder sees them. Does the sentence change? Should it?
+# 1. Leave `<grounding>` out of the prompt. Which tokens disappear, and why?
+# 2. Give the model a black image. What does it write?
+# 3. Swap two rows of `image_embeds` before the decoder. Does the text change? Should it?
 # 4. What is the shape of `seen["resampler.x_attn"][0]`, and why is its last dimension N + Q and not N?

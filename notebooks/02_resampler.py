@@ -1,10 +1,9 @@
 # %% [markdown]
 # # 2. The resampler: from patches to a few latents
 #
-# 256 patches would be 256 positions of the prompt, and the decoder's work grows with each. The resampler
-# asks Q learned questions about the picture instead, and hands on the Q answers: 64 in the published model,
-# 32 in the bundled one. It is a single attention layer. What is unusual is what it leaves out, and one thing
-# it adds.
+# 256 patches would take 256 positions of the prompt, and the decoder's cost grows with each. The resampler
+# condenses them into Q vectors with Q learned queries: 64 in the published model, 32 in the bundled one. It is a
+# single attention layer, unusual in what it leaves out and in one thing it adds. (Reading time: 25 minutes.)
 
 # %%
 from figures import ROOT, overlay, plt, reference, show, table  # isort: skip
@@ -17,7 +16,7 @@ from PIL import Image
 from scenes import Scene
 from train import init_weights
 
-from kosmos2 import Kosmos2, preprocess_image
+from kosmos2 import Kosmos2, finish, preprocess_image, preprocess_images
 from load_weights import load_checkpoint
 
 torch.set_grad_enabled(False)
@@ -25,16 +24,16 @@ model, tokenizer = load_checkpoint(ROOT / "tiny")
 theirs = reference()
 resampler, config = model.resampler, model.config
 Q, D = config.latent_query_num, config.text.width
-picture = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
-pixels = preprocess_image(picture, config.vision.image_size)[None]
+image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
+pixels = preprocess_image(image, config.vision.image_size)[None]
 features = model.vision(pixels)
 N = features.shape[1]
 
 # %% [markdown]
 # ## By hand
 #
-# `dense` brings features to the decoder's width. Then the latents are queries, and keys and values come from
-# the features **and the latents themselves**: N + Q of them. No LayerNorm, no residual, no MLP.
+# `dense` projects the features to the decoder's width. Then the latents are the queries, and keys and values
+# come from the features **and the latents themselves**: N + Q of them. No LayerNorm, no residual, no MLP.
 
 # %%
 keys = torch.cat(
@@ -53,44 +52,44 @@ torch.testing.assert_close(by_hand, resampler(features), rtol=1e-4, atol=1e-4)
 torch.testing.assert_close(by_hand, theirs.image_to_text_projection(features)[0], rtol=1e-4, atol=1e-4)
 
 # %% [markdown]
-# ## Where the latents look
+# ## What the latents attend to
 #
-# Here is what each head of some latents reads from the picture (the [CLS] position and the latents left out
-# of the drawing). There is no rule that they should share the picture out; training finds what serves.
+# The attention weights of each head of some latents on the patches ([CLS] and the latents are not shown; each
+# panel is scaled to its own maximum).
 
 # %%
 grid = config.vision.grid
-chosen = weights[0, :, :, 1:N].amax(-1).sum(0).topk(5).indices.sort().values  # the most decided ones
+chosen = weights[0, :, :, 1:N].amax(-1).sum(0).topk(5).indices.sort().values  # those with the largest weights
 fig, axes = plt.subplots(attn.heads, len(chosen), figsize=(11, 6.8))
 for column, latent in enumerate(chosen.tolist()):
     for head in range(attn.heads):
         overlay(
             axes[head, column],
-            picture,
+            image,
             weights[0, head, latent, 1:N].view(grid, grid),
             f"latent {latent}, head {head}",
         )
 fig.tight_layout()
 show(
     fig,
-    "15 copies of the picture; in each a latent's head brightens one or several of the shapes, or a region of the picture.",
+    "15 copies of the image; in each, the patches that one head of one latent attends to are bright.",
 )
 
 # %% [markdown]
 # ## Latents among their own keys
 #
-# What if the latents were not among the keys? Then every head would have to spend all of its attention on
-# the picture. With them it can look away: attention to a latent is attention to a constant. How much is it?
+# Attention weights sum to one. Without the latents among the keys, each head would have to spend all of its
+# attention on the image. Attention to a latent is attention to a constant. How much of it is there?
 
 # %%
 away = weights[0, :, :, N:].sum(-1)  # (H, Q)
 fig, axis = plt.subplots(figsize=(9, 1.9))
 shown = axis.imshow(away, aspect="auto", cmap="viridis", vmin=0, vmax=1)
-axis.set(xlabel="latent", ylabel="head", title="share of attention on the latents instead of the picture")
+axis.set(xlabel="latent", ylabel="head", title="share of attention on the latents instead of the image")
 fig.colorbar(shown)
 show(
     fig,
-    "A strip of 3 rows and 32 columns: which heads of which latents look away from the picture, and how much.",
+    "A map of 3 heads by 32 latents: the share of attention on the latents, between 0 and 1.",
 )
 
 without = attn(resampler.latent_query[None], keys[:, :N])  # the same layer without the extra keys
@@ -100,28 +99,34 @@ print(
 )
 
 # %% [markdown]
-# It is all or nothing: nearly every head of every latent looks either only at the picture or only away from it.
-# Heads that look away add a constant to their latent's embedding. What becomes of the caption, if they must
-# look at the picture after all?
+# What happens to the caption if these keys are removed from the trained model?
 
 # %%
 ids, mask = tokenizer.encode_prompt("<grounding>An image of")
-for name, embeds in (("with their own keys", by_hand), ("without", without)):
-    new = model.generate(torch.tensor([ids]), None, embeds, torch.tensor([mask]), max_new_tokens=100)[0]
-    text, entities = tokenizer.read(ids, new)
+
+
+def caption(image_embeds):
+    """The caption and its entities."""
+    state = model.prefill(torch.tensor([ids]), None, image_embeds, torch.tensor([mask]), max_new_tokens=100)
+    result = finish(state)[0]
+    return tokenizer.parse_output(ids, result.ids, result.probabilities)
+
+
+for name, embeds in (("with their own keys", by_hand), ("without them", without)):
+    text, entities = caption(embeds)
     print(f"{name}: {text}  scores: {[round(e.scores[0], 2) for e in entities]}")
 
 # %% [markdown]
-# And [CLS], which stands for no place? It is a key like the others:
+# [CLS] is a key like the others:
 
 # %%
 print(
-    f"of the attention on the picture, [CLS] gets {float(weights[0, :, :, 0].sum() / weights[0, :, :, :N].sum()):.3f}; an equal share would be {1 / N:.3f}"
+    f"of the attention on the image, [CLS] gets {float(weights[0, :, :, 0].sum() / weights[0, :, :, :N].sum()):.3f}; an equal share would be {1 / N:.3f}"
 )
 
 # %% [markdown]
-# The order of the *keys* does not matter, only that of the queries: attention is a sum. So the picture's
-# geometry reaches the latents only through the positions that the ViT added (notebook 1).
+# The order of the *keys* does not matter, only that of the queries: attention is a weighted sum. So spatial
+# information reaches the latents only through the position embeddings of the ViT (notebook 1).
 
 # %%
 shuffled = torch.randperm(N)
@@ -130,20 +135,18 @@ torch.testing.assert_close(resampler(features[:, shuffled]), resampler(features)
 # %% [markdown]
 # ## Why unit length matters: the blind model
 #
-# Features have length one, so their coordinates are about 1/√E. The latents start as a normal distribution
-# with spread one, in the published model as well. If `dense` starts with small weights (0.02 is what
-# transformers would draw, 1/√D the usual rule), the picture is a whisper among shouting
-# latents: all pictures look alike to the decoder, and guessing is the quickest way to a lower loss. Measured on
-# untrained models: how far are the embeddings of eight pictures from their mean? And what if it is the latents
-# that start small?
+# Features have unit length, so their values are about 1/√E. The latents start with standard deviation one, in
+# the published model as well. If `dense` starts with small weights (0.02 in transformers, 1/√D as a usual rule),
+# the image hardly changes the embeddings: all images look alike to the decoder. Measured on untrained models: how
+# far are the embeddings of eight images from their mean? And what if the latents start small instead?
 
 # %%
-pictures = torch.stack([preprocess_image(Scene.random(s).draw(), config.vision.image_size) for s in range(8)])
+images = preprocess_images([Scene.random(s).draw() for s in range(8)], config.vision.image_size)
 
 
 def spread(model) -> float:
-    """How far embeddings of several pictures are from their mean, against their length."""
-    found = model.encode_image(pictures)
+    """How far the embeddings of several images are from their mean, relative to their length."""
+    found = model.encode_image(images)
     return float((found - found.mean(0)).norm() / found.norm())
 
 
@@ -156,31 +159,30 @@ for std, latents in ((1.0, 1.0), (0.3, 1.0), (D**-0.5, 1.0), (0.02, 1.0), (1.0, 
     rows.append((f"{std:.2f}", f"{latents:.2f}", f"{spread(untrained):.3f}"))
 table(
     [*rows, ("trained", "", f"{spread(model):.3f}")],
-    ("std of dense", "of the latents", "spread over pictures"),
+    ("std of dense", "of the latents", "spread over images"),
 )
 
 # %% [markdown]
-# What counts is how loud the picture is beside the latents. The bundled model starts both with std 1
-# (`init_weights` in `tiny/train.py`). And what does a blind
-# model do? Take the sight of the trained one away by giving it the average of eight pictures' embeddings:
+# What counts is the scale of the image relative to the latents. The bundled model starts both with std 1
+# (`init_weights` in `training/train.py`). What does a blind model do? Give the trained model the average of the
+# embeddings of eight images:
 
 # %%
-names = [f"{s.color} {s.shape}" for s in Scene.random(HELD_OUT + 8).shapes]
-seen = model.encode_image(preprocess_image(Scene.random(HELD_OUT + 8).draw(), config.vision.image_size)[None])
-blind = model.encode_image(pictures).mean(0, keepdim=True)
-print("the picture holds:", ", ".join(names))
+scene = Scene.random(HELD_OUT + 8)
+seen = model.encode_image(preprocess_image(scene.draw(), config.vision.image_size)[None])
+blind = model.encode_image(images).mean(0, keepdim=True)
+print("the scene:", ", ".join(thing.name for thing in scene.things))
 for name, embeds in (("seeing", seen), ("blind", blind)):
-    new = model.generate(torch.tensor([ids]), None, embeds, torch.tensor([mask]), max_new_tokens=100)[0]
-    text, entities = tokenizer.read(ids, new)
+    text, entities = caption(embeds)
     print(f"{name}: {text}  scores: {[round(e.scores[0], 2) for e in entities]}")
 
 # %% [markdown]
-# A blind model still writes perfect sentences: language is the easy part. What it says does not depend on the
-# picture, and now and then it hits something by chance; scores alone need not give it away. That is why `tests/test_tiny.py` asks the same question about two pictures, and wants two answers.
+# A blind model still writes correct sentences, but they do not depend on the image. That is why
+# `tests/test_training.py` asks one question about two images and expects two answers.
 #
 # ## Counting
 #
-# One projection E → D, Q latents, and four projections D → D, all with biases but the latents.
+# One projection E → D, Q latents, and four projections D → D; the projections have biases.
 
 # %%
 E = config.vision.width
@@ -194,9 +196,9 @@ table([("here", predicted), ("published model", published)], ("resampler", "para
 #
 # 1. What would change if the latents were not among their own keys *during training*? What could a head then
 #    not express?
-# 2. Cut the latents in half: `Kosmos2(replace(config, latent_query_num=16))`. Which tensors change shape?
+# 2. Use half as many latents: `Kosmos2(replace(config, latent_query_num=16))`. Which tensors change shape?
 # 3. Give the resampler features of length ten instead of one. What happens to `away`, and why?
-# 4. Build a second resampler layer: latents that have looked once look again. What must it start with, so that a
-#    trained model says at first what it said before? (Hint: a residual, and an `out_proj` of zeros.)
-# 5. Two pictures in one prompt are 2 x (Q + 2) positions. At which Q would the published model run out of its
-#    2,048 positions with eight pictures?
+# 4. Add a second resampler layer. How must it start, so that a trained model writes the same text at first?
+#    (Hint: a residual, and an `out_proj` of zeros.)
+# 5. Two images in one prompt take 2 x (Q + 2) positions. At which Q would eight images exceed the 2,048 positions
+#    of the published model?

@@ -1,8 +1,8 @@
 # %% [markdown]
-# # 5. Generation: the cache, the choice of tokens, and rules
+# # 5. Generation: cache, sampling and constraints
 #
-# The decoder gives a distribution over the next token. What remains: not to compute the same thing again at
-# every step, to choose, and to see to it that what comes out is whole.
+# The decoder returns a distribution over the next token. This notebook is about the rest: the cache, padding,
+# sampling, beams, and constraints on the output. (Reading time: 35 minutes.)
 
 # %%
 from figures import ROOT, plt, reference, show, table  # isort: skip
@@ -11,14 +11,14 @@ import math
 import torch
 from PIL import Image
 
-from kosmos2 import pad_left, preprocess_image, repeated_ngrams, sample, token_positions
+from kosmos2 import decode, finish, pad_left, preprocess_image, repeated_ngrams, sample, token_positions
 from load_weights import load_checkpoint
 from tokenizer import parse
 
 torch.set_grad_enabled(False)
 model, tokenizer = load_checkpoint(ROOT / "tiny")
-picture = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
-pixels = preprocess_image(picture, model.config.vision.image_size)[None]
+image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
+pixels = preprocess_image(image, model.config.vision.image_size)[None]
 image_embeds = model.encode_image(pixels)
 ids, image_mask = tokenizer.encode_prompt("<grounding>Describe this image in detail:")
 tokens, mask = torch.tensor([ids]), torch.tensor([image_mask])
@@ -32,9 +32,8 @@ def generate(**options):
 # %% [markdown]
 # ## The key-value cache
 #
-# A new token attends to the keys and values of all earlier ones, and these never change: causal attention
-# lets nothing flow backwards. So we keep them. By hand, without a cache: read the whole sequence again for
-# every token. The ids must be the same.
+# A new token attends to the keys and values of all earlier tokens, and with causal attention these never change.
+# So we keep them. By hand, without a cache: run the whole sequence for every token. The ids must be the same.
 
 # %%
 sequence, steps = list(ids), 12
@@ -45,8 +44,22 @@ for _ in range(steps):
 assert sequence[T:] == generate()[:steps]
 
 # %% [markdown]
-# What does it save? The number of positions that go through the decoder for n new tokens after a prompt of T:
-# with a cache T + n - 1; without, T + (T + 1) + ... + (T + n - 1).
+# With the cache, the loop is: mask the logits, sample, append, step. Here it is without masks and with greedy
+# choice; `decode` in `kosmos2.py` is the whole loop. `prefill` runs the prompt.
+
+# %%
+with torch.inference_mode():
+    state = model.prefill(tokens, image_embeds=image_embeds, image_mask=mask, max_new_tokens=steps)
+    for _ in range(steps - 1):
+        token = int(state.logits[0].argmax())
+        state.step([0], state.append([0], [token]))
+assert state.sequences[0].ids == generate()[: steps - 1]
+state = model.prefill(tokens, image_embeds=image_embeds, image_mask=mask, max_new_tokens=steps)
+assert [new_ids[0] for new_ids in decode(state)] == generate()[:steps]
+
+# %% [markdown]
+# How much does the cache save? The number of positions that go through the decoder for n new tokens after a prompt
+# of T tokens is T + n - 1 with a cache, and T + (T + 1) + ... + (T + n - 1) without.
 
 # %%
 n = 100
@@ -63,14 +76,14 @@ axis.set(xlabel="new tokens", ylabel="positions computed", title="work for a cap
 axis.legend(frameon=False)
 show(
     fig,
-    "Two curves: with a cache the number of positions hardly leaves the axis, without one it grows with the square of the length.",
+    "Two curves: the number of positions with a cache grows linearly, without a cache quadratically.",
 )
 
 # %% [markdown]
-# Its price is memory: 2 tensors x layers x D numbers for every position.
+# It costs memory: 2 tensors x layers x D numbers per position.
 
 # %%
-state = model.start(tokens, image_embeds=image_embeds, image_mask=mask, max_new_tokens=n)
+state = model.prefill(tokens, image_embeds=image_embeds, image_mask=mask, max_new_tokens=n)
 held = sum(c.keys.nbytes + c.values.nbytes for c in state.caches)
 text = model.config.text
 assert held == 2 * text.layers * text.width * 4 * (T + n - 1)
@@ -79,14 +92,14 @@ print(f"{held / 2**20:.2f} MiB for {T + n - 1} positions")
 # %% [markdown]
 # ## Rows of different lengths
 #
-# A batch is a rectangle, so shorter prompts are filled up, and on the *left*: every row goes on at its right end.
-# Then two things must be said: positions count only what is real, so that a row's first token is at 2 wherever it
-# stands; and nobody looks at padding. With both, a row is answered as it is alone:
+# A batch is a rectangle, so shorter prompts are padded, on the *left*, because every row continues at its right end.
+# Position ids count only real tokens, so the first one of each row is 2, and padding is masked. With both, a row has
+# the same result as alone:
 
 # %%
 asked = [
     tokenizer.encode_prompt(p)
-    for p in ("Question: How many shapes are there? Answer:", "<grounding>Describe this image in detail:")
+    for p in ("Question: How many things are there? Answer:", "<grounding>Describe this image in detail:")
 ]
 rows, slots, pads = pad_left(asked)
 print(
@@ -95,21 +108,21 @@ print(
     " first positions:",
     token_positions(rows, pads)[:, :6].tolist(),
 )
-both = model.generate(rows, None, image_embeds.expand(2, -1, -1), slots, pads, max_new_tokens=8)
-alone = [
-    model.generate(torch.tensor([i]), None, image_embeds, torch.tensor([m]), max_new_tokens=8)[0]
-    for i, m in asked
-]
-assert both == alone
+both = finish(model.prefill(rows, None, image_embeds.expand(2, -1, -1), slots, pads, max_new_tokens=8))
+alone = []
+for i, m in asked:
+    state = model.prefill(torch.tensor([i]), None, image_embeds, torch.tensor([m]), max_new_tokens=8)
+    alone += finish(state)
+assert [row.ids for row in both] == [row.ids for row in alone]
 for row, lone in zip(both, alone, strict=True):
     torch.testing.assert_close(
         torch.tensor(row.probabilities), torch.tensor(lone.probabilities), rtol=1e-4, atol=1e-5
     )
 
 # %% [markdown]
-# transformers 5.23 does it right while it reads the prompts. With the first new token it counts positions from the
-# length of the cache, padding included, and a padded row's positions jump. Its text changes a little, and nobody
-# notices:
+# With padding on the right, the logits of the last position would be those of padding, so `generate` raises an error.
+# transformers 5.23 handles the prompt correctly, but from the first new token on it counts positions from the length
+# of the cache, padding included, so the positions of padded rows jump and the logits change:
 
 # %%
 theirs = reference()
@@ -134,9 +147,9 @@ table(
 # %% [markdown]
 # ## Choosing: greedy, temperature, top-k, top-p
 #
-# Greedy takes the likeliest token. Sampling at temperature τ draws from softmax(logits / τ). Top-p keeps the
-# fewest tokens whose probabilities reach p: *including* the one that crosses p. If that one were left out, a
-# first token with p = 0.95 would be dropped at top-p 0.9, and nothing would remain.
+# Greedy decoding takes the most likely token. Sampling at temperature τ draws from softmax(logits / τ). Top-p keeps
+# the smallest set of top tokens whose total probability is at least p, *including* the token that crosses p. Without
+# that one, a first token of probability 0.95 would be dropped at top-p 0.9, and nothing would remain.
 #
 # A toy distribution, and how often each token is drawn:
 
@@ -155,9 +168,8 @@ expected = toy.exp()[:3] / toy.exp()[:3].sum()  # 0.5 + 0.25 < 0.8, so C crosses
 print("predicted for top-p 0.8:", [round(v, 3) for v in expected.tolist()])
 
 # %% [markdown]
-# One uniform number a token is all the randomness there is: `sample` inverts the cumulative distribution. With
-# a seed, every row of a batch draws the numbers it would draw alone, so its text does not depend on the batch.
-# (This model is so sure of its words that only a high temperature makes it say something else.)
+# `sample` inverts the cumulative distribution, with one uniform random number per token. With a seed, all rows of a
+# batch share one random stream, so the result of a row does not depend on the batch.
 
 # %%
 for name, options in (
@@ -170,79 +182,73 @@ for name, options in (
 # %% [markdown]
 # ## Beams
 #
-# Greedy can paint itself into a corner: the likeliest first word need not begin the likeliest sentence. A beam
-# search keeps the K best beginnings. Texts of different lengths are compared by the mean log-probability of
-# their tokens; a row is done when K texts have ended and the best running one is no better than the worst of these.
-# It costs K times the arithmetic and K times the cache (but each step still reads the weights only once), and for a
-# model as sure as this one it gains next to nothing:
+# The most likely first token need not begin the most likely text. Beam search keeps the K best beginnings. Texts of
+# different lengths are compared by the mean log-probability of their tokens; a prompt is done when K texts have ended
+# and the best unfinished one is no better than the worst of these. It costs K times the arithmetic and K times the
+# cache, but each step still reads the weights only once.
 
 # %%
 rows = []
 for beams in (1, 2, 4):
-    found = generate(num_beams=beams)
-    mean = sum(map(math.log, found.probabilities)) / len(found)
-    rows.append((beams, len(found), f"{mean:.4f}"))
+    state = model.prefill(tokens, None, image_embeds, mask, max_new_tokens=110, num_beams=beams)
+    found = finish(state)[0]
+    mean = sum(map(math.log, found.probabilities)) / len(found.ids)
+    rows.append((beams, len(found.ids), f"{mean:.4f}"))
 table(rows, ("beams", "tokens", "mean log-probability"))
 
 # %% [markdown]
-# ## The 3-gram block
+# ## N-gram blocking
 #
-# The published model is used with a rule: no three tokens in a row may come twice. It keeps a small model from
-# going round in circles. It also forbids things that are right. What does it forbid next, here?
+# The published model is used with a rule: no three tokens in a row may occur twice, prompt included. This prevents
+# loops, but also forbids correct texts. After "a red star and a red", the token that completed the earlier 3-gram
+# "a red star" is forbidden:
 
 # %%
 told = tokenizer.encode("<grounding> a red star and a red", add_bos=False)
-print("after 'a red star and a red' no:", [tokenizer.tokens[i] for i in repeated_ngrams(told, 3)])
-free, blocked = generate(), generate(no_repeat_ngram_size=3)
-first = next((t for t, (a, b) in enumerate(zip(free, blocked, strict=False)) if a != b), None)
-if first is not None:
-    print("free:   ", [tokenizer.tokens[i] for i in free[max(0, first - 3) : first + 2]])
-    print("blocked:", [tokenizer.tokens[i] for i in blocked[max(0, first - 3) : first + 2]])
+forbidden = [tokenizer.id_to_token[i] for i in repeated_ngrams(told, 3)]
+print(forbidden)
+assert forbidden == ["▁star"]
 
 # %% [markdown]
-# It said "large green" before and may not again, although there are two such shapes. And tags are tokens like all others:
+# Tags are tokens like all others. After the second link of a list and a comma, the rule forbids opening another:
 
 # %%
 listed = "<grounding><phrase> a red star</phrase><object><patch_index_0661><patch_index_0927></object>,"
 listed += "<phrase> a blue moon</phrase><object><patch_index_0546><patch_index_0907></object>,"
-for told in (listed, listed + "<phrase> the star</phrase><object><patch_index_0661>"):
-    ending = tokenizer.encode(told, add_bos=False)
-    print(
-        "after",
-        [tokenizer.tokens[i] for i in ending[-2:]],
-        "no:",
-        [tokenizer.tokens[i] for i in repeated_ngrams(ending, 3)],
-    )
+ending = tokenizer.encode(listed, add_bos=False)
+forbidden = [tokenizer.id_to_token[i] for i in repeated_ngrams(ending, 3)]
+print("after", [tokenizer.id_to_token[i] for i in ending[-2:]], "forbidden:", forbidden)
+assert forbidden == ["<phrase>"]
 
 # %% [markdown]
-# The third thing of a list may not be linked in the way of the second, and no box may be given twice: the rule
-# forces a wrong corner. The bundled model's config says 0; `sample.py` follows the checkpoint.
+# Also, no two links can start with the same top-left corner: `</phrase>`, `<object>` and the corner would repeat. The
+# config of the bundled model turns the rule off; `sample.py` uses the setting of the checkpoint.
 #
-# ## Boxes that are always whole
+# ## Complete boxes
 #
-# `Tokenizer.well_formed` names the tokens that keep the markup valid; a generation can be held to it. What may come
-# after each part of a link? (Cell 661 is column 21 of row 20: a lower right corner is in one of the 12 rows from there
-# on, and one of the 11 columns.)
+# `Tokenizer.allowed_tokens` returns the tokens that keep the markup valid; it is a constraint for generation. How
+# many tokens are allowed after each part of a link? (Cell 661 is column 21 of row 20: a bottom-right corner is in one
+# of the 12 rows from there on and one of the 11 columns.)
 
 # %%
 link, rows = "<phrase> a star</phrase><object><patch_index_0661><patch_index_0927></object>", []
 tags = range(tokenizer.first_location - 11, tokenizer.first_location)
 for end in ("<phrase>", " a star", "</phrase>", "<object>", "<patch_index_0661>", "<patch_index_0927>"):
-    allowed = tokenizer.well_formed(tokenizer.encode(link[: link.index(end) + len(end)]), 50)
-    named = [tokenizer.tokens[i] for i in tags if allowed[i]]
+    allowed = tokenizer.allowed_tokens(tokenizer.encode(link[: link.index(end) + len(end)]), 50)
+    named = [tokenizer.id_to_token[i] for i in tags if allowed[i]]
     shown = " ".join(named) if len(named) < 3 else f"{len(named)} tags"
     rows.append((end.strip(), int(allowed[4 : tags[0] - 1].sum()), int(allowed[tags[-1] + 1 :].sum()), shown))
 table(rows, ("after", "words", "locations", "tags"))
 assert rows[4][2] == 12 * 11
 
 # %% [markdown]
-# A model that is well-formed by itself writes what it would write anyway. And one that is dizzy (τ = 2)?
+# The constraint has no effect on output that is already valid. At a high temperature it has:
 
 # %%
-assert generate() == generate(constraint=tokenizer.well_formed)
+assert generate() == generate(constraint=tokenizer.allowed_tokens)
 rows = []
 for seed in (1, 2, 3):
-    for name, rule in (("free", None), ("held to markup", tokenizer.well_formed)):
+    for name, rule in (("free", None), ("constrained", tokenizer.allowed_tokens)):
         raw = tokenizer.decode(generate(temperature=2.0, seed=seed, constraint=rule))
         rows.append(
             (
@@ -253,22 +259,21 @@ for seed in (1, 2, 3):
                 sum(len(e.boxes) for e in parse(raw)[1]),
             )
         )
-table(rows, ("seed", "", "<object>", "</object>", "boxes that can be read"))
+table(rows, ("seed", "", "<object>", "</object>", "boxes parsed"))
 
 # %% [markdown]
-# ## Many questions, one reading
+# ## Sharing the prefill of an image
 #
-# The cache of a prompt can be kept, too. `past` is a generation that has read the picture and written
-# nothing; questions go on from there.
+# Several questions about one image can share its prefill: `prefix` is the state after the image.
 
 # %%
 head, head_mask = tokenizer.encode_prompt("", 1)
-past = model.start(
+prefix = model.prefill(
     torch.tensor([head]), image_embeds=image_embeds, image_mask=torch.tensor([head_mask]), max_new_tokens=0
 )
-for question in ("How many shapes are there?", "What color is the star?", "Where is the moon?"):
+for question in ("How many things are there?", "Is there a fire?", "Where is the snowman?"):
     rest = tokenizer.encode_prompt(f"Question: {question} Answer:")[0][len(head) :]
-    answer = model.start(torch.tensor([rest]), past=past, max_new_tokens=8).finish()[0]
+    answer = finish(model.prefill(torch.tensor([rest]), prefix=prefix, max_new_tokens=8))[0].ids
     print(
         f"{question:28}{tokenizer.decode(answer)}   ({len(rest)} positions instead of {len(head) + len(rest)})"
     )
@@ -276,9 +281,9 @@ for question in ("How many shapes are there?", "What color is the star?", "Where
 # %% [markdown]
 # ## Exercises
 #
-# 1. `sample` never draws a token of probability zero. Which line sees to that, and what could go wrong at
-#    u = 0?
-# 2. A running text could still get better than one that has ended. May a beam search miss it? Find the condition
-#    in `beam_search`.
-# 3. The image slots hold the ids 4, 5, 6, ... Why not the same id in all of them? (Think of the 3-gram block.)
+# 1. `sample` never returns a token of probability zero. Which line ensures that, and what could go wrong for a random
+#    number of 0?
+# 2. An unfinished text could still become better than a finished one. Can beam search miss it? Find the condition in
+#    `beam_search`.
+# 3. The image slots hold the ids 4, 5, 6, ... Why not the same id in all of them? (Think of n-gram blocking.)
 # 4. How much memory does `num_beams=4` take, and when is it taken?

@@ -1,8 +1,9 @@
 # %% [markdown]
-# # 8. Training: from nothing to pointing
+# # 8. Training
 #
-# What is the objective, what is masked, and what does it look like when a model begins to see? This notebook
-# trains a small model for a minute, and then reads the log of the run that made the bundled one.
+# The objective, the attention mask and the data; then a small model is trained for less than a minute, and we look at
+# the log of the run that made the bundled model. (Reading time: 25 minutes.) The data comes from `training/data.py`
+# and `training/scenes.py`, the objective from `training/train.py`.
 
 # %%
 from figures import COLORS, ROOT, plt, show, table  # isort: skip
@@ -11,13 +12,13 @@ import time
 from dataclasses import replace
 
 import torch
-from data import Scenes, collate
+from data import Scenes, collate, encode_record, grit_to_text
 from scenes import Scene
 from train import CONFIG, Losses, init_weights, learning_rate, make_optimizers
 
 from kosmos2 import Kosmos2, preprocess_image
 from load_weights import load_checkpoint
-from tokenizer import grit_to_text, parse
+from tokenizer import parse
 
 model, tokenizer = load_checkpoint(ROOT / "tiny")
 scene = Scene.random(5)
@@ -25,29 +26,30 @@ scene = Scene.random(5)
 # %% [markdown]
 # ## The data: a record, a text, tokens
 #
-# GRIT describes a picture by a caption and the boxes of its phrases. Ours are made by the program that drew
-# the picture, so they are true.
+# A GRIT record describes an image by a caption and the boxes of its phrases. The bundled model is trained on scenes,
+# whose records are exact. `encode_record` tokenizes the caption as a whole and inserts tags and boxes between its
+# pieces, as the original data loader does.
 
 # %%
 record = scene.record()
 print(record["caption"])
 print([[start, end, *(round(v, 2) for v in box)] for start, end, *box, _ in record["noun_chunks"]])
 print(grit_to_text(record))
+print(len(encode_record(tokenizer, record)), "tokens")
 
 # %% [markdown]
 # ## The objective and its mask
 #
-# Predict the next token; the loss is the mean of -log p(right token). Only answers are asked for: a model
-# should not waste itself on predicting questions. (In the original training on GRIT every token of a text was
-# asked for; `Grit` in `tiny/data.py` does so.) Each row holds one picture and many texts that do not see
-# each other, so that the picture is encoded once. Here is a row: what must be predicted after each token. In
-# answers tags and locations count like words; the image slots, which come before all of this, and prompts do not.
+# The loss is the mean of -log p(next token). Only answers carry loss, not prompts. (In the original training on GRIT,
+# and in `Grit` of `training/data.py`, all tokens of the text do.) Each row has one image and several texts that do not
+# attend to each other, so the image is encoded once. Here is a part of a row with its targets. In answers, tags and
+# location tokens count like all tokens.
 
 # %%
-source = Scenes(tokenizer, model.config, length=224, first=5)
+source = Scenes(tokenizer, model.config, length=256, first=5)
 row = source.row(0)
-asked = [
-    (tokenizer.tokens[t], n, tokenizer.tokens[y] if y >= 0 else "")
+shown = [
+    (tokenizer.id_to_token[t], n, tokenizer.id_to_token[y] if y >= 0 else "")
     for t, n, y in zip(row.tokens, row.texts, row.targets, strict=True)
 ]
 boxed = next(
@@ -56,30 +58,30 @@ boxed = next(
     if any(y >= tokenizer.first_location for y, k in zip(row.targets, row.texts, strict=True) if k == n)
 )
 start = row.texts.index(boxed)
-table(asked[start : start + 22], ("token", "text", "must predict"))
+table(shown[start : start + 22], ("token", "text", "target"))
 counted = sum(y >= 0 for y in row.targets)
 assert all(y < 0 for y in row.targets[: row.prefix - 1])
-print(f"{len(row.tokens)} tokens, {max(row.texts)} texts, {counted} targets")
+print(f"{len(row.tokens)} tokens, {len(set(row.texts)) - 1} texts, {counted} targets")
 
 # %% [markdown]
-# The mask: text k sees the picture and what came before in itself. Each text's positions go on from the picture's,
-# as if it stood there alone.
+# The attention mask: each text attends to the image and to its own earlier tokens. The position ids of each text
+# continue from the image, as if it were the only text.
 
 # %%
 texts = torch.tensor(row.texts)
 same = texts[:, None] == texts[None, :]
-picture = (texts[:, None] > 0) & (texts[None, :] == 0)
-mask = (same | picture) & torch.ones(len(texts), len(texts), dtype=torch.bool).tril()
+image = (texts[:, None] > 0) & (texts[None, :] == 0)
+mask = (same | image) & torch.ones(len(texts), len(texts), dtype=torch.bool).tril()
 fig, axis = plt.subplots(figsize=(4.5, 4.5))
 axis.imshow(mask, cmap="Greys")
-axis.set(title="who sees whom (row: the one that looks)", xlabel="position", ylabel="position")
+axis.set(title="attention mask (rows are queries)", xlabel="position", ylabel="position")
 show(
     fig,
-    "A square of positions by positions: a dark stripe on the left where all texts see the picture, and a dark triangle on the diagonal for each text.",
+    "The attention mask: a dark stripe on the left, where all texts attend to the image, and a dark triangle on the diagonal for each text.",
 )
 
 # %% [markdown]
-# By hand, with the bundled model: logits at every position, log-softmax, and the targets' entries.
+# The loss by hand, with the bundled model: logits, log-softmax, and the entries of the targets.
 
 # %%
 batch = collate([row])
@@ -92,17 +94,15 @@ positions = [t for t, y in enumerate(row.targets) if y >= 0]
 by_hand = -logits[positions].log_softmax(-1)[range(len(right)), right]
 torch.testing.assert_close(losses, by_hand, rtol=1e-3, atol=1e-4)
 place = right >= tokenizer.first_location
-print(f"loss of words {by_hand[~place].mean():.3f}, of locations {by_hand[place].mean():.3f} nats a token")
+print(f"loss of words {by_hand[~place].mean():.3f}, of locations {by_hand[place].mean():.3f} nats per token")
 print(
-    f"an untrained model guesses among {tokenizer.vocab_size}: ln = {torch.tensor(float(tokenizer.vocab_size)).log():.2f}"
+    f"uniform over {tokenizer.vocab_size} tokens: ln = {torch.tensor(float(tokenizer.vocab_size)).log():.2f}"
 )
 
 # %% [markdown]
-# ## A minute of training
+# ## Training for 60 steps
 #
-# From new weights, with two optimizers: AdamW, and for the matrices inside the blocks Muon, which makes a step equally
-# large in all directions of a matrix and needs about half as many steps here. First a guess at what is learned first. (The order of difficulty: which *kind* of token
-# comes next; which words are common; where things are; and last what shape they have.)
+# From random weights, with two optimizers: AdamW, and Muon for the matrices inside the blocks. What is learned first?
 
 # %%
 small = replace(
@@ -135,9 +135,9 @@ print(
 )
 
 # %% [markdown]
-# (At first the loss is above ln V: random logits are worse than equal ones.) It does not see yet: its locations
-# are hardly better than a guess among 1,024 cells, ln 1024 = 6.9. But it begins to speak. What does it say of a
-# picture, and would it say something else of another one?
+# The loss starts above ln V, because random logits are worse than uniform ones. Text is learned first; the loss of the
+# locations is still near that of a uniform choice among 1,024 cells, ln 1024 = 6.9. What does the model write for two
+# images?
 
 # %%
 student.eval()
@@ -149,17 +149,16 @@ for seed in (1, 2):
         0
     ]
     print(
-        f"the picture: {', '.join(s.name for s in told.shapes)}\nthe student: {parse(tokenizer.decode(new))[0]}\n"
+        f"scene: {', '.join(thing.name for thing in told.things)}\nmodel: {parse(tokenizer.decode(new))[0]}\n"
     )
 
 # %% [markdown]
-# A sentence, well-formed and boxed, and a guess: a blind model, as in notebook 2. Seeing begins where guessing gains
-# nothing any more.
+# It writes something like captions, without having learned to see: a blind model, as in notebook 2.
 #
-# ## The whole run
+# ## The bundled model
 #
-# The log of the run that made the bundled model see, 5,500 steps. (Two shorter ones followed, to teach it prompts
-# with two pictures.) Words fall first; locations, which must be seen and not guessed, take all of the run.
+# The log of its last run. It began with a ViT that had been pretrained on labels for every patch
+# (`training/pretrain.py`), so it could see from the first steps; the model card has the whole history.
 
 # %%
 log = [json.loads(line) for line in (ROOT / "tiny" / "log.jsonl").read_text().splitlines()]
@@ -168,11 +167,11 @@ hits = [r for r in log if "accuracy" in r]
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.4))
 for name, color in (("words", COLORS[1]), ("locations", COLORS[0])):
     axes[0].plot([r["step"] for r in losses], [r[name] for r in losses], color=color, label=name)
-axes[0].set(title="loss, nats a token", xlabel="step", yscale="log")
+axes[0].set(title="loss, nats per token", xlabel="step", yscale="log")
 for (task, name), color in zip(
     (
         ("ground", "phrase grounding"),
-        ("caption", "shapes in captions"),
+        ("caption", "captions"),
         ("color", "color questions"),
         ("count", "counting"),
     ),
@@ -182,20 +181,20 @@ for (task, name), color in zip(
     axes[1].plot(
         [r["step"] for r in hits], [r["accuracy"][task] for r in hits], "o-", color=color, label=name
     )
-axes[1].set(title="hits on held-out scenes", xlabel="step", ylim=(0, 1))
+axes[1].set(title="accuracy on held-out scenes", xlabel="step", ylim=(0, 1))
 for axis in axes:
     axis.legend(frameon=False)
 show(
     fig,
-    "Left: the losses of words and of locations fall over the steps, words first. Right: hits rise from a few tenths to about 0.9 and above; phrase grounding is first, shapes in captions last.",
+    "Left: the losses of words and of locations over the steps. Right: the accuracy of four tasks on held-out scenes.",
 )
 
 # %% [markdown]
 # ## Exercises
 #
-# 1. A loss of 0.3 nats for a location: how many cells is the model hesitating between, in effect? (exp)
-# 2. Let questions carry loss as well. Which line of `data.py` is it? What would you expect?
+# 1. A loss of 0.3 nats per location token: how many equally likely cells does that correspond to?
+# 2. Let prompts carry loss as well. Which line of `data.py` is it? What would you expect?
 # 3. Give location tokens random initial embeddings instead of smooth ones (`init_weights`). What would a near
-#    miss then teach the model about the neighbouring cell?
-# 4. Train only the resampler, going on from the bundled weights:
-#    `python tiny/train.py --checkpoint tiny --out NEW --train resampler --steps 100 --lr 3e-4`. How many parameters move?
+#    miss then teach the model about the neighboring cell?
+# 4. Train only the resampler of the bundled model:
+#    `python training/train.py --checkpoint tiny --out NEW --train resampler --steps 100 --lr 3e-4`. How many parameters move?

@@ -1,4 +1,4 @@
-"""What the notebooks share: where things are, and figures that come with words for those who cannot see them."""
+"""Shared by the notebooks: paths, figures with alt texts, tables, the reference."""
 
 import io
 import sys
@@ -13,7 +13,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
+sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 for message in (".*deprecated.*", "IProgress not found"):
     warnings.filterwarnings("ignore", message=message)
 torch.manual_seed(0)
@@ -24,7 +24,7 @@ plt.rcParams.update({"figure.facecolor": "white", "font.size": 9, "axes.titlesiz
 
 
 def show(fig, alt: str) -> None:
-    """Put a figure under the cell, with a text that says what is to be seen on it."""
+    """Show a figure below the cell, with an alt text."""
     fig.savefig(data := io.BytesIO(), format="png", dpi=90, bbox_inches="tight", metadata={"Software": None})
     plt.close(fig)
     show_image(Image.open(data), alt)
@@ -35,13 +35,24 @@ def show_image(image: Image.Image, alt: str, width: int | None = None) -> None:
         from IPython.display import Image as Shown
         from IPython.display import display
     except ImportError:
-        return  # run as a script: there is no page to put it on
+        return  # run as a script
     image.save(data := io.BytesIO(), "PNG", optimize=True)
     display(Shown(data.getvalue(), alt=alt, width=width))
 
 
+def show_answers(image: Image.Image, *answers) -> None:
+    """Show captions as hyperlinks next to their image: hovering a phrase highlights its boxes."""
+    try:
+        from IPython.display import HTML, display
+    except ImportError:
+        return  # run as a script
+    from sample import HTML_HEAD, html_figure
+
+    display(HTML(HTML_HEAD + html_figure(image, list(answers))))
+
+
 def table(rows: list[tuple], header: tuple) -> None:
-    """Aligned columns, numbers to the right."""
+    """Print aligned columns, numbers to the right."""
     cells = [[str(c) for c in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     right = [all(not isinstance(row[i], str) for row in rows) for i in range(len(header))]
@@ -55,14 +66,15 @@ def table(rows: list[tuple], header: tuple) -> None:
             print("  ".join("-" * w for w in widths))
 
 
-def overlay(axes, picture: Image.Image, weights: torch.Tensor, title: str = "") -> None:
-    """A picture with weights (rows, columns) over it: bright where they are large, dark elsewhere."""
+def overlay(axes, image: Image.Image, weights: torch.Tensor, title: str = "") -> None:
+    """An image with weights (rows, columns) over it: bright where they are large. Each panel is scaled
+    to its own maximum."""
     weights = weights / weights.max()
     side = Image.fromarray((weights.numpy() * 255).astype("uint8")).resize(
-        picture.size, Image.Resampling.BICUBIC
+        image.size, Image.Resampling.BICUBIC
     )
-    dark = Image.new("RGB", picture.size, "black")
-    axes.imshow(Image.composite(picture, dark, side.point(lambda v: 120 + v * 135 // 255)))
+    dark = Image.new("RGB", image.size, "black")
+    axes.imshow(Image.composite(image, dark, side.point(lambda v: 120 + v * 135 // 255)))
     axes.set_title(title)
     axes.axis("off")
 
