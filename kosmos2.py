@@ -15,9 +15,9 @@ Data flow, with the sizes of the published model:
     image  ─ preprocess_image ──> pixels        (B, 3, 224, 224)
            ─ VisionTransformer ─> features      (B, N=257, E=1024)  unit length, [CLS] + 16 x 16 patches
            ─ Resampler ─────────> image_embeds  (B, Q=64, D=2048)
-    tokens ─ embed ─────────────> x             (B, T, D)           image_embeds in the image slots
-           ─ Decoder ───────────> x             (B, T, D)           24 causal blocks
-           ─ unembed ───────────> logits        (B, T, V=65037)     tied to the embedding matrix
+    tokens ─ embed ─────────────> x             (B, T, D)  image_embeds in the image slots
+           ─ Decoder ───────────> x             (B, T, D)  24 causal blocks
+           ─ unembed ───────────> logits        (B, T, V=65037)  tied to the embedding matrix
            ─ generate ──────────> new token ids, one list per row
 
 Dimension legend:
@@ -673,10 +673,10 @@ class Kosmos2(nn.Module):
     ) -> list[list[int]]:
         """Continue every row; returns the new ids of each, ending with </s> or at max_new_tokens.
 
-        Arguments as in `forward`; rows of different lengths must be padded on the left (`pad_left`).
-        Options are the fields of `GenerationOptions`, by name. A row's result depends neither on
-        the other rows nor on its padding. (transformers 5.23 shifts the positions of padded rows
-        when decoding begins.)
+        Arguments as in `forward`; rows of different lengths must be padded on the left
+        (`pad_left`). Options are the fields of `GenerationOptions`, by name. A row's result depends
+        neither on the other rows nor on its padding. (transformers 5.23 shifts the positions of
+        padded rows when decoding begins.)
         Raises ValueError for options out of range and for prompts that exceed the context length.
         """
         state = self.prefill(tokens, pixels, image_embeds, image_mask, pad_mask, **options)

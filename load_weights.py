@@ -46,7 +46,7 @@ from kosmos2 import (
     TextConfig,
     VisionConfig,
 )
-from tokenizer import TAGS, Tokenizer, open_sentencepiece
+from tokenizer import GRID, TAGS, Tokenizer, open_sentencepiece
 
 SENTENCEPIECE = "sentencepiece.bpe.model"
 
@@ -313,8 +313,8 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
     except Exception as error:  # a damaged file can raise anything
         reason = str(error).strip().split("\n")[0][:100]
         raise ValueError(
-            f"{path} is damaged or cannot be read safely ({type(error).__name__}: {reason}); download it again, "
-            "or if you trust it, re-save its state dict with a recent PyTorch"
+            f"{path} is damaged or cannot be read safely ({type(error).__name__}: {reason}); "
+            "download it again, or if you trust it, re-save its state dict with a recent PyTorch"
         ) from None
     return {
         name: LazyTensor(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.detach)
@@ -335,8 +335,10 @@ def unwrap_state_dict(content, path: Path) -> dict[str, Tensor]:
             if key in content
         ]
         inner = [entry for entry in entries if isinstance(entry, dict)]
-        if not inner:
+        if not inner and tensors:
             return tensors
+        if not inner:
+            break
         content = inner[0]
     raise ValueError(
         f"{path} has no state dict; expected tensors by name, or a dict with a state_dict or model entry"
@@ -819,8 +821,8 @@ def find_tokenizer(checkpoint: Checkpoint, path: str | Path | None = None) -> To
     grid = math.isqrt(max(0, vocab_size - others))
     if grid < 1 or others + grid**2 != vocab_size:
         raise ValueError(
-            f"{model_file} does not fit: with its {others} tokens and a grid of location tokens the vocabulary cannot "
-            f"have the checkpoint's {vocab_size}; pass the sentencepiece model that it was trained with"
+            f"{model_file} does not fit: its vocabulary has {others + GRID**2} tokens (with a {GRID} x "
+            f"{GRID} grid), the checkpoint {vocab_size}; pass the sentencepiece model of the checkpoint"
         )
     return Tokenizer(model_file, checkpoint.config.latent_query_num, grid)
 
@@ -882,9 +884,7 @@ def save_checkpoint(model: Kosmos2, sentencepiece_file: str | Path, folder: str 
 
 def report(checkpoint: Checkpoint) -> str:
     """What a checkpoint contains, one line for each part of the model."""
-    lines = [
-        f"{len(checkpoint.files)} file(s) in {checkpoint.folder}, names of {LAYOUTS[checkpoint.layout]} layout"
-    ]
+    lines = [f"{len(checkpoint.files)} file(s) in {checkpoint.folder}, {LAYOUTS[checkpoint.layout]} layout"]
     lines.append(f"{'part':<12}{'tensors':>8}{'parameters':>15}  stored as")
     for part in ("vision", "resampler", "decoder"):
         names = [stored for ours, stored in checkpoint.names.items() if ours.startswith(part)]

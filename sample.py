@@ -3,11 +3,11 @@
     python sample.py                                          the bundled image and the bundled small model
     python sample.py photo.jpg --checkpoint microsoft/kosmos-2-patch14-224
     python sample.py photo.jpg --task ground --text "a snowman"
-    python sample.py photo.jpg --task vqa --text "What is special about this image?" --text "Where is the fire?"
+    python sample.py photo.jpg --task vqa --text "What is special about this image?"
     python sample.py photo.jpg --task refer --box 120,40,380,300
     python sample.py folder --results captions.jsonl          a folder; --resume continues an interrupted run
     python sample.py folder --output page.html                one page with all images, captions and boxes
-    python sample.py --requests requests.jsonl --json         one request per line: image, task and text, or prompt
+    python sample.py --requests requests.jsonl --json         a request per line: image, task, text, prompt
 
 Text and JSON go to stdout, progress, timings and errors to stderr. Exit status: 0 done, 1 something
 could not be read or run (the other images are still done), 2 usage, 130 interrupted. Under
@@ -165,7 +165,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="PATH",
-        help="image with boxes, a folder for such images, or page.html (default: STEM.boxes.png for a single image)",
+        help="image with boxes, folder, or page.html (default for one image: STEM.boxes.png)",
     )
     p.add_argument("--json", action="store_true", help="print a JSON object per line instead of the text")
     p.add_argument(
@@ -406,7 +406,8 @@ def find_images(given: list[Path]) -> list[Path]:
 def load_group(requests: list[Request], runner: "Runner", keep_image: bool) -> Group:
     """Read and preprocess the images of requests that share them.
 
-    The full image is kept only if it will be drawn: dozens of photos in memory would take gigabytes.
+    The full image is kept only if it will be drawn: dozens of photos in memory would take
+    gigabytes.
     """
     image = None
     pixels = []
@@ -547,7 +548,8 @@ class Runner:
             start = end
 
     def begins_with_image(self, row: Row) -> bool:
-        """Whether the prompt has one image, at the beginning: such prompts can share its prefill."""
+        """Whether the prompt has one image, at the beginning: such prompts can share its
+        prefill."""
         count = len(self.image_ids)
         return row.ids[:count] == self.image_ids and len(row.ids) > count and not any(row.image_mask[count:])
 
@@ -578,7 +580,8 @@ class Runner:
             row.answer = Answer(text, raw.strip(), entities)
 
     def row_options(self, rows: list[Row]) -> dict:
-        """The decoding options of some rows, with defaults that depend on the model and the prompts."""
+        """The decoding options of some rows, with defaults that depend on the model and the
+        prompts."""
         text_config = self.model.config.text
         room = text_config.max_positions - max(len(row.ids) for row in rows)
         defaults = {
@@ -683,7 +686,7 @@ class Results:
                 length = self.read(file, prompts)
                 if file == self.path:
                     os.truncate(file, length)  # drops a line that was cut off
-        self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (closed at exit)
+        self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
 
     def read(self, file: Path, prompts: set[str]) -> int:
         """Count the finished requests in a file; returns the length of its complete lines in
@@ -848,19 +851,22 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 1rem; display: grid; gap: 1
        grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
 figure { margin: 0 } .kosmos2-image { position: relative; display: inline-block }
 .kosmos2-image img { display: block; max-width: 100%; height: auto }
-.kosmos2-image div { position: absolute; box-sizing: border-box; border: 3px solid var(--c); border-radius: 3px;
-                     box-shadow: 0 0 0 1px #fffa }
+.kosmos2-image div { position: absolute; box-sizing: border-box; border: 3px solid var(--c);
+                     border-radius: 3px; box-shadow: 0 0 0 1px #fffa }
 figcaption p { margin: .4rem 0; overflow-wrap: anywhere } figcaption small { opacity: .7 }
 a.kosmos2 { color: inherit; text-decoration: underline 3px var(--c); cursor: pointer }
 .kosmos2-on { background: color-mix(in srgb, var(--c) 30%, transparent) }
 </style>
 <script>
-for (const type of ["mouseover", "mouseout", "focusin", "focusout"]) document.addEventListener(type, event => {
+function highlight(event) {
   const entity = event.target.closest && event.target.closest("[data-entity]");
   if (!entity) return;
+  const on = /over|in$/.test(event.type);
   for (const other of entity.closest("figure").querySelectorAll("[data-entity]"))
-    other.classList.toggle("kosmos2-on", /over|in$/.test(type) && other.dataset.entity === entity.dataset.entity);
-});
+    other.classList.toggle("kosmos2-on", on && other.dataset.entity === entity.dataset.entity);
+}
+for (const type of ["mouseover", "mouseout", "focusin", "focusout"])
+  document.addEventListener(type, highlight);
 </script>
 """
 

@@ -195,7 +195,7 @@ class Tokenizer:
         self.free_text = self._free_text()
         if num_image_tokens > len(pieces):
             raise ValueError(
-                f"{model_file} has {len(pieces)} pieces; needs at least {num_image_tokens} to fill the image slots"
+                f"{model_file} has {len(pieces)} pieces; the image slots need at least {num_image_tokens}"
             )
 
     def _free_text(self) -> np.ndarray:

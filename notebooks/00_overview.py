@@ -178,9 +178,7 @@ their_ids = theirs.generate(
     attention_mask=torch.ones_like(tokens), max_new_tokens=100, do_sample=False,
 )[0, len(ids) :].tolist()  # fmt: skip
 assert their_ids == list(new)
-print(
-    f"largest difference of a logit: {(logits - out.logits).abs().max():.1e}; all {len(new)} ids are equal"
-)
+print(f"largest difference of a logit: {(logits - out.logits).abs().max():.1e}; all {len(new)} ids are equal")
 
 # %% [markdown]
 # ## Exercises

@@ -1,254 +1,354 @@
 # %% [markdown]
 # # 6. Weights: what is in a checkpoint
 #
-# A model is its architecture and 1.66 billion parameters. Checkpoint files use other tensor names than our code: the
-# published layout (Hugging Face) and the original one (fairseq). This notebook reads a checkpoint by hand, draws the
-# map of names, and counts. (Reading time: 20 minutes.)
+# A model is its architecture and its parameters, 1.66 billion in the published model. Checkpoint
+# files hold these parameters under different tensor names: ours, the published ones (Hugging Face)
+# or the original ones (fairseq). This notebook reads a checkpoint by hand, draws the map of names,
+# counts parameters, and then changes a trained model. (Reading time: 25 minutes.)
+#
+# `Scene` draws random images whose things and boxes are known; scenes from seed `HELD_OUT` on were
+# not used in training. Both come from `training/` and are needed at the end.
 
 # %%
-from figures import COLORS, ROOT, plt, reference, show, table  # isort: skip
+from figures import COLORS, ROOT, plt, reference, show, table  # isort: skip  (sets the paths)
 import json
-import math
+import os
+import shutil
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from evaluate import HELD_OUT
 from scenes import Scene
 
-from kosmos2 import Kosmos2, Kosmos2Config, preprocess_image
-from load_weights import (
-    EMBEDDING,
-    HUGGING_FACE,
-    NAMES,
-    Checkpoint,
-    load_checkpoint,
-    read_torch,
-    rename,
-    save_checkpoint,
-)
+import load_weights
+from kosmos2 import Kosmos2, Kosmos2Config, pad_left, preprocess_images
+from load_weights import FAIRSEQ, HUGGING_FACE, NAMES, Checkpoint, load_checkpoint, rename
 from tokenizer import Tokenizer, boxes_to_text
 
 # %% [markdown]
 # ## A safetensors file, by hand
 #
-# Eight bytes with the length of the header; the header, JSON with the dtype, shape and offsets of each tensor; then
-# the data. There is no code in such a file.
+# The file begins with eight bytes that hold the length of the header. The header is JSON: the dtype,
+# the shape and the offsets of each tensor. The data follows. There is no code in such a file.
 
 # %%
-file = ROOT / "tiny" / "model.safetensors"
-content = file.read_bytes()
+content = (ROOT / "tiny" / "model.safetensors").read_bytes()
 size = int.from_bytes(content[:8], "little")
 header = json.loads(content[8 : 8 + size])
-name = "image_to_text_projection.latent_query"
-entry = header[name]
-print(f"header of {size} bytes, {len(header) - 1} tensors; {name}: {entry}")
+entry = header["image_to_text_projection.latent_query"]
+print(f"file of {len(content):,} bytes, header of {size:,} bytes, {len(header) - 1} tensors")
+print("image_to_text_projection.latent_query:", entry)
+
+# %% [markdown]
+# These are the latents of the resampler. Their bytes, read in the given dtype, are the parameter that
+# the loader puts into the model:
+
+# %%
 start, end = (8 + size + offset for offset in entry["data_offsets"])
 dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry["dtype"]]
 by_hand = torch.frombuffer(bytearray(content[start:end]), dtype=dtype).view(entry["shape"])
 
 model, tokenizer = load_checkpoint(ROOT / "tiny")
-torch.testing.assert_close(by_hand.float(), model.resampler.latent_query.detach())
+assert torch.equal(by_hand.float(), model.resampler.latent_query.detach())
+print("equal:", tuple(by_hand.shape))
 
 # %% [markdown]
 # ## The map of names
 #
-# `NAMES` in `load_weights.py` has the prefixes of names in three columns ({} is the number of a layer). The rest of a
-# name is the same in all three. Tensors are only renamed. Here each column is sorted alphabetically. Note a misleading
-# name: `final_layer_norm` of a published block is the second of its two norms.
+# `NAMES` in `load_weights.py` lists the prefixes of names in three columns; {} is the number of a
+# layer. What follows the prefix is the same in all three. Tensors are only renamed, never transposed,
+# split or merged. Here each column is sorted alphabetically; lines connect the names of one tensor.
 
 # %%
-parts = dict(zip(("vision", "resampler", "decoder"), COLORS, strict=False))
-orders = [{name: place for place, name in enumerate(sorted(column))} for column in zip(*NAMES, strict=True)]
+columns = [("here", 0), ("published (Hugging Face)", 0.27), ("original (fairseq)", 0.69)]
+ranks = [{name: -n for n, name in enumerate(sorted(c))} for c in zip(*NAMES, strict=True)]
+colors = {"vision": COLORS[0], "resampler": COLORS[1], "decoder": COLORS[2]}
+for part in colors:
+    print(part, sum(row[0].startswith(part) for row in NAMES), "prefixes")
+
+# %% [markdown]
+# The drawing:
+
+# %%
 fig, axis = plt.subplots(figsize=(12, 4.8))
 for names in NAMES:
-    color = parts[names[0].split(".")[0]]
-    ends = []
-    for name, order, left in zip(names, orders, (0, 0.27, 0.69), strict=True):
-        text = axis.text(left, -order[name], name, family="monospace", fontsize=7, color=color, va="center")
-        ends.append((left, left + 0.0064 * len(name) + 0.003, -order[name]))
-    for (_, right, y1), (left, _, y2) in zip(ends, ends[1:], strict=False):
-        axis.plot([right, left - 0.005], [y1, y2], color=color, lw=0.8)
-for left, title in ((0, "here"), (0.27, "published (Hugging Face)"), (0.69, "original (fairseq)")):
-    axis.text(left, 1, title, fontsize=9, weight="bold")
+    color, line = colors[names[0].split(".")[0]], []
+    for name, rank, (title, x) in zip(names, ranks, columns, strict=True):
+        axis.text(x, 1, title, fontsize=9, weight="bold")
+        axis.text(x, rank[name], name, fontfamily="monospace", fontsize=7, color=color, va="center")
+        line += [(x - 0.005, rank[name]), (x + 0.003 + 0.0064 * len(name), rank[name])]
+    for left, right in (line[1:3], line[3:5]):
+        axis.plot([left[0], right[0]], [left[1], right[1]], color=color, lw=0.8)
 axis.set(xlim=(0, 1.05), ylim=(-len(NAMES), 1.5))
 axis.axis("off")
-show(
-    fig,
-    "Three columns of name prefixes, connected by lines: for each of ours its published and its original name. For example: decoder.layers.{}.norm2 is text_model.model.layers.{}.final_layer_norm and gpt_model.decoder.layers.{}.final_layer_norm.",
-)
+show(fig, "The prefixes of tensor names in three columns; lines connect the names of one tensor.")
+
+# %% [markdown]
+# Two published names are misleading. `final_layer_norm` occurs in every block of the decoder: it is
+# the second of its two norms, not the last norm of the model. And `pre_layrnorm` is misspelled in the
+# files. Do we have a name for each published tensor, and only for those?
 
 # %%
-checkpoint = Checkpoint(ROOT / "tiny")
-assert checkpoint.problems() == []
 published = set(reference().state_dict()) - {"text_model.lm_head.weight"}  # tied to the embedding
 assert {rename(ours, HUGGING_FACE) for ours in model.state_dict()} == published
-print(f"{len(published)} names; ours map to exactly those of transformers")
+print(f"our {len(published)} names map to exactly those of transformers")
+
+# %% [markdown]
+# The loader recognizes the layout by the names. As a test, we write the bundled model under its
+# fairseq names, as a file like the original `kosmos-2.pt`, and read it back:
+
+# %%
+state = {rename(name, FAIRSEQ): tensor for name, tensor in model.state_dict().items()}
+with tempfile.TemporaryDirectory() as folder:
+    torch.save({"model": state}, f"{folder}/kosmos-2.pt")
+    shutil.copy(ROOT / "tiny" / "config.json", folder)
+    again, _ = load_checkpoint(folder, tokenizer=tokenizer.model_file)
+for name, tensor in model.state_dict().items():
+    assert torch.equal(again.state_dict()[name], tensor)
+print(list(state)[-1], "is read as", list(model.state_dict())[-1])
 
 # %% [markdown]
 # ## Where the parameters are
 #
-# Predicted from the configuration of the published model, then counted from the modules (on the "meta"
-# device, where tensors have shapes but no memory).
+# Try to predict it: of 1.66 billion parameters, how many are in the ViT, in the embedding, in the
+# decoder? First the formula for one block: four projections and two matrices of the MLP, all with
+# biases, two norms, and with sub-LN two more.
+
+
+# %%
+def block(width: int, mlp: int, sub_ln: bool) -> int:
+    """The number of parameters of a block."""
+    attention = 4 * (width**2 + width)
+    two_layers = 2 * width * mlp + mlp + width
+    norms = 2 * (2 * width)
+    if sub_ln:
+        norms += 2 * width + 2 * mlp
+    return attention + two_layers + norms
+
+
+text = model.config.text
+count = sum(p.numel() for p in model.decoder.layers[0].parameters())
+assert count == block(text.width, text.mlp_width, sub_ln=True)
+print(f"one decoder block of the bundled model: {count:,}")
+
+# %% [markdown]
+# The published model, from its configuration:
 
 # %%
 config = Kosmos2Config()
 v, t, Q = config.vision, config.text, config.latent_query_num
-
-
-def block(width, mlp, sub_ln):
-    """Four projections, two norms, an MLP; with sub-LN a norm of the width and one of the MLP's width."""
-    return (
-        4 * (width**2 + width)
-        + 4 * width
-        + 2 * width * mlp
-        + mlp
-        + width
-        + (2 * (width + mlp) if sub_ln else 0)
-    )
-
-
+patches = 3 * v.patch_size**2 * v.width
 predicted = {
-    "ViT: patches, [CLS], positions, two norms": 3 * v.patch_size**2 * v.width
-    + v.width
-    + v.positions * v.width
-    + 4 * v.width,
-    "ViT: 24 blocks": v.layers * block(v.width, v.mlp_width, False),
-    "resampler": v.width * t.width + t.width + Q * t.width + 4 * (t.width**2 + t.width),
-    "decoder: embedding, also the output": t.vocab_size * t.width,
-    "decoder: 24 blocks and a norm": t.layers * block(t.width, t.mlp_width, True) + 2 * t.width,
+    "ViT, input and norms": patches + (1 + v.positions + 4) * v.width,
+    "ViT, 24 blocks": v.layers * block(v.width, v.mlp_width, sub_ln=False),
+    "resampler": (v.width + 1) * t.width + Q * t.width + 4 * (t.width**2 + t.width),
+    "decoder, embedding": t.vocab_size * t.width,
+    "decoder, 24 blocks": t.layers * block(t.width, t.mlp_width, sub_ln=True) + 2 * t.width,
 }
-with torch.device("meta"):
-    published = Kosmos2(config)
-total = sum(p.numel() for p in published.parameters())
-assert sum(predicted.values()) == total
-table(
-    [(part, f"{n:,}", f"{n / total:.1%}") for part, n in predicted.items()], ("part", "parameters", "share")
-)
-for part in ("vision", "resampler", "decoder"):
-    print(f"{part}: {sum(p.numel() for p in getattr(published, part).parameters()):,}")
-print(
-    f"{total:,} parameters: {total * 4 / 1e9:.2f} GB in fp32, {total * 2 / 1e9:.2f} in 16 bits, {total / 1e9:.2f} in 8 (and a little for scales)"
-)
-
-fig, axis = plt.subplots(figsize=(9, 1.5))
-left = 0
-for (part, n), color in zip(predicted.items(), COLORS, strict=False):
-    axis.barh(0, n, left=left, color=color, label=part)
-    left += n
-axis.axis("off")
-axis.legend(ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0))
-show(
-    fig,
-    "One bar: the blocks of the decoder are about three quarters of all parameters, the ViT under a fifth, the embedding 8 percent, the resampler one percent.",
-)
+total = sum(predicted.values())
+shares = {part: n / total for part, n in predicted.items()}
+table([(part, f"{n:>13,}", f"{shares[part]:.1%}") for part, n in predicted.items()],
+      ("part", "parameters", "share"))  # fmt: skip
 
 # %% [markdown]
-# A decoding step reads the parameters of the decoder once per token, more than 1.3 billion; notebook 9 predicts the
-# speed from that.
+# (The last norm of the decoder is counted with its blocks.) Is the prediction right? On the "meta"
+# device, tensors have shapes but no memory, so we can build the published model and count:
+
+# %%
+with torch.device("meta"):
+    full = Kosmos2(config)
+assert total == sum(p.numel() for p in full.parameters()) == 1_664_485_376
+for name, size in (("fp32", 4), ("fp16 or bf16", 2), ("int8", 1)):
+    print(f"{total:,} parameters in {name}: {total * size / 1e9:.2f} GB")
+
+# %% [markdown]
+# In int8, the scales add a little. As a bar:
+
+# %%
+fig, axis = plt.subplots(figsize=(9, 1.5))
+left = 0
+for (part, share), color in zip(shares.items(), COLORS, strict=False):
+    axis.barh(0, share, left=left, color=color, label=part)
+    left += share
+axis.axis("off")
+axis.legend(ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0))
+assert 0.70 < shares["decoder, 24 blocks"] < 0.75 and 0.18 < shares["ViT, 24 blocks"] < 0.20
+show(fig, "A bar of five parts: the decoder's blocks take almost three quarters, the ViT a fifth.")
+
+# %% [markdown]
+# The decoder's blocks hold almost three quarters of all parameters, the ViT less than a fifth, the
+# resampler a hundredth. Each new token needs every parameter of the decoder once, more than 1.3
+# billion; notebook 9 predicts the speed from that.
 #
 # ## Pickles
 #
-# `pytorch_model.bin` and `kosmos-2.pt` are pickles, and a pickle can call any function. This one creates a file when
-# it is loaded. `read_torch` uses `torch.load(weights_only=True)` and replaces every other class that the file names
-# by an inert stand-in.
+# `pytorch_model.bin` and `kosmos-2.pt` are pickles, and a pickle can call any function while it is
+# loaded. Here is one that creates a file. `read_torch` in `load_weights.py` uses PyTorch's restricted
+# unpickler (`weights_only=True`) and replaces everything else that the file names by inert stand-ins.
 
 
 # %%
 class Trap:
     def __reduce__(self):
-        return open, (str(Path(folder) / "gotcha"), "w")
+        return open, (gotcha, "w")
 
 
-with tempfile.TemporaryDirectory() as folder:
-    trap = Path(folder) / "pytorch_model.bin"
-    torch.save({"config": Trap(), "weight": torch.ones(2)}, trap)
-    print("tensors found:", list(read_torch(trap)))
-    assert not (Path(folder) / "gotcha").exists()
-    torch.load(trap, weights_only=False)  # without protection, the function runs
-    assert (Path(folder) / "gotcha").exists()
+folder = tempfile.mkdtemp()
+trap, gotcha = f"{folder}/pytorch_model.bin", f"{folder}/gotcha"
+torch.save({"config": Trap(), "weight": torch.ones(2)}, trap)
+found = load_weights.read_torch(trap)
+print("tensors found:", list(found), " file created:", os.path.exists(gotcha))
+assert list(found) == ["weight"] and not os.path.exists(gotcha)
+
+# %% [markdown]
+# Without this protection, the function runs:
+
+# %%
+torch.load(trap, weights_only=False)
+print("file created:", os.path.exists(gotcha))
+assert os.path.exists(gotcha)
+
+# %% [markdown]
+# Functions that PyTorch considers dangerous, like those of the module `os`, have no stand-in: such a
+# file is not read at all.
+
+
+# %%
+class Command:
+    def __reduce__(self):
+        return os.system, (f"rm {gotcha}",)
+
+
+torch.save({"config": Command(), "weight": torch.ones(2)}, trap)
+try:
+    load_weights.read_torch(trap)
+    raise AssertionError("the file was read")
+except ValueError as error:
+    print(str(error).replace(f"{folder}/", "")[:60], "...")
+assert os.path.exists(gotcha)  # the command did not run
+shutil.rmtree(folder)
 
 # %% [markdown]
 # ## Incomplete checkpoints
 #
-# The loader checks every tensor by name and raises an error if one is missing: a model with a missing tensor would
-# still write text, only worse.
+# A model with a missing tensor would still write text, only worse. So the loader checks every tensor
+# and raises an error that lists what is missing, unexpected or of the wrong shape.
 
 # %%
+checkpoint = Checkpoint(ROOT / "tiny")
+assert checkpoint.problems() == []
 del checkpoint.stored["image_to_text_projection.latent_query"]
 print(checkpoint.problems())
+assert "image_to_text_projection.latent_query" in checkpoint.problems()[0]
 
 # %% [markdown]
 # ## Changing a trained model
 #
-# To change a model and keep what it learned: read its weights, change some tensors, build a model with the new sizes,
-# load and save. Here the bundled model gets a 16 x 16 grid. All other tokens keep their ids, because location tokens
-# are last in the vocabulary. Each new cell covers four old ones. Should its embedding be random, of the right scale,
-# or the mean of the four? Compare the loss of both on 100 boxes.
+# To change a model and keep what it has learned: read its weights, change some tensors, build a model
+# of the new sizes, load the weights into it, save. As an example, the bundled model gets a grid of
+# 16 x 16 cells instead of 32 x 32. Location tokens are last in the vocabulary, so all other tokens
+# keep their ids.
+#
+# Each new cell covers four old ones. Should its embedding be random (with the standard deviation of
+# the old embeddings), or the mean of the four? Make a prediction.
 
 # %%
-coarse, first = (
-    Tokenizer(tokenizer.model_file, model.config.latent_query_num, grid=16),
-    tokenizer.first_location,
-)
-embedding = model.state_dict()[EMBEDDING]
-cells = embedding[first:].view(16, 2, 16, 2, -1).mean(dim=(1, 3)).flatten(0, 1)  # (16², D)
-noise = torch.randn(cells.shape, generator=torch.Generator().manual_seed(0)) * cells.std()
-starts = {"mean of four": cells, "random": noise}
+coarse = Tokenizer(tokenizer.model_file, model.config.latent_query_num, grid=16)
+first = tokenizer.first_location
+assert coarse.first_location == first and coarse.vocab_size == first + 16 * 16
+
+embedding = model.state_dict()[load_weights.EMBEDDING]
+D = embedding.shape[1]
+mean_of_four = embedding[first:].view(16, 2, 16, 2, D).mean(dim=(1, 3)).view(16 * 16, D)
+random = torch.randn(16 * 16, D) * embedding[first:].std()
+print("location embeddings:", tuple(embedding[first:].shape), "->", tuple(mean_of_four.shape))
+
+# %% [markdown]
+# The model with these location embeddings:
 
 
-def with_locations(locations) -> Kosmos2:
-    new = Kosmos2(replace(model.config, text=replace(model.config.text, vocab_size=coarse.vocab_size))).eval()
-    new.load_state_dict(model.state_dict() | {EMBEDDING: torch.cat([embedding[:first], locations])})
+# %%
+def with_locations(locations: torch.Tensor) -> Kosmos2:
+    """The bundled model with a 16 x 16 grid."""
+    new_text = replace(model.config.text, vocab_size=coarse.vocab_size)
+    new = Kosmos2(replace(model.config, text=new_text)).eval()
+    new_embedding = torch.cat([embedding[:first], locations])
+    new.load_state_dict(model.state_dict() | {load_weights.EMBEDDING: new_embedding})
     return new
 
 
-# %%
-things = [
-    (scene, thing) for scene in map(Scene.random, range(HELD_OUT, HELD_OUT + 45)) for thing in scene.things
-][:100]
-pixels = torch.stack([preprocess_image(scene.draw(), model.config.vision.image_size) for scene, _ in things])
-for name, locations in starts.items():
-    changed, losses = with_locations(locations), []
-    for one, (_, thing) in zip(pixels, things, strict=True):
-        text = f"<grounding><phrase> the {thing.name}</phrase>" + boxes_to_text(
-            [thing.box], grid=16, training=True
-        )
-        ids, mask = coarse.encode_prompt(text)
-        labels = [i if i >= first else -100 for i in ids]
-        with torch.inference_mode():
-            losses.append(
-                changed(
-                    torch.tensor([ids]),
-                    one[None],
-                    None,
-                    torch.tensor([mask]),
-                    labels=torch.tensor([labels]),
-                )[1]
-            )
-    print(
-        f"{name:13} {torch.stack(losses).mean():.2f} nats per location token; uniform over 256 cells: {math.log(256):.2f}"
-    )
+changed = with_locations(mean_of_four)
+print("embedding:", tuple(embedding.shape), "->", tuple(changed.decoder.embed_tokens.weight.shape))
 
 # %% [markdown]
-# The mean of four works before any training. Saved, it is a checkpoint like any other, and
-# `python training/train.py --checkpoint FOLDER --out NEW --steps 300 --batch 16 --lr 3e-4` trains it further. The grid
-# of a checkpoint follows from the size of its vocabulary, so the loader finds it.
+# We compare them by their loss on the boxes of 100 things in unseen scenes. Each text is a phrase and
+# its box, `<phrase> a red cup</phrase><object>...</object>`, and only location tokens are counted.
+
+# %%
+images, prompts = [], []
+for seed in range(HELD_OUT, HELD_OUT + 100):
+    scene = Scene.random(seed)
+    unique = [t for t in scene.things if len(scene.find(t.kind, t.color)) == 1]
+    for thing in unique[:1]:
+        box = boxes_to_text([thing.box], coarse.grid, training=True)
+        text = f"<grounding><phrase> the {thing.name}</phrase>{box}"
+        images.append(scene.draw())
+        prompts.append(coarse.encode_prompt(text))
+pixels = preprocess_images(images, model.config.vision.image_size)
+tokens, image_mask, pad_mask = pad_left(prompts)
+labels = tokens.where(tokens >= first, -100)
+print(f"{len(images)} images, {(labels >= 0).sum()} location tokens")
+
+# %% [markdown]
+# The losses, next to that of a uniform choice among 256 cells:
+
+# %%
+losses = {"uniform": torch.tensor(256.0).log().item()}
+for name, locations in (("random", random), ("mean of four", mean_of_four)):
+    with torch.inference_mode():
+        new = with_locations(locations)
+        _, loss = new(tokens, pixels, None, image_mask, pad_mask, labels)
+    losses[name] = loss.item()
+table([(name, f"{loss:.2f}") for name, loss in losses.items()], ("start", "nats per location"))
+assert losses["mean of four"] < losses["uniform"] < losses["random"]
+assert losses["mean of four"] < losses["random"] - 1
+
+# %% [markdown]
+# With random embeddings the model is worse than a uniform choice; with the mean of four it is much
+# better before any training. A mean of four embeddings is useful only if they are similar. Are they?
+
+# %%
+cells = torch.nn.functional.normalize(embedding[first:], dim=1).view(32, 32, D)
+neighbors = (cells[:, 1:] * cells[:, :-1]).sum(-1).mean()
+others = (cells[:, 16:] * cells[:, :16]).sum(-1).mean()
+print(f"cosine similarity of neighbors {neighbors:.2f}, of cells half an image apart {others:.2f}")
+assert neighbors > others + 0.2
+
+# %% [markdown]
+# They are. The changed model is saved like any other. The loader computes the grid from the size of
+# the vocabulary, so nothing else has to be stored.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    save_checkpoint(with_locations(cells), tokenizer.model_file, folder)
-    saved = Checkpoint(folder)
-    assert load_checkpoint(folder)[1].grid == 16
-    print(
-        f"complete: {not saved.problems()}; vocabulary {tokenizer.vocab_size} -> {saved.config.text.vocab_size}"
-    )
+    load_weights.save_checkpoint(changed, tokenizer.model_file, folder)
+    saved, saved_tokenizer = load_checkpoint(folder)
+assert saved_tokenizer.grid == 16
+assert torch.equal(saved.decoder.embed_tokens.weight, changed.decoder.embed_tokens.weight)
+print(f"vocabulary {tokenizer.vocab_size} -> {saved.config.text.vocab_size}, grid 16 x 16")
 
 # %% [markdown]
+# With such a folder,
+# `python training/train.py --checkpoint FOLDER --out NEW --steps 300 --batch 16 --lr 3e-4` would
+# train the model further on texts with the new grid.
+#
 # ## Exercises
 #
-# 1. How many bytes would the published model take if its embedding were not tied? Predict from the table.
-# 2. `position_ids` and `embed_positions.weights` are in old files and ignored. Why is that correct?
-# 3. Which numbers of the table change with 32 instead of 24 decoder layers? With 128 latents?
-# 4. Make a copy of the checkpoint with one NaN and load it. Which line finds it, and how much memory does that take?
+# Predict, then run. Answers are in `answers.py`.
+#
+# 1. How many bytes would the published model take in fp32 if its embedding were not tied?
+# 2. Old files contain `position_ids` and `embed_positions.weights`; the loader ignores them. Why is
+#    that correct?
+# 3. Which rows of the parameter table change with 32 instead of 24 decoder layers? With 128 latents?
+# 4. Make a copy of the checkpoint with one NaN and load it. Which line finds it, and how much memory
+#    does that take?

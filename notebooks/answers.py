@@ -207,7 +207,11 @@ assert tokens_to_box(0, 17, grid=16) == (0.03125, 0.03125, 0.09375, 0.09375)
 assert Tokenizer(tokenizer.model_file, Q, grid=16).vocab_size == tokenizer.vocab_size - 32 * 32 + 16 * 16
 
 # 4.4 Text after a tag is tokenized separately, and sentencepiece puts a space in front of each text: "▁" and ".".
-assert [tokenizer.id_to_token[i] for i in tokenizer.encode("</phrase>.", add_bos=False)] == ["</phrase>", "▁", "."]
+assert [tokenizer.id_to_token[i] for i in tokenizer.encode("</phrase>.", add_bos=False)] == [
+    "</phrase>",
+    "▁",
+    ".",
+]
 
 # ---------------------------------------------------------------------------------------------- 5. Generation
 
@@ -257,7 +261,9 @@ assert present[0].scores[0] > absent[0].scores[0]
 hits = {"example first": 0, "example last": 0}
 pairs = [(Scene.random(seed), Scene.random(seed + SECOND)) for seed in range(HELD_OUT, HELD_OUT + 60)]
 colored = [[t for t in s.things if t.color] for pair in pairs for s in pair]
-chosen = [(pair, *both) for pair, *both in zip(pairs, colored[::2], colored[1::2], strict=True) if all(both)][:30]
+chosen = [(pair, *both) for pair, *both in zip(pairs, colored[::2], colored[1::2], strict=True) if all(both)][
+    :30
+]
 for (scene, second), shown_things, asked_things in chosen:
     shown, asked = shown_things[0], asked_things[0]
     told, question = f"{link('It', [shown])} is {shown.color}.", f"{link('It', [asked])} is"

@@ -1,11 +1,12 @@
-"""Measure the speed next to transformers and relative to memory bandwidth. Prints the README's table.
+"""Measure the speed next to transformers and relative to memory bandwidth. Prints the README's
+table.
 
     python tests/benchmark.py CHECKPOINT [--rounds 3]
 
 CHECKPOINT is a folder in the published layout with the published sizes: the real weights, or random
-ones. The two implementations alternate in one process, each warmed up, and the table has the medians
-of all rounds; ratios are reliable, single times only on an idle machine. Needs transformers, 16 GB of
-memory and about 15 minutes.
+ones. The two implementations alternate in one process, each warmed up, and the table has the
+medians of all rounds; ratios are reliable, single times only on an idle machine. Needs
+transformers, 16 GB of memory and about 15 minutes.
 """
 
 import argparse
@@ -53,7 +54,8 @@ def memory_bandwidth() -> float:
 
 
 def decoder_weights(model: Kosmos2) -> int:
-    """The number of weights read per new token: the matrices of all blocks and the output projection."""
+    """The number of weights read per new token: the matrices of all blocks and the output
+    projection."""
     text = model.config.text
     return text.layers * (4 * text.width**2 + 2 * text.width * text.mlp_width) + text.vocab_size * text.width
 

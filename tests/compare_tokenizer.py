@@ -114,7 +114,8 @@ SPACES = [" ", " ", " ", " ", "  ", "\n", "\t", ""]
 
 
 def prompts(count: int, seed: int = 0) -> list[tuple[str, list | None]]:
-    """Random (prompt, boxes): words of many scripts, numbers, punctuation, tags with all kinds of spacing."""
+    """Random (prompt, boxes): words of many scripts, numbers, punctuation, tags with all kinds of
+    spacing."""
     rng = random.Random(seed)
 
     def words(most):
@@ -148,8 +149,9 @@ def prompts(count: int, seed: int = 0) -> list[tuple[str, list | None]]:
 def official_processor(model_file: str | Path):
     """transformers' Kosmos2Processor on a sentencepiece model, with the published ids.
 
-    transformers 5 no longer reads this layout from the file by itself, so the vocabulary is handed to it. It
-    has no normaliser then, and takes characters that NFKC would change for unknown: prompts() has none.
+    transformers 5 no longer reads this layout from the file by itself, so the vocabulary is handed
+    to it. It has no normaliser then, and takes characters that NFKC would change for unknown:
+    prompts() has none.
     """
     import sentencepiece
     from transformers import CLIPImageProcessorPil, Kosmos2Processor, XLMRobertaTokenizer

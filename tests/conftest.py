@@ -37,7 +37,8 @@ def pytest_runtest_makereport(item, call):
 
 
 def rough(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Random weights for which every part matters: norms and biases far from 1 and 0, attention not uniform."""
+    """Random weights for which every part matters: norms and biases far from 1 and 0, attention not
+    uniform."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

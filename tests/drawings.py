@@ -2,9 +2,9 @@
 
     python tests/drawings.py [--checkpoint tiny] [--count 150]
 
-They share nothing with training/scenes.py, so they show whether a model has learned shapes or only its
-own renderer. Prints, for each kind of background, how many of the shapes a caption names and boxes (IoU of
-at least 0.5), and how many are grounded when their name is given.
+They share nothing with training/scenes.py, so they show whether a model has learned shapes or only
+its own renderer. Prints, for each kind of background, how many of the shapes a caption names and
+boxes (IoU of at least 0.5), and how many are grounded when their name is given.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""What is built on top of generation: probabilities of boxes, ranked boxes, whole boxes, prefixes, recordings."""
+"""What is built on top of generation: probabilities of boxes, ranked boxes, whole boxes, prefixes,
+recordings."""
 
 import math
 import re
@@ -34,7 +35,8 @@ def is_well_formed(text: str) -> bool:
 
 @pytest.mark.parametrize("options", [dict(), dict(temperature=2.0, top_k=9, seed=4), dict(num_beams=3)])
 def test_probabilities_are_the_models_own(small, small_tokenizer, options):
-    """Whatever way a token was chosen, its probability is that of a plain pass over the whole text."""
+    """Whatever way a token was chosen, its probability is that of a plain pass over the whole
+    text."""
     tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS)
     results = finish(
         small.prefill(tokens, pixels(3), None, image_mask, pad_mask, max_new_tokens=9, **options)
@@ -52,7 +54,8 @@ def test_probabilities_are_the_models_own(small, small_tokenizer, options):
 
 
 def test_scores_belong_to_their_boxes(tiny):
-    """An entity's score is the geometric mean of its two tokens' probabilities; boxes of the prompt have none."""
+    """An entity's score is the geometric mean of its two tokens' probabilities; boxes of the prompt
+    have none."""
     _, tokenizer = tiny
     prompt = tokenizer.encode(
         "<phrase> a star</phrase><object><patch_index_0001><patch_index_0034></object> and"
@@ -170,7 +173,8 @@ def test_overlaps():
 
 
 def test_a_prefix_read_once_changes_nothing(small, small_tokenizer, monkeypatch):
-    """Three questions after one reading of the picture get the answers they get alone, and it is read once."""
+    """Three questions after one reading of the picture get the answers they get alone, and it is
+    read once."""
     questions = [
         "Question: What color is the star? Answer:",
         "<grounding> Question: Where is it? Answer:",

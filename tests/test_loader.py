@@ -1,4 +1,5 @@
-"""Every form of checkpoint gives the same model; every damaged one is refused, naming what is wrong."""
+"""Every form of checkpoint gives the same model; every damaged one is refused, naming what is
+wrong."""
 
 import argparse
 import json
@@ -11,7 +12,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, TINY, copy
+from conftest import ROOT, SMALL, TINY, copy, needs_transformers
 from safetensors.torch import load_file, save_file
 
 from kosmos2 import Kosmos2
@@ -19,12 +20,14 @@ from load_weights import (
     EMBEDDING,
     FAIRSEQ,
     HUGGING_FACE,
+    OURS,
     SENTENCEPIECE,
     Checkpoint,
     load_checkpoint,
     rename,
     save_checkpoint,
 )
+from tokenizer import Tokenizer
 
 LM_HEAD = "text_model.lm_head.weight"
 
@@ -320,7 +323,8 @@ def test_loading_does_not_import_the_compiler():
 
 
 def test_memory_while_loading(tmp_path):
-    """A checkpoint of 400 MB: the process grows by little more than the weights, and half as much for bf16."""
+    """A checkpoint of 400 MB: the process grows by little more than the weights, and half as much
+    for bf16."""
     from dataclasses import replace
 
     wide = replace(SMALL, text=replace(SMALL.text, width=1152, heads=3, mlp_width=4608, layers=6))
@@ -338,3 +342,161 @@ def test_memory_while_loading(tmp_path):
         run = [sys.executable, "-c", script, str(ROOT), str(tmp_path), precision]
         grown = float(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
         assert grown < most * size, (precision, grown, size)
+
+
+# ------------------------------------------------------------------- files of fine-tuning runs and other programs
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "student.model."])
+@pytest.mark.parametrize("layout", [OURS, HUGGING_FACE, FAIRSEQ])
+def test_a_prefix_of_all_names_is_removed(small, small_folder, tmp_path, prefix, layout):
+    folder = copy(small_folder, tmp_path / "prefixed")
+    (folder / "model.safetensors").unlink()
+    state = {prefix + rename(name, layout): tensor for name, tensor in small.state_dict().items()}
+    torch.save(state, folder / "pytorch_model.bin")
+    assert_same(load_checkpoint(folder)[0], small)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+def test_wrappers_inside_names_are_removed(small, small_folder, tmp_path, wrapper):
+    folder = copy(small_folder, tmp_path / "wrapped")
+    state = {}
+    for name, tensor in published(folder).items():
+        state[name.replace("text_model.", f"text_model.{wrapper}")] = tensor
+    save_file(state, folder / "model.safetensors")
+    assert_same(load_checkpoint(folder)[0], small)
+
+
+@pytest.mark.parametrize(
+    "keys", [["state_dict"], ["model_state_dict"], ["model"], ["checkpoint", "model"], ["module"]]
+)
+def test_wrapped_state_dicts(small, small_folder, tmp_path, keys):
+    folder = copy(small_folder, tmp_path / "nested")
+    content = published(folder)
+    (folder / "model.safetensors").unlink()
+    for key in reversed(keys):
+        content = {key: content, "epoch": 3, "optimizer": {"state": {0: torch.zeros(2)}}}
+    torch.save(content, folder / "pytorch_model.bin")
+    if keys[0] == "checkpoint":  # not a name for weights
+        with pytest.raises(ValueError, match="state dict"):
+            load_checkpoint(folder)
+    else:
+        assert_same(load_checkpoint(folder)[0], small)
+
+
+def test_ngram_size_is_read_where_transformers_saves_it(small_folder, tmp_path):
+    """config.json first, then generation_config.json, then the published default."""
+    folder = copy(small_folder, tmp_path / "resaved")
+    config = json.loads((folder / "config.json").read_text())
+    assert load_checkpoint(folder)[0].config.text.no_repeat_ngram_size == 0
+    (folder / "generation_config.json").write_text(json.dumps({"no_repeat_ngram_size": 5}))
+    assert load_checkpoint(folder)[0].config.text.no_repeat_ngram_size == 0
+    del config["text_config"]["no_repeat_ngram_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_checkpoint(folder)[0].config.text.no_repeat_ngram_size == 5
+    (folder / "generation_config.json").unlink()
+    assert load_checkpoint(folder)[0].config.text.no_repeat_ngram_size == 3
+
+
+@needs_transformers
+def test_a_model_saved_by_transformers_behaves_the_same(small, small_folder, tmp_path):
+    from transformers import Kosmos2ForConditionalGeneration
+
+    folder = copy(small_folder, tmp_path / "published")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["no_repeat_ngram_size"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    before = load_checkpoint(folder)[0].config
+    Kosmos2ForConditionalGeneration.from_pretrained(folder).save_pretrained(tmp_path / "resaved")
+    after, _ = load_checkpoint(tmp_path / "resaved", tokenizer=folder)
+    assert after.config == before
+    assert_same(after, small)
+
+
+def test_a_config_with_a_byte_order_mark(small_folder, tmp_path):
+    folder = copy(small_folder, tmp_path / "bom")
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())
+    assert load_checkpoint(folder)[0].config == SMALL
+
+
+def test_integer_tensors_raise(small_folder, tmp_path):
+    folder = copy(small_folder, tmp_path / "quantized")
+    tensors = published(folder)
+    name = "text_model.model.layers.1.ffn.fc1.weight"
+    tensors[name] = (tensors[name] * 10).to(torch.int8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"not floating point.*{name}"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "sentencepiece.bpe.model"])
+def test_git_lfs_pointers_are_recognized(small_folder, tmp_path, name):
+    folder = copy(small_folder, tmp_path / "lfs")
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 12\n")
+    with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [("m.gguf", b"GGUF\x03", "GGUF"), ("m.bin", b"GGUF\x03", "GGUF"), ("m.h5", b"\x89HDF\r\n\x1a\n", "HDF5"), ("m.onnx", b"\x08\x07", "ONNX")],
+)  # fmt: skip
+def test_other_formats_are_named(small_folder, tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        load_checkpoint(tmp_path / name)
+    if not name.endswith(".bin"):
+        with pytest.raises(FileNotFoundError, match=words):
+            load_checkpoint(tmp_path)
+
+
+def test_lora_adapters_are_mentioned(small_folder, tmp_path):
+    folder = copy(small_folder, tmp_path / "adapter")
+    save_file({"base_model.lora_A.weight": torch.zeros(2)}, folder / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="LoRA adapter .* not applied"):
+        load_checkpoint(folder)
+    tensors = published(folder) | {"text_model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2)}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="LoRA weights: merge"):
+        load_checkpoint(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="LoRA adapter: merge"):
+        load_checkpoint(folder)
+
+
+def test_a_vocabulary_with_other_first_pieces_raises(tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red star", "a blue moon"] * 20), model_prefix=str(tmp_path / "other"), vocab_size=18, hard_vocab_limit=False,
+        pad_id=0, unk_id=1, bos_id=2, eos_id=3, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="expected first pieces <unk> <s> </s>"):
+        Tokenizer(tmp_path / "other.model")
+
+
+def test_dangerous_functions_in_a_pickle_raise(small, small_folder, tmp_path):
+    """A file that names os.system is refused; other names get stand-ins that do nothing."""
+
+    class Command:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'gotcha'}",)
+
+    folder = copy(small_folder, tmp_path / "hostile")
+    (folder / "model.safetensors").unlink()
+    torch.save(fairseq_state(small) | {"cfg": Command()}, folder / "kosmos-2.pt")
+    with pytest.raises(ValueError, match="safely"):
+        load_checkpoint(folder)
+    assert not (tmp_path / "gotcha").exists()
+
+
+def test_the_grid_follows_from_the_vocabulary(small, small_folder, tmp_path):
+    from dataclasses import replace
+
+    tokenizer = Tokenizer(TINY / SENTENCEPIECE, SMALL.latent_query_num, grid=16)
+    config = replace(SMALL, text=replace(SMALL.text, vocab_size=tokenizer.vocab_size))
+    model = Kosmos2(config)
+    save_checkpoint(model, TINY / SENTENCEPIECE, tmp_path / "coarse")
+    assert load_checkpoint(tmp_path / "coarse")[1].grid == 16

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,19 +11,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, prompt_batch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kosmos2 import (
     EOS,
     DecodeState,
+    GenerationOptions,
     Kosmos2,
     Kosmos2Config,
     causal_mask,
     finish,
+    open_image,
     preprocess_image,
     repeated_ngrams,
     sample,
     sinusoidal_positions,
+    to_rgb,
     token_positions,
 )  # fmt: skip
 from load_weights import published_config
@@ -43,7 +48,8 @@ def pixels(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_golden_values(small, small_tokenizer):
-    """Logits and ids that transformers computed once with these weights; tests/golden.py records them."""
+    """Logits and ids that transformers computed once with these weights; tests/golden.py records
+    them."""
     golden = json.loads(GOLDEN.read_text())
     tokens, image_mask, _ = prompt_batch(small_tokenizer, PROMPTS[:1])
     with torch.no_grad():
@@ -170,7 +176,8 @@ def test_preprocessing_squashes_and_takes_every_mode():
 
 @pytest.mark.parametrize("left_padded", [False, True])
 def test_the_cache_changes_nothing_at_any_step(small, small_tokenizer, left_padded):
-    """Every new token, computed with the cache, is the argmax of a fresh pass over the whole sequence."""
+    """Every new token, computed with the cache, is the argmax of a fresh pass over the whole
+    sequence."""
     tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS[:2] if left_padded else PROMPTS[:1])
     images = pixels(len(tokens))
     state = small.prefill(tokens, pixels=images, image_mask=image_mask, pad_mask=pad_mask, max_new_tokens=12)
@@ -411,7 +418,8 @@ def test_config_files_that_are_none(tmp_path):
 
 
 def test_beams_keep_to_a_constraint(small):
-    """With one allowed text there is nothing to search, and no step is spent on texts that broke the rule."""
+    """With one allowed text there is nothing to search, and no step is spent on texts that broke
+    the rule."""
     path, seen = [10, 11, 12, EOS], []
 
     def constraint(ids, left):
@@ -428,7 +436,8 @@ def test_beams_keep_to_a_constraint(small):
 
 
 def test_a_beam_search_compares_means(small, monkeypatch):
-    """Of a short text of probability 0.36 and a long one of 0.34 the long one wins: its tokens are likelier on average."""
+    """Of a short text of probability 0.36 and a long one of 0.34 the long one wins: its tokens are
+    likelier on average."""
     a, b, c, d = 10, 11, 12, 13
     table = {
         None: {a: 0.6, b: 0.4},
@@ -455,3 +464,150 @@ def test_a_beam_search_compares_means(small, monkeypatch):
     found = finish(start(num_beams=2))[0]
     assert found.ids == [b, c, d, EOS] and math.prod(found.probabilities) == pytest.approx(0.4 * 0.95**3)
     assert finish(start())[0].ids == [a, EOS]
+
+
+# ------------------------------------------------------------------------------------------- reading images
+
+
+def first_pixel(image: Image.Image) -> tuple[int, int, int]:
+    return to_rgb(image).getpixel((0, 0))
+
+
+def test_transparency_is_composited_on_white():
+    assert first_pixel(Image.new("RGBA", (2, 2), (255, 0, 0, 0))) == (255, 255, 255)
+    assert first_pixel(Image.new("RGBA", (2, 2), (0, 0, 0, 51))) == (204, 204, 204)
+    assert first_pixel(Image.new("LA", (2, 2), (0, 51))) == (204, 204, 204)
+    assert first_pixel(Image.new("LA", (2, 2), (0, 0)).convert("La")) == (255, 255, 255)
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([10, 20, 30] + [0] * 765)
+    assert first_pixel(palette) == (10, 20, 30)
+    palette.info["transparency"] = 0
+    assert first_pixel(palette) == (255, 255, 255)
+    white = preprocess_image(Image.new("RGBA", (5, 9), (0, 0, 0, 0)), 14)
+    assert torch.equal(white, preprocess_image(Image.new("RGB", (5, 9), "white"), 14))
+
+
+@pytest.mark.parametrize("level", [64, 128])
+def test_deep_images_keep_their_brightness(tmp_path, level):
+    """16-bit PNG and PGM files, and all modes of Pillow with more than 8 bits."""
+    deep = np.full((2, 2), level * 257, dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    (tmp_path / "deep.pgm").write_bytes(b"P5 2 2 65535\n" + deep.astype(">u2").tobytes())
+    for name in ("deep.png", "deep.pgm"):
+        assert open_image(tmp_path / name).getpixel((0, 0)) == (level,) * 3
+    for image in (
+        Image.fromarray(deep.astype(np.int32)),
+        Image.fromarray((deep / 65535).astype(np.float32)),
+        Image.fromarray(np.full((2, 2), level, dtype=np.float32)),
+    ):
+        assert first_pixel(image) == (level,) * 3
+
+
+@pytest.mark.parametrize("value", [-1.0, 256.5, float("nan")])
+def test_images_of_unknown_brightness_raise(value):
+    with pytest.raises(ValueError, match="mode F"):
+        to_rgb(Image.fromarray(np.array([[1.0, value]], dtype=np.float32)))
+    with pytest.raises(ValueError, match="mode I"):
+        to_rgb(Image.fromarray(np.array([[0, 70_000]], dtype=np.int32)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(tmp_path, orientation):
+    """As ImageOps.exif_transpose, for all eight values; a rational ImageWidth does not matter."""
+    image = Image.radial_gradient("L").crop((0, 0, 80, 48)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as stored:
+        expected = ImageOps.exif_transpose(stored)
+    assert open_image(tmp_path / "a.png").tobytes() == expected.tobytes()
+    rational_width = struct.pack("<HHII", 0x0100, 5, 1, 38)  # 7/2, at offset 38
+    entries = struct.pack("<H", 2) + rational_width + struct.pack("<HHII", 0x0112, 3, 1, orientation)
+    block = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries + struct.pack("<III", 0, 7, 2)
+    image.save(tmp_path / "b.jpg", exif=block)
+    assert open_image(tmp_path / "b.jpg").size == expected.size
+
+
+def test_published_pixel_values(monkeypatch):
+    """Equal to the image processor of transformers for a real photo."""
+    transformers = pytest.importorskip("transformers")
+    folder = os.environ.get("KOSMOS2_REFERENCE")
+    if not folder:
+        pytest.skip("KOSMOS2_REFERENCE is not set")
+    image = Image.open(Path(folder) / "two_dogs.jpg")
+    processor = transformers.CLIPImageProcessorPil(size={"height": 224, "width": 224}, do_center_crop=False)
+    expected = processor(image, return_tensors="pt").pixel_values[0]
+    torch.testing.assert_close(preprocess_image(image, 224), expected, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- beam search, exhaustively
+
+
+class FakeModel:
+    """Next-token logits that depend on the last two tokens, with a likely </s>."""
+
+    def __init__(self, vocab: int, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        self.table = 2 * torch.randn(vocab, vocab, vocab, generator=generator)
+        self.table[:, :, EOS] += 1.0
+        self.table[:, :, 1] = -1e9  # <pad>
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        return self.table[ids[-2], ids[-1]]
+
+
+def plain_beam_search(model: FakeModel, prompt: list[int], num_beams: int, limit: int, least: int):
+    """An independent implementation, one candidate at a time."""
+    running, finished = [(0.0, [])], []
+    for length in range(1, limit + 1):
+        candidates = []
+        for total, ids in running:
+            log_probs = model.logits(prompt + ids).log_softmax(-1)
+            for token, value in enumerate(log_probs.tolist()):
+                if token == 1 or (token == EOS and length <= least):
+                    continue
+                candidates.append((total + value, [*ids, token]))
+        candidates.sort(key=lambda candidate: -candidate[0])
+        running = []
+        for rank, (total, ids) in enumerate(candidates[: 2 * num_beams]):
+            if ids[-1] == EOS or length == limit:
+                if rank < num_beams:
+                    finished.append((total / length, ids))
+            elif len(running) < num_beams:
+                running.append((total, ids))
+        finished = sorted(finished, key=lambda found: -found[0])[:num_beams]
+        if not running or (len(finished) == num_beams and running[0][0] / length <= finished[-1][0]):
+            break
+    return finished[0][1]
+
+
+def test_beam_search_on_hundreds_of_random_models(small, monkeypatch):
+    """Early ends, several beams and least lengths: the same sequences as an independent
+    implementation."""
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        vocab, num_beams = int(rng.integers(4, 9)), int(rng.integers(2, 6))
+        limit = int(rng.integers(1, 9))
+        least = int(rng.integers(0, limit + 1)) if seed % 3 == 0 else 0
+        fake = FakeModel(vocab, seed)
+
+        def next_logits(state, fake=fake):
+            rows = [
+                fake.logits(state.prompts[r] + s.ids)
+                for r, s in zip(state.rows, state.sequences, strict=True)
+            ]
+            return torch.stack(rows) if rows else torch.empty(0, len(fake.table))
+
+        def step(self, parents, sequences, next_logits=next_logits):
+            self.rows = [self.rows[i] for i in parents]
+            self.sequences = sequences
+            self.logits = next_logits(self)
+
+        monkeypatch.setattr(DecodeState, "step", step)
+        prompts = torch.tensor([[0, 3], [3, 2]])
+        options = dict(max_new_tokens=limit, min_new_tokens=least, num_beams=num_beams)
+        checked = GenerationOptions(**options)
+        state = DecodeState(small, checked, prompts.tolist(), [], torch.zeros(2, 1), None, torch.empty(0))
+        state.logits = next_logits(state)
+        for result, prompt in zip(finish(state), prompts.tolist(), strict=True):
+            assert result.ids == plain_beam_search(fake, prompt, num_beams, limit, least), seed

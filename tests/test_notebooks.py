@@ -1,4 +1,5 @@
-"""The committed notebooks are what their sources say, with outputs and without errors. (CI runs the sources.)"""
+"""The committed notebooks are what their sources say, with outputs and without errors. (CI runs the
+sources.)"""
 
 import json
 import re

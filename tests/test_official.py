@@ -1,7 +1,7 @@
-"""The published results, with the official weights: KOSMOS2_CHECKPOINT names their folder.
+"""The published results, with the official weights in the folder KOSMOS2_CHECKPOINT.
 
-KOSMOS2_REFERENCE names the folder with the official demo picture, snowman.png. The original demo saved it as
-JPEG once before looking at it, and the published ids are those of that picture.
+KOSMOS2_REFERENCE is the folder with the official demo image, snowman.png. The original demo saved
+it as JPEG first, and the published ids are those of that image.
 """
 
 import io
@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kosmos2 import preprocess_image
+from kosmos2 import pad_left, preprocess_image
 from load_weights import load_checkpoint
 
 pytestmark = pytest.mark.official
@@ -36,7 +36,7 @@ LOGITS = {  # of ids 0, 1, 2, after one, two and three new tokens
 def official():
     folder, reference = os.environ.get("KOSMOS2_CHECKPOINT"), os.environ.get("KOSMOS2_REFERENCE")
     if not folder or not reference:
-        pytest.skip("KOSMOS2_CHECKPOINT and KOSMOS2_REFERENCE name no official weights and demo picture")
+        pytest.skip("KOSMOS2_CHECKPOINT and KOSMOS2_REFERENCE are not set")
     model, tokenizer = load_checkpoint(folder)
     jpeg = io.BytesIO()
     Image.open(Path(reference) / "snowman.png").convert("RGB").save(jpeg, "JPEG")
@@ -57,4 +57,21 @@ def test_published_ids_and_logits(official, prompt, published):
     arguments["image_mask"] = torch.tensor([mask + [False] * 3])
     with torch.no_grad():
         logits = model(text, **arguments)[0, -3:, :3]
-    torch.testing.assert_close(logits, torch.tensor(LOGITS[published]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits, torch.tensor(LOGITS[published]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_left_padded_batch_of_both_prompts(official):
+    """Each prompt is answered as it is alone."""
+    model, tokenizer, pixels = official
+    prompts = ["<grounding>An image of", "<grounding>Describe this image in detail:"]
+    tokens, image_mask, pad_mask = pad_left([tokenizer.encode_prompt(prompt) for prompt in prompts])
+    new = model.generate(
+        tokens,
+        pixels.expand(2, -1, -1, -1),
+        None,
+        image_mask,
+        pad_mask,
+        max_new_tokens=128,
+        no_repeat_ngram_size=3,
+    )
+    assert new == [list(map(int, published.split())) for published in (CAPTION, DETAIL)]

@@ -1,7 +1,7 @@
 """Equal to transformers' Kosmos-2, through the loader, on random checkpoints of odd sizes.
 
-A failure names the first layer that differs. Where transformers 5.23 has a bug, the test says so and
-compares with its result when the bug is worked around.
+A failure names the first layer that differs. Where transformers 5.23 has a bug, the test says so
+and compares with its result when the bug is worked around.
 """
 
 import copy
@@ -115,7 +115,8 @@ def test_image_embeddings_logits_and_loss(both):
 )  # fmt: skip
 @pytest.mark.parametrize("end_often", [False, True])
 def test_generated_ids(both, length, options, end_often):
-    """Greedy and beam search; with `end_often`, </s> is made likely, so that rows and beams end early."""
+    """Greedy and beam search; with `end_often`, </s> is made likely, so that rows and beams end
+    early."""
     reference, model, tokenizer = both
     pixels, tokens, image_mask, _ = batch(model, tokenizer, [PROMPTS[0], PROMPTS[0].replace("red", "two")])
     embedding = model.decoder.embed_tokens.weight
@@ -140,7 +141,8 @@ def test_generated_ids(both, length, options, end_often):
 
 
 def test_probabilities_at_every_step(both):
-    """Ids can agree by chance, because a random model repeats itself; 48 probabilities in a row cannot."""
+    """Ids can agree by chance, because a random model repeats itself; 48 probabilities in a row
+    cannot."""
     reference, model, tokenizer = both
     pixels, tokens, image_mask, _ = batch(model, tokenizer, PROMPTS[:1])
     state = model.prefill(tokens, pixels, None, image_mask, max_new_tokens=48, min_new_tokens=48)
@@ -158,7 +160,8 @@ def test_probabilities_at_every_step(both):
 
 
 def test_left_padded_rows_decode_like_unpadded_ones(both):
-    """transformers 5.23 shifts the positions of padded rows while decoding, so it gets them unpadded."""
+    """transformers 5.23 shifts the positions of padded rows while decoding, so it gets them
+    unpadded."""
     reference, model, tokenizer = both
     pixels, tokens, image_mask, pad_mask = batch(model, tokenizer, PROMPTS)
     new = model.generate(tokens, pixels=pixels, image_mask=image_mask, pad_mask=pad_mask, max_new_tokens=16)
@@ -233,7 +236,8 @@ def test_hidden_states_and_attention_weights(both):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_bfloat16_with_padding(both, side):
-    """In half precision, a padded row has the logits of the unpadded row, on whichever side it is padded."""
+    """In half precision, a padded row has the logits of the unpadded row, on whichever side it is
+    padded."""
     _, model, tokenizer = both
     pixels, tokens, image_mask, _ = batch(model, tokenizer, PROMPTS[:1])
     half = copy.deepcopy(model).to(torch.bfloat16)

@@ -139,7 +139,8 @@ def test_places_that_cannot_be_written(capsys, tmp_path):
 
 
 def test_killed_while_captioning_a_folder(capsys, tmp_path):
-    """kill -9 at any moment: finished results are in the file, and the next run does the rest, once."""
+    """kill -9 at any moment: finished results are in the file, and the next run does the rest,
+    once."""
     folder, results = tmp_path / "pictures", tmp_path / "out.jsonl"
     folder.mkdir()
     for seed in range(24):
@@ -162,7 +163,8 @@ def test_killed_while_captioning_a_folder(capsys, tmp_path):
 
 
 def test_memory_stays_flat(capsys, tmp_path):
-    """A run over 300 images (60 without KOSMOS2_THOROUGH) does not make the process larger, to 5%."""
+    """A run over 300 images (60 without KOSMOS2_THOROUGH) does not make the process larger, to
+    5%."""
     if not Path("/proc/self/statm").exists():
         pytest.skip("needs /proc")
     folder = tmp_path / "pictures"

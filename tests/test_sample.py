@@ -337,7 +337,8 @@ def test_labels_stay_inside(size, monkeypatch):
 
 
 def test_requests(capsys, tmp_path):
-    """Each line is answered as it would be on its own; other keys are copied; bad images fail alone."""
+    """Each line is answered as it would be on its own; other keys are copied; bad images fail
+    alone."""
     Image.open(SCENE).save("a.png")
     Image.open(TINY / "busy.png").save("b.png")
     lines = [
@@ -471,7 +472,8 @@ def test_html_page(capsys, tmp_path):
 
 
 def test_length_limits_cut_the_text(capsys):
-    """A shorter answer is the beginning of the longer one, and its boxes are among those of the longer one."""
+    """A shorter answer is the beginning of the longer one, and its boxes are among those of the
+    longer one."""
     row = json.loads(run(capsys, TINY / "busy.png", "--json")[1])
     boxes = [box for entity in row["entities"] for box in entity["boxes"]]
     for limit in (1, 2, 3, 5, 6, 8, 9, 11, 14, 20, 26):

@@ -1,4 +1,5 @@
-"""Vocabulary, location tokens and grounded text; compared with the official tokenizer if available."""
+"""Vocabulary, location tokens and grounded text; compared with the official tokenizer if
+available."""
 
 import random
 
@@ -254,7 +255,8 @@ def test_equal_to_the_published_parsing():
             parts.append(phrase + rng.choice([link, link, ""]) + tail)
         text = rng.choice(["<grounding>", "", " "]) + rng.choice([" An image of", ""]) + "".join(parts)
         caption, entities = clean_text_and_extract_entities_with_bboxes(text)
-        # The published span of a box without a phrase can lie behind the end of the stripped caption.
+        # The published span of a box without a phrase can lie behind the end of the stripped
+        # caption.
         entities = [(p, tuple(min(at, len(caption)) for at in span), boxes) for p, span, boxes in entities]
         assert parse(text)[0] == caption and [e[:3] for e in parse(text)[1]] == entities, text
 
@@ -331,7 +333,8 @@ def test_grit_records():
 
 
 def original_ids(tokenizer: Tokenizer, caption: str, spans: list[tuple[int, int]], pair: tuple[int, int]):
-    """What the original data loader makes of a caption with one box for each span; None if it gives up."""
+    """What the original data loader makes of a caption with one box for each span; None if it gives
+    up."""
     pieces = tokenizer.encode_words(caption)
     ranges = []
     for start, end in spans:

@@ -185,7 +185,8 @@ def write_grit(folder, count=6):
 
 
 def test_grit_rows(tmp_path, small_tokenizer):
-    """All tokens of the text carry loss, the first one at </image>; every record comes once an epoch."""
+    """All tokens of the text carry loss, the first one at </image>; every record comes once an
+    epoch."""
     source = Grit(write_grit(tmp_path), small_tokenizer, SMALL, seed=0)
     row = source.row(0)
     assert row.targets[: row.prefix] == [-100] * (row.prefix - 1) + [
@@ -206,7 +207,8 @@ def test_grit_rows(tmp_path, small_tokenizer):
 
 
 def test_two_processes_train_like_one(tmp_path, small_folder):
-    """Twenty steps on GRIT data: alone, in micro-batches with recomputation, and under torchrun with two processes."""
+    """Twenty steps on GRIT data: alone, in micro-batches with recomputation, and under torchrun
+    with two processes."""
     data, curves = write_grit(tmp_path / "data"), {}
     for name, run, more in (
         ("one", [sys.executable], []),
@@ -273,8 +275,8 @@ def test_training_resumes_where_it_was(tmp_path):
     start, a, b = (
         flat(load_file(tmp_path / name / "model.safetensors")) for name in ("start", "whole", "cut")
     )
-    # Rounding alone turns single weights of a young Adam around; another order of data or a lost optimizer
-    # state turns the whole direction.
+    # Rounding alone turns single weights of a young Adam around; another order of data or a lost
+    # optimizer state turns the whole direction.
     assert torch.cosine_similarity(a - start, b - start, dim=0) > 0.98
     assert (a - start).norm() / (b - start).norm() == pytest.approx(1, abs=0.02)
 

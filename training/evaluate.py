@@ -121,7 +121,8 @@ def found_all(boxes: list[Box], things) -> list[float]:
 
 
 def asked_boxes(example: Example, answer: str) -> list[Box]:
-    """The boxes of the phrase in the prompt; not those of other phrases that the answer may go on to name."""
+    """The boxes of the phrase in the prompt; not those of other phrases that the answer may go on
+    to name."""
     prompt_phrase = strip_tags(example.prompt).strip()
     _, entities = parse(example.prompt + answer)
     return next((entity.boxes for entity in entities if entity.phrase == prompt_phrase), [])
@@ -332,7 +333,7 @@ def plot_calibration(found: list[tuple[float, float, bool]], path: Path, bins: i
         shares = [(group[:, column] >= least).float().mean().item() for group in groups]
         axes.plot(scores, shares, color=color, marker="o", markersize=4, label=label)
     line = torch.linspace(0, 1, 50)
-    axes.plot(line, line**2, color="#777777", linestyle="--", label="score²: both cells right, if calibrated")
+    axes.plot(line, line**2, color="#777777", linestyle="--", label="score², if calibrated")
     axes.set(
         title=f"{len(found):,} boxes in {bins} groups by score", xlabel="mean score", ylabel="share of boxes"
     )
@@ -391,7 +392,8 @@ def main() -> int:
     for task, scores in first_scores(tokenizer, chosen, results).items():
         low, middle, high = (torch.tensor(scores).quantile(q).item() for q in (0.1, 0.5, 0.9))
         print(
-            f"| score of the first box, {task}: median (10% to 90%) | {middle:.2f} ({low:.2f} to {high:.2f}) | {len(scores)} |"
+            f"| score of the first box, {task}: median (10% to 90%) "
+            f"| {middle:.2f} ({low:.2f} to {high:.2f}) | {len(scores)} |"
         )
     if args.calibration:
         tasks_with_boxes = {"caption", "ground", "refer relation"}

@@ -1,8 +1,8 @@
 """Train a Kosmos-2: the bundled model from scratch, or any checkpoint on GRIT data.
 
-    python training/train.py --out runs/tiny              from scratch, on scenes; about three hours on two cores
-    python training/train.py --out runs/short --steps 50  a minute, to see that it works
-    python training/train.py --out runs/mine --checkpoint WEIGHTS --data grit.jsonl --train resampler --lr 1e-4
+    python training/train.py --out runs/tiny    from scratch, on scenes; three hours on two cores
+    python training/train.py --out runs/short --vision-steps 20 --steps 50    to see that it works
+    python training/train.py --out runs/mine --checkpoint WEIGHTS --data grit.jsonl --lr 1e-4
     torchrun --nproc-per-node 8 training/train.py ...     the same on many processes
 
 Writes checkpoint.pt (a run resumes from it) and at the end the model in the published layout,
@@ -16,7 +16,8 @@ What makes so small a model learn to see in a few hours (each one measured):
 - Rows of one image and many texts (data.py): encoding an image costs as much as several texts.
 - Muon for the matrices inside the blocks (`make_optimizers`).
 - Pretraining the ViT on labels for every patch (pretrain.py). Measured when an older model was
-  adapted to this world: with it, the location loss was 2.8 after 100 steps, without it 3.0 after 500.
+  adapted to this world: with it, the location loss was 2.8 after 100 steps, without it 3.0 after
+  500.
 """
 
 import argparse
