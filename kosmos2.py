@@ -910,15 +910,17 @@ def decode(state: DecodeState) -> Iterator[list[int | None]]:
     """The decoding loop. Yields, after each step, the new id of every prompt, None for those that
     have ended.
 
-    `state.results` holds what has been generated so far.
+    `state.results` holds what has been generated so far. A state is decoded only once.
     """
     options = state.options
+    if any(result.ids for result in state.results):
+        return
     if options.num_beams > 1:
         raise ValueError("beam search cannot stream; use num_beams 1")
     generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
     cut: set[int] = set()  # prompts whose answers the length limit has cut short
     for remaining in range(options.max_new_tokens, 0, -1):
-        logits = mask_logits(state.logits, state, remaining)  # (B, V)
+        logits = mask_logits(state.logits, state)  # (B, V)
         uniform = torch.rand(len(logits) if generator is None else 1, generator=generator).to(logits.device)
         tokens = sample(logits, options.temperature, options.top_k, options.top_p, uniform).tolist()
         for i, token in enumerate(tokens):
@@ -946,7 +948,7 @@ def finish(state: DecodeState) -> list[Generated]:
     return state.results
 
 
-def mask_logits(scores: Tensor, state: DecodeState, remaining: int) -> Tensor:
+def mask_logits(scores: Tensor, state: DecodeState) -> Tensor:
     """Next-token logits or log-probabilities (B, V), with -inf for tokens that may not come next.
 
     A rule that would leave no token is skipped; earlier rules take precedence.
@@ -1048,7 +1050,7 @@ def beam_search(state: DecodeState) -> list[Generated]:
     totals = torch.zeros(len(state.rows))  # summed log-probability of every sequence
     finished: list[list[tuple[float, Generated]]] = [[] for _ in state.prompts]
     for length in range(1, limit + 1):
-        scores = mask_logits(state.logits.log_softmax(dim=-1), state, limit - length + 1)
+        scores = mask_logits(state.logits.log_softmax(dim=-1), state)
         scores = scores.cpu() + totals[:, None]  # (B, V)
         kept = []
         for row in dict.fromkeys(state.rows):

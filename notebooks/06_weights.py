@@ -29,8 +29,9 @@ from tokenizer import Tokenizer, boxes_to_text
 # %% [markdown]
 # ## A safetensors file, by hand
 #
-# The file begins with eight bytes that hold the length of the header. The header is JSON: the dtype,
-# the shape and the offsets of each tensor. The data follows. There is no code in such a file.
+# The file begins with eight bytes that hold the length of the header. The header is JSON: the
+# dtype, the shape and the offsets of each tensor. The data follows. There is no code in such a
+# file.
 
 # %%
 content = (ROOT / "tiny" / "model.safetensors").read_bytes()
@@ -41,8 +42,8 @@ print(f"file of {len(content):,} bytes, header of {size:,} bytes, {len(header) -
 print("image_to_text_projection.latent_query:", entry)
 
 # %% [markdown]
-# These are the latents of the resampler. Their bytes, read in the given dtype, are the parameter that
-# the loader puts into the model:
+# These are the latents of the resampler. Their bytes, read in the given dtype, are the parameter
+# that the loader puts into the model:
 
 # %%
 start, end = (8 + size + offset for offset in entry["data_offsets"])
@@ -57,8 +58,9 @@ print("equal:", tuple(by_hand.shape))
 # ## The map of names
 #
 # `NAMES` in `load_weights.py` lists the prefixes of names in three columns; {} is the number of a
-# layer. What follows the prefix is the same in all three. Tensors are only renamed, never transposed,
-# split or merged. Here each column is sorted alphabetically; lines connect the names of one tensor.
+# layer. What follows the prefix is the same in all three. Tensors are only renamed, never
+# transposed, split or merged. Here each column is sorted alphabetically; lines connect the names of
+# one tensor.
 
 # %%
 columns = [("here", 0), ("published (Hugging Face)", 0.27), ("original (fairseq)", 0.69)]
@@ -86,8 +88,8 @@ show(fig, "The prefixes of tensor names in three columns; lines connect the name
 
 # %% [markdown]
 # Two published names are misleading. `final_layer_norm` occurs in every block of the decoder: it is
-# the second of its two norms, not the last norm of the model. And `pre_layrnorm` is misspelled in the
-# files. Do we have a name for each published tensor, and only for those?
+# the second of its two norms, not the last norm of the model. And `pre_layrnorm` is misspelled in
+# the files. Do we have a name for each published tensor, and only for those?
 
 # %%
 published = set(reference().state_dict()) - {"text_model.lm_head.weight"}  # tied to the embedding
@@ -184,8 +186,9 @@ show(fig, "A bar of five parts: the decoder's blocks take almost three quarters,
 # ## Pickles
 #
 # `pytorch_model.bin` and `kosmos-2.pt` are pickles, and a pickle can call any function while it is
-# loaded. Here is one that creates a file. `read_torch` in `load_weights.py` uses PyTorch's restricted
-# unpickler (`weights_only=True`) and replaces everything else that the file names by inert stand-ins.
+# loaded. Here is one that creates a file. `read_torch` in `load_weights.py` uses PyTorch's
+# restricted unpickler (`weights_only=True`) and replaces everything else that the file names by
+# inert stand-ins.
 
 
 # %%
@@ -210,8 +213,8 @@ print("file created:", os.path.exists(gotcha))
 assert os.path.exists(gotcha)
 
 # %% [markdown]
-# Functions that PyTorch considers dangerous, like those of the module `os`, have no stand-in: such a
-# file is not read at all.
+# Functions that PyTorch considers dangerous, like those of the module `os`, have no stand-in: such
+# a file is not read at all.
 
 
 # %%
@@ -232,8 +235,8 @@ shutil.rmtree(folder)
 # %% [markdown]
 # ## Incomplete checkpoints
 #
-# A model with a missing tensor would still write text, only worse. So the loader checks every tensor
-# and raises an error that lists what is missing, unexpected or of the wrong shape.
+# A model with a missing tensor would still write text, only worse. So the loader checks every
+# tensor and raises an error that lists what is missing, unexpected or of the wrong shape.
 
 # %%
 checkpoint = Checkpoint(ROOT / "tiny")
@@ -245,10 +248,10 @@ assert "image_to_text_projection.latent_query" in checkpoint.problems()[0]
 # %% [markdown]
 # ## Changing a trained model
 #
-# To change a model and keep what it has learned: read its weights, change some tensors, build a model
-# of the new sizes, load the weights into it, save. As an example, the bundled model gets a grid of
-# 16 x 16 cells instead of 32 x 32. Location tokens are last in the vocabulary, so all other tokens
-# keep their ids.
+# To change a model and keep what it has learned: read its weights, change some tensors, build a
+# model of the new sizes, load the weights into it, save. As an example, the bundled model gets a
+# grid of 16 x 16 cells instead of 32 x 32. Location tokens are last in the vocabulary, so all other
+# tokens keep their ids.
 #
 # Each new cell covers four old ones. Should its embedding be random (with the standard deviation of
 # the old embeddings), or the mean of the four? Make a prediction.
@@ -282,8 +285,9 @@ changed = with_locations(mean_of_four)
 print("embedding:", tuple(embedding.shape), "->", tuple(changed.decoder.embed_tokens.weight.shape))
 
 # %% [markdown]
-# We compare them by their loss on the boxes of 100 things in unseen scenes. Each text is a phrase and
-# its box, `<phrase> a red cup</phrase><object>...</object>`, and only location tokens are counted.
+# We compare them by their loss on the boxes of 100 things in unseen scenes. Each text is a phrase
+# and its box, `<phrase> a red cup</phrase><object>...</object>`, and only location tokens are
+# counted.
 
 # %%
 images, prompts = [], []
@@ -316,7 +320,8 @@ assert losses["mean of four"] < losses["random"] - 1
 
 # %% [markdown]
 # With random embeddings the model is worse than a uniform choice; with the mean of four it is much
-# better before any training. A mean of four embeddings is useful only if they are similar. Are they?
+# better before any training. A mean of four embeddings is useful only if they are similar. Are
+# they?
 
 # %%
 cells = torch.nn.functional.normalize(embedding[first:], dim=1).view(32, 32, D)
@@ -338,9 +343,8 @@ assert torch.equal(saved.decoder.embed_tokens.weight, changed.decoder.embed_toke
 print(f"vocabulary {tokenizer.vocab_size} -> {saved.config.text.vocab_size}, grid 16 x 16")
 
 # %% [markdown]
-# With such a folder,
-# `python training/train.py --checkpoint FOLDER --out NEW --steps 300 --batch 16 --lr 3e-4` would
-# train the model further on texts with the new grid.
+# With such a folder, `python training/train.py --checkpoint FOLDER --out NEW --steps 300 --batch 16
+# --lr 3e-4` would train the model further on texts with the new grid.
 #
 # ## Exercises
 #
@@ -349,6 +353,7 @@ print(f"vocabulary {tokenizer.vocab_size} -> {saved.config.text.vocab_size}, gri
 # 1. How many bytes would the published model take in fp32 if its embedding were not tied?
 # 2. Old files contain `position_ids` and `embed_positions.weights`; the loader ignores them. Why is
 #    that correct?
-# 3. Which rows of the parameter table change with 32 instead of 24 decoder layers? With 128 latents?
-# 4. Make a copy of the checkpoint with one NaN and load it. Which line finds it, and how much memory
-#    does that take?
+# 3. Which rows of the parameter table change with 32 instead of 24 decoder layers? With 128
+#    latents?
+# 4. Make a copy of the checkpoint with one NaN and load it. Which line finds it, and how much
+#    memory does that take?

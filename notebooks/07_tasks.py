@@ -1,12 +1,13 @@
 # %% [markdown]
 # # 7. Tasks: one model, many prompts
 #
-# Captions, phrase grounding, referring expressions, questions, few-shot examples: for Kosmos-2, each
-# task is a prompt. We try each on one image, look at the raw and the parsed answers, and then measure
-# accuracy and look at failures. (Reading time: 25 minutes.)
+# Captions, phrase grounding, referring expressions, questions, few-shot examples: for Kosmos-2,
+# each task is a prompt. We try each on one image, look at the raw and the parsed answers, and then
+# measure accuracy and look at failures. (Reading time: 25 minutes.)
 #
 # `demo_scenes` describes the images in `tiny/` exactly (their things and boxes), and `Scene` draws
-# random ones. Both are from `training/scenes.py`; `training/evaluate.py` selects and scores examples.
+# random ones. Both are from `training/scenes.py`; `training/evaluate.py` selects and scores
+# examples.
 
 # %%
 from figures import ROOT, show_answers, show_image, table  # isort: skip  (sets the paths)
@@ -33,10 +34,11 @@ scene = demo_scenes()["busy.png"]
 image = open_image(ROOT / "tiny" / "busy.png")
 pixels = preprocess_image(image, size)[None]
 print("the scene:", ", ".join(thing.name for thing in scene.things))
-show_image(image, "A drawing of two red houses, a tree, a blue car and a sun.", width=300)
+show_image(image, "A drawing of two orange cats, a blue car, a cloud and a sun.", width=300)
 
 # %% [markdown]
-# A function that continues a prompt about this image, or about other images. Boxes for the phrases of
+# A function that continues a prompt about this image, or about other images. Decoding is
+# constrained to valid markup, so boxes are always complete (notebook 5). Boxes for the phrases of
 # the prompt can be given separately: `encode_prompt` inserts them behind the phrases.
 
 
@@ -45,7 +47,8 @@ def ask(prompt: str, boxes=None, images=pixels) -> Answer:
     """The text, the raw (tagged) answer and the entities."""
     ids, mask = tokenizer.encode_prompt(prompt, len(images), boxes)
     tokens, mask = torch.tensor([ids]), torch.tensor([mask])
-    result = finish(model.prefill(tokens, images, image_mask=mask, max_new_tokens=120))[0]
+    options = {"max_new_tokens": 120, "constraint": tokenizer.allowed_tokens}
+    result = finish(model.prefill(tokens, images, image_mask=mask, **options))[0]
     text, entities = tokenizer.parse_output(ids, result.ids, result.probabilities)
     return Answer(text, tokenizer.decode(result.ids), entities)
 
@@ -55,9 +58,9 @@ print(ask(PROMPTS["caption"]).text)
 # %% [markdown]
 # ## Captions
 #
-# `PROMPTS` in `tokenizer.py` lists the prompts of the paper. Three of them make captions: brief with
-# boxes, brief without (the same prompt without `<grounding>`), and detailed. Which of the raw answers
-# will contain location tokens?
+# `PROMPTS` in `tokenizer.py` lists the prompts of the paper. Three of them make captions: brief
+# with boxes, brief without (the same prompt without `<grounding>`), and detailed. Which of the raw
+# answers will contain location tokens?
 
 # %%
 captions = {task: ask(PROMPTS[task]) for task in ("caption", "plain", "detail")}
@@ -79,15 +82,15 @@ for phrase, _, boxes, scores in captions["caption"].entities:
 # %% [markdown]
 # ## Questions
 #
-# Questions have the form `Question: ... Answer:`. With `<grounding>` in front, the answer has boxes,
-# too. A question can also be about a box: here "it" is the box of the car.
+# Questions have the form `Question: ... Answer:`. With `<grounding>` in front, the answer has
+# boxes, too. A question can also be about a box: here "it" is the box of the car.
 
 # %%
 car = scene.find("car")[0]
 asked = [
-    (PROMPTS["answer"], "How many houses are there?", None),
+    (PROMPTS["answer"], "How many cats are there?", None),
     (PROMPTS["vqa"], "Where is the sun?", None),
-    (PROMPTS["vqa"], "What is left of the tree?", None),
+    (PROMPTS["vqa"], "What is right of the car?", None),
     (PROMPTS["vqa"], "What color is<phrase> it</phrase>?", [car.box]),
 ]
 for prompt, question, boxes in asked:
@@ -99,8 +102,8 @@ for prompt, question, boxes in asked:
 #
 # Given a box, the model writes an expression for it (referring expression generation); given an
 # expression, it writes a box (referring expression comprehension). If the expression fits only that
-# thing, the second step should lead back to the first box. `resolve` decides by rules which things an
-# expression fits.
+# thing, the second step should lead back to the first box. `resolve` decides by rules which things
+# an expression fits.
 
 # %%
 rows = []
@@ -114,17 +117,18 @@ for thing in scene.things:
 table(rows, ("thing", "expression for its box", "fits only this", "IoU of its box"))
 
 # %% [markdown]
-# The houses have the same name, so a good expression for them needs a relation ("the house left of
+# The cats have the same name, so a good expression for them needs a relation ("the cat left of
 # ..."). Where the third column says no, the last one has little meaning.
 #
 # ## Ranked boxes
 #
-# "a house" fits two things. Greedy decoding gives one answer; `rank_boxes` gives several. It runs a beam
-# search over the two location tokens of a box: it combines the 32 most likely top-left corners with all
-# bottom-right ones, and of boxes that overlap with IoU 0.5 or more, it keeps only the most likely.
+# "a cat" fits two things. Greedy decoding gives one answer; `rank_boxes` gives several. It runs a
+# beam search over the two location tokens of a box: it combines the 32 most likely top-left corners
+# with all bottom-right ones, and of boxes that overlap with IoU 0.5 or more, it keeps only the most
+# likely.
 
 # %%
-prompt = PROMPTS["ground"].format(text="a house") + "<object>"
+prompt = PROMPTS["ground"].format(text="a cat") + "<object>"
 tokens, mask, _ = pad_left([tokenizer.encode_prompt(prompt)])
 state = model.prefill(tokens, pixels, image_mask=mask, max_new_tokens=2)
 ranked = rank_boxes(state, tokenizer, 4)
@@ -134,18 +138,18 @@ for score_, ul, lr in ranked:
     nearest = max(scene.things, key=lambda thing: iou(thing.box, box))
     near = f"{nearest.name} {nearest.place}"
     print(f"score {score_:.3f}   IoU {iou(nearest.box, box):.2f} with the {near}")
-    entities.append(Entity("a house", (0, 7), [box], [score_]))
-show_answers(image, Answer("a house", prompt, entities))
+    entities.append(Entity("a cat", (0, 5), [box], [score_]))
+show_answers(image, Answer("a cat", prompt, entities))
 assert ranked == sorted(ranked, reverse=True)
 
 # %% [markdown]
-# The score is the square root of the product of both probabilities, so it can be read like the score of
-# a generated box. The list is sorted by it.
+# The score is the square root of the product of both probabilities, so it can be read like the
+# score of a generated box. The list is sorted by it.
 #
 # ## Few-shot: the example defines the task
 #
-# A prompt can contain several images. In the text, each `<image>` stands for one; in the tokens it is
-# followed by Q slots and `</image>`. The images are given in the order of their tags.
+# A prompt can contain several images. In the text, each `<image>` stands for one; in the tokens it
+# is followed by Q slots and `</image>`. The images are given in the order of their tags.
 
 # %%
 ids, mask = tokenizer.encode_prompt("<image> red.<image>", 2)
@@ -155,9 +159,9 @@ assert sum(mask) == 2 * tokenizer.num_image_tokens
 
 # %% [markdown]
 # The prompt below does not say what to tell about the second image: its color or its kind? Only the
-# example, a sentence about a box in the first image, shows it. (The bundled model was trained on such
-# prompts with boxes, and only on those: without boxes, few-shot prompts do not work with it. The
-# published model was trained on web pages with many images.)
+# example, a sentence about a box in the first image, shows it. (The bundled model was trained on
+# such prompts with boxes, and only on those: without boxes, few-shot prompts do not work with it.
+# The published model was trained on web pages with many images.)
 
 # %%
 pair = [demo_scenes()[name] for name in ("first.png", "second.png")]
@@ -178,9 +182,9 @@ assert len(set(replies.values())) == 2  # the answer depends on the example
 #
 # ## Accuracy
 #
-# `choose_examples` takes one example of each task for each of 30 unseen scenes, if the scene has one.
-# (`python training/evaluate.py` uses 500 scenes; its table is in `tiny/README.md`.) First, one example
-# of each task:
+# `choose_examples` takes one example of each task for each of 30 unseen scenes, if the scene has
+# one. (`python training/evaluate.py` uses 500 scenes; its table is in `tiny/README.md`.) First, one
+# example of each task:
 
 # %%
 examples = choose_examples(30, HELD_OUT + 20_000)
@@ -190,9 +194,9 @@ for task in sorted(one_each):
     print(f"{task:20}{strip_tags(example.prompt)} ...{strip_tags(example.answer)}"[:99])
 
 # %% [markdown]
-# `score` returns a hit or a miss for an answer; for captions, one for each thing in the scene. Boxes
-# must overlap the right one with IoU 0.5 or more. Phrases for absent things ("ground absent") have no
-# right answer and are left out.
+# `score` returns a hit or a miss for an answer; for captions, one for each thing in the scene.
+# Boxes must overlap the right one with IoU 0.5 or more. Phrases for absent things ("ground absent")
+# have no right answer and are left out.
 
 # %%
 hits, misses = defaultdict(list), []
@@ -209,9 +213,9 @@ assert accuracy["ground"] > 0.5 and accuracy["kind in box"] > 0.3
 assert accuracy["color of box"] >= accuracy["kind in box"]
 
 # %% [markdown]
-# Guessing one of 30 kinds would be right 3 times in 100. The color of a thing is recognized at least as
-# often as its kind, which depends on details of the outline. (With 20 to 90 examples per row, small
-# differences mean nothing.)
+# Guessing one of 30 kinds would be right 3 times in 100. The color of a thing is recognized at
+# least as often as its kind, which depends on details of the outline. (With 20 to 90 examples per
+# row, small differences mean nothing.)
 #
 # ## Failures
 #
@@ -224,8 +228,8 @@ for _, example, result in random.Random(1).sample(misses, min(5, len(misses))):
     print(f"   right  {example.answer}\n")
 
 # %% [markdown]
-# And a caption with a miss, if there is one: first the right one, then the model's. If a box is on a
-# thing and only its name is wrong, the model has found the thing but not recognized it.
+# And a caption with a miss, if there is one: first the right one, then the model's. If a box is on
+# a thing and only its name is wrong, the model has found the thing but not recognized it.
 
 # %%
 for s, example, result in [miss for miss in misses if miss[1].task == "caption"][:1]:
@@ -241,6 +245,9 @@ for s, example, result in [miss for miss in misses if miss[1].task == "caption"]
 # Predict, then run. Answers are in `answers.py`.
 #
 # 1. Ground something that is not there. What happens to the score?
-# 2. Put the example behind the question: the second image and its sentence last. Does it still work?
-# 3. Which task gets worse first when images have fewer pixels (draw at 28 pixels)? Measure with `score`.
-# 4. `score` compares answers to questions letter by letter. Find a right answer that counts as a miss.
+# 2. Put the example behind the question: the second image and its sentence last. Does it still
+#    work?
+# 3. Which task gets worse first when images have fewer pixels (draw at 28 pixels)? Measure with
+#    `score`.
+# 4. `score` compares answers to questions letter by letter. Find a right answer that counts as a
+#    miss.

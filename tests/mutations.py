@@ -77,7 +77,7 @@ MUTATIONS = [
     ("beams not scored by length", MODEL, "(score / length, sequence)", "(score, sequence)"),
     ("n-grams one too short", MODEL, "repeated_ngrams(ids, options.no_repeat_ngram_size)", "repeated_ngrams(ids, options.no_repeat_ngram_size - 1)"),
     ("<pad> is generated", MODEL, "scores[:, PAD] = -math.inf", "scores[:, PAD] += 0"),
-    ("the length limit changes the text", MODEL, "options.constraint(ids, state.model.config.text.max_positions)", "options.constraint(ids, remaining)"),
+    ("the length limit changes the text", MODEL, "options.constraint(ids, state.model.config.text.max_positions)", "options.constraint(ids, options.max_new_tokens - len(sequence.ids))"),
     ("int8 rows not scaled back", LOADER, "torch.addcmul(self.bias, y, size, out=y)", "self.bias + y"),
     ("int8 sums that overflow without VNNI", LOADER, "return 127 if exact else 63", "return 127"),
     ("int8 rows share one scale", LOADER, "high = x.amax(dim=-1, keepdim=True)", "high = x.amax()[None]"),

@@ -206,6 +206,11 @@ def test_a_past_that_went_on_is_refused(small):
         small.prefill(torch.full((1, 4), 9), prefix=past)
 
 
+def test_a_state_is_decoded_once(small):
+    state = small.prefill(torch.full((1, 4), 9), max_new_tokens=3, min_new_tokens=3)
+    assert len(finish(state)[0].ids) == len(finish(state)[0].ids) == 3
+
+
 def test_a_rule_that_leaves_no_token_is_skipped(small, small_tokenizer):
     """An open phrase cannot be completed with one token; a piece comes nevertheless."""
     ids = small_tokenizer.encode("<phrase>", add_bos=True)

@@ -3,8 +3,8 @@
 The official Kosmos-2 starts from CLIP's vision tower, trained on hundreds of millions of images.
 Ours starts from this: a linear layer on the ViT's features predicts, for each patch, the kind and
 the color of the thing that covers it and the box of that thing. Such labels are dense (100 per
-image) and an image costs a tenth of a row of texts, so the ViT sees ten times as many images as it
-could in train.py, which runs this first when it trains from scratch.
+image), and an image takes about a quarter of the time of a row of texts. train.py runs this first
+when it trains from scratch.
 """
 
 import sys
