@@ -177,7 +177,7 @@ score = (corners[0].max() * corners[1].max()).sqrt()
 print(f"score of the box: sqrt({corners[0].max():.2f} · {corners[1].max():.2f}) = {score:.2f}")
 
 # %% [markdown]
-# `tiny/README.md` shows how well scores are calibrated.
+# `tiny/README.md` lists the scores of present and absent phrases.
 #
 # ## Where training data comes from
 #

@@ -11,6 +11,7 @@
 
 # %%
 from figures import COLORS, ROOT, plt, reference, show, table  # isort: skip  (sets the paths)
+import io
 import json
 import os
 import shutil
@@ -194,7 +195,7 @@ show(fig, "A bar of five parts: the decoder's blocks take almost three quarters,
 # %%
 class Trap:
     def __reduce__(self):
-        return open, (gotcha, "w")
+        return io.open, (gotcha, "w")
 
 
 folder = tempfile.mkdtemp()

@@ -2,7 +2,7 @@
 
     python tests/compare_tokenizer.py sentencepiece.bpe.model [--count 10000]
 
-The file is the official sentencepiece model, from beside the official weights.
+The file is the official sentencepiece model, which comes with the official weights.
 """
 
 import argparse
@@ -14,108 +14,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tokenizer import Tokenizer
 
 WORDS = [
-    "a",
-    "an",
-    "the",
-    "two",
-    "image",
-    "of",
-    "snowman",
-    "fire",
-    "dog's",
-    "cat,",
-    "puppies",
-    "sit",
-    "field",
-    "grass.",
-    "Question:",
-    "Answer:",
-    "What",
-    "is",
-    "special",
-    "about",
-    "this",
-    "picture?",
-    "Describe",
-    "in",
-    "detail:",
-    '"quoted"',
-    "(brackets)",
-    "it's",
-    "3.14",
-    "1,024",
-    "42",
-    "2026-11-23",
-    "100%",
-    "$5",
-    "50/50",
-    "e-mail",
-    "x@y.org",
-    "C++",
-    "#tag",
-    "semi;",
-    "colon:",
-    "naïve",
-    "café",
-    "Ångström",
-    "über",
-    "señor",
-    "façade",
-    "東京",
-    "猫",
-    "こんにちは",
-    "привет",
-    "мир",
-    "Ελλάδα",
-    "عربى",
-    "हिन्दी",
-    "한국어",
-    "🐶",
-    "☃",
-    "❤",
-    "—",
-    "–",
-    "“curly”",
-    "‘single’",
-    "€",
-    "£",
-    "°",
-    "±",
-    "×",
-    "a/b",
-    "and_or",
-    "snake_case",
-    "CamelCase",
-    "ALLCAPS",
-    "supercalifragilistic",
-    "...",
-    "!?",
-    "<",
-    ">",
-    "<3",
-    "&amp;",
-    "\\n",
-    "[x]",
-    "{y}",
-    "~",
-    "^",
-    "|",
-    "*",
-    "==",
-    "!=",
-    "->",
-    "don't",
-    "they're",
-    "we'll",
-    "¿qué?",
-    "¡hola!",
-]
+    "a", "an", "the", "two", "image", "of", "snowman", "fire", "dog's", "cat,", "puppies", "sit", "field",
+    "grass.", "Question:", "Answer:", "What", "is", "special", "about", "this", "image?", "Describe", "in",
+    "detail:", '"quoted"', "(brackets)", "it's", "3.14", "1,024", "42", "2026-11-23", "100%", "$5", "50/50",
+    "e-mail", "x@y.org", "C++", "#tag", "semi;", "colon:", "naïve", "café", "Ångström", "über", "señor",
+    "façade", "東京", "猫", "こんにちは", "привет", "мир", "Ελλάδα", "عربى", "हिन्दी", "한국어", "🐶", "☃", "❤", "—", "–",
+    "“curly”", "‘single’", "€", "£", "°", "±", "×", "a/b", "and_or", "snake_case", "CamelCase", "ALLCAPS",
+    "supercalifragilistic", "...", "!?", "<", ">", "<3", "&amp;", "\\n", "[x]", "{y}", "~", "^", "|", "*",
+    "==", "!=", "->", "don't", "they're", "we'll", "¿qué?", "¡hola!",
+]  # fmt: skip
 SPACES = [" ", " ", " ", " ", "  ", "\n", "\t", ""]
 
 
 def prompts(count: int, seed: int = 0) -> list[tuple[str, list | None]]:
-    """Random (prompt, boxes): words of many scripts, numbers, punctuation, tags with all kinds of
-    spacing."""
+    """Random (prompt, boxes): words in many scripts, numbers, punctuation, tags with and without spaces."""
     rng = random.Random(seed)
 
     def words(most):
@@ -149,9 +61,9 @@ def prompts(count: int, seed: int = 0) -> list[tuple[str, list | None]]:
 def official_processor(model_file: str | Path):
     """transformers' Kosmos2Processor on a sentencepiece model, with the published ids.
 
-    transformers 5 no longer reads this layout from the file by itself, so the vocabulary is handed
-    to it. It has no normaliser then, and takes characters that NFKC would change for unknown:
-    prompts() has none.
+    transformers 5 does not read this layout from the file, so the vocabulary is passed explicitly.
+    The resulting tokenizer does not normalize and encodes characters that NFKC would change as <unk>;
+    prompts() contains none.
     """
     import sentencepiece
     from transformers import CLIPImageProcessorPil, Kosmos2Processor, XLMRobertaTokenizer
@@ -166,18 +78,19 @@ def official_processor(model_file: str | Path):
 
 
 def compare(tokenizer: Tokenizer, processor, cases) -> list[tuple]:
-    """The cases in which ids, image mask or decoded text differ, with and without a picture."""
+    """The cases in which ids, image mask or decoded text differ, with and without an image."""
     from PIL import Image
 
-    picture, different = Image.new("RGB", (8, 8)), []
+    image = Image.new("RGB", (8, 8))
+    different = []
     for text, boxes in cases:
-        theirs = processor(text=text, images=picture, bboxes=boxes)
+        theirs = processor(text=text, images=image, bboxes=boxes)
         ids, mask = tokenizer.encode_prompt(text, 1, boxes)
         decoded = processor.post_process_generation(
             processor.batch_decode([theirs.input_ids], skip_special_tokens=True)[0], cleanup_and_extract=False
         )
-        ours, wanted = (ids, [int(m) for m in mask]), (theirs.input_ids, theirs.image_embeds_position_mask)
-        if ours != wanted or tokenizer.decode(ids) != decoded:
+        expected = theirs.input_ids, theirs.image_embeds_position_mask
+        if (ids, [int(m) for m in mask]) != expected or tokenizer.decode(ids) != decoded:
             different.append((text, boxes, ids, theirs.input_ids, tokenizer.decode(ids), decoded))
             continue
         plain_ids = processor(text=text, bboxes=boxes, add_eos_token=True).input_ids

@@ -1,10 +1,10 @@
 """Drawings by other code: circles, squares, triangles and stars made with plain Pillow calls.
 
-    python tests/drawings.py [--checkpoint tiny] [--count 150]
+    python tests/drawings.py [--checkpoint tiny] [--count 150] [--save DIR]
 
-They share nothing with training/scenes.py, so they show whether a model has learned shapes or only
-its own renderer. Prints, for each kind of background, how many of the shapes a caption names and
-boxes (IoU of at least 0.5), and how many are grounded when their name is given.
+They share no code with training/scenes.py, so they show whether a model has learned shapes or only
+the style of one renderer. Prints two accuracies per kind of background: shapes that a caption names
+and boxes with an IoU of at least 0.5, and shapes that are grounded when their name is given.
 """
 
 import argparse
@@ -33,6 +33,7 @@ RGB = {
 SHAPES = ["circle", "square", "triangle", "star"]
 SIZES = [(300, 300), (400, 250), (250, 400), (480, 240)]
 BACKGROUNDS = ["white", "light", "dark", "gradient", "noisy"]
+LEAST_DISTANCE = 100  # between the RGB values of a shape and of each pixel of its background
 
 
 class Shape(NamedTuple):
@@ -63,24 +64,46 @@ def make_background(kind: str, size: tuple[int, int], rng: random.Random) -> Ima
     return image
 
 
-def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: int, y: int, side: int, fill, outline) -> None:
-    corners = [x, y, x + side, y + side]
+def shape_points(shape: str, x: int, y: int, side: int) -> list[tuple[float, float]]:
+    """The corners of a shape in the square at (x, y); for a circle, two opposite corners of its box."""
+    if shape in ("circle", "square"):
+        return [(x, y), (x + side, y + side)]
+    if shape == "triangle":
+        return [(x + side / 2, y), (x + side, y + side), (x, y + side)]
+    points = []
+    for i in range(10):
+        radius = side / 2 if i % 2 == 0 else side / 5
+        angle = math.pi * i / 5 - math.pi / 2
+        points.append((x + side / 2 + radius * math.cos(angle), y + side / 2 + radius * math.sin(angle)))
+    return points
+
+
+def draw_shape(
+    pen: ImageDraw.ImageDraw, shape: str, points: list[tuple[float, float]], fill, outline
+) -> None:
     width = 3 if outline else 0
     if shape == "circle":
-        pen.ellipse(corners, fill=fill, outline=outline, width=width)
+        pen.ellipse(points, fill=fill, outline=outline, width=width)
     elif shape == "square":
-        pen.rectangle(corners, fill=fill, outline=outline, width=width)
-    elif shape == "triangle":
-        pen.polygon(
-            [(x + side / 2, y), (x + side, y + side), (x, y + side)], fill=fill, outline=outline, width=width
-        )
+        pen.rectangle(points, fill=fill, outline=outline, width=width)
     else:
-        points = []
-        for i in range(10):
-            radius = side / 2 if i % 2 == 0 else side / 5
-            angle = math.pi * i / 5 - math.pi / 2
-            points.append((x + side / 2 + radius * math.cos(angle), y + side / 2 + radius * math.sin(angle)))
         pen.polygon(points, fill=fill, outline=outline, width=width)
+
+
+def bounding_box(points: list[tuple[float, float]], size: tuple[int, int]) -> Box:
+    xs = [x for x, _ in points]
+    ys = [y for _, y in points]
+    return min(xs) / size[0], min(ys) / size[1], max(xs) / size[0], max(ys) / size[1]
+
+
+def visible_colors(background: Image.Image, box: Box) -> list[str]:
+    """The names of colors that stand out from the background inside a box."""
+    width, height = background.size
+    pixels = np.asarray(background.crop((box[0] * width, box[1] * height, box[2] * width, box[3] * height)))
+    colors = np.reshape(pixels, (-1, 3)).astype(float)
+    return [
+        name for name, color in RGB.items() if np.linalg.norm(colors - color, axis=1).min() > LEAST_DISTANCE
+    ]
 
 
 def drawing(seed: int) -> tuple[Image.Image, list[Shape], str]:
@@ -89,28 +112,38 @@ def drawing(seed: int) -> tuple[Image.Image, list[Shape], str]:
     kind = BACKGROUNDS[seed % len(BACKGROUNDS)]
     size = rng.choice(SIZES)
     image = make_background(kind, size, rng)
-    around = np.asarray(image).mean(axis=(0, 1))
+    background = image.copy()
     pen = ImageDraw.Draw(image)
-    visible = [name for name, color in RGB.items() if math.dist(color, around) > 130]
-    outlined = rng.random() < 0.4
+    outline = None
+    if rng.random() < 0.4:
+        outline = "white" if kind == "dark" else "black"
     shapes: list[Shape] = []
     for _ in range(rng.randint(1, 3)):
-        for _ in range(30):
-            side = rng.randint(round(0.22 * min(size)), round(0.5 * min(size)))
-            x, y = rng.randint(2, size[0] - side - 2), rng.randint(2, size[1] - side - 2)
-            box = (x / size[0], y / size[1], (x + side) / size[0], (y + side) / size[1])
-            if all(iou(box, shape.box) == 0 for shape in shapes):
-                break
-        else:
+        shape = rng.choice(SHAPES)
+        points, box = free_place(shape, shapes, size, rng)
+        if box is None:
             continue
-        shape, color = rng.choice(SHAPES), rng.choice(visible)
+        color = rng.choice(visible_colors(background, box))
         name = f"{color} {shape}"
-        if name in [other.name for other in shapes]:
-            continue
-        outline = ("white" if kind == "dark" else "black") if outlined else None
-        draw_shape(pen, shape, x, y, side, RGB[color], outline)
-        shapes.append(Shape(name, box))
+        if name not in [other.name for other in shapes]:
+            draw_shape(pen, shape, points, RGB[color], outline)
+            shapes.append(Shape(name, box))
     return image, shapes, kind
+
+
+def free_place(shape: str, others: list[Shape], size: tuple[int, int], rng: random.Random):
+    """(the points of a shape, their bounding box) in a place where it overlaps no other shape.
+
+    The box is None if no place was found.
+    """
+    for _ in range(30):
+        side = rng.randint(round(0.22 * min(size)), round(0.5 * min(size)))
+        x, y = rng.randint(2, size[0] - side - 3), rng.randint(2, size[1] - side - 3)
+        points = shape_points(shape, x, y, side)
+        box = bounding_box(points, size)
+        if all(iou(box, other.box) == 0 for other in others):
+            return points, box
+    return [], None
 
 
 @torch.inference_mode()

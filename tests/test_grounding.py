@@ -1,5 +1,4 @@
-"""What is built on top of generation: probabilities of boxes, ranked boxes, whole boxes, prefixes,
-recordings."""
+"""Built on top of generation: scores of boxes, ranked boxes, valid markup, prefixes, recordings."""
 
 import math
 import re
@@ -9,6 +8,7 @@ import torch
 from conftest import SMALL, TINY, VOCAB, needs_transformers, prompt_batch, rough
 from data import encode_answer
 from PIL import Image
+from scenes import demo_scenes
 from test_model import PROMPTS, pixels
 
 from kosmos2 import EOS, Kosmos2, causal_mask, finish, pad_left, preprocess_image, rank_boxes, record
@@ -21,7 +21,7 @@ LINK = "<phrase>(?:(?!</?phrase>|<object>).)+</phrase>|<object>(?:P(?:</delimite
 
 
 def is_well_formed(text: str) -> bool:
-    """No tag left over once whole phrases and boxes are taken away, and no corner out of order."""
+    """Whether no tag remains once complete phrases and boxes are removed, and all corners are in order."""
     for ul, lr in re.findall(r"<patch_index_(\d{4})><patch_index_(\d{4})>", text):
         (y1, x1), (y2, x2) = divmod(int(ul), 32), divmod(int(lr), 32)
         if y2 < y1 or x2 < x1:
@@ -34,9 +34,8 @@ def is_well_formed(text: str) -> bool:
 
 
 @pytest.mark.parametrize("options", [dict(), dict(temperature=2.0, top_k=9, seed=4), dict(num_beams=3)])
-def test_probabilities_are_the_models_own(small, small_tokenizer, options):
-    """Whatever way a token was chosen, its probability is that of a plain pass over the whole
-    text."""
+def test_probabilities_equal_a_forward_pass(small, small_tokenizer, options):
+    """However a token was chosen, its probability is that of a plain forward pass over the text."""
     tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS)
     results = finish(
         small.prefill(tokens, pixels(3), None, image_mask, pad_mask, max_new_tokens=9, **options)
@@ -47,15 +46,15 @@ def test_probabilities_are_the_models_own(small, small_tokenizer, options):
         text = torch.cat([tokens[row, real], torch.tensor(new)])[None]
         mask = torch.cat([image_mask[row, real], torch.zeros(len(new), dtype=torch.bool)])[None]
         with torch.no_grad():
-            wanted = small(text, pixels=pixels(3)[row : row + 1], image_mask=mask)[0].softmax(-1)
+            expected = small(text, pixels=pixels(3)[row : row + 1], image_mask=mask)[0].softmax(-1)
         at = int(real.sum()) - 1
         for i, (token, probability) in enumerate(zip(new, results[row].probabilities, strict=True)):
-            assert probability == pytest.approx(wanted[at + i, token].item(), rel=1e-4)
+            assert probability == pytest.approx(expected[at + i, token].item(), rel=1e-4)
 
 
 def test_scores_belong_to_their_boxes(tiny):
-    """An entity's score is the geometric mean of its two tokens' probabilities; boxes of the prompt
-    have none."""
+    """A box is scored by the geometric mean of its two tokens' probabilities; boxes in the prompt have
+    no score."""
     _, tokenizer = tiny
     prompt = tokenizer.encode(
         "<phrase> a star</phrase><object><patch_index_0001><patch_index_0034></object> and"
@@ -75,23 +74,23 @@ def test_scores_belong_to_their_boxes(tiny):
     assert entities[0].scores == [None]
     for entity, shift in ((entities[1], 0), (entities[2], len(ids) // 2)):
         first = next(i for i, t in enumerate(ids) if tokenizer.location_index(t) is not None) + shift
-        wanted = [math.sqrt((first + 1) * (first + 2)) / 100, math.sqrt((first + 4) * (first + 5)) / 100]
-        assert entity.scores == pytest.approx(wanted)
+        expected = [math.sqrt((first + 1) * (first + 2)) / 100, math.sqrt((first + 4) * (first + 5)) / 100]
+        assert entity.scores == pytest.approx(expected)
 
 
-# ---------------------------------------------------------------------------------------------- whole boxes
+# --------------------------------------------------------------------------------------------- valid markup
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 12, 40, 200])
-def test_markup_is_whole_under_random_logits(small, small_tokenizer, length):
-    """A random model at a high temperature, drawing tags as often as words."""
+def test_markup_is_valid_under_random_logits(small, small_tokenizer, length):
+    """A random model at a high temperature that samples tags as often as words."""
     tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS)
     tags = [
         small_tokenizer.special_ids[t] for t in ("<phrase>", "</phrase>", "<object>", "</object>", "</s>")
     ]
 
-    def constraint(ids, left):
-        allowed = small_tokenizer.allowed_tokens(ids, left)
+    def constraint(ids, remaining):
+        allowed = small_tokenizer.allowed_tokens(ids, remaining)
         if len(ids) % 3 and allowed[tags].any():  # make tags likely
             allowed[[i for i in range(len(allowed)) if i not in tags]] = False
         return allowed
@@ -105,30 +104,27 @@ def test_markup_is_whole_under_random_logits(small, small_tokenizer, length):
                 text = small_tokenizer.decode(row)
                 assert is_well_formed(text), (prompt, text)
         free = small.generate(*inputs, max_new_tokens=length, temperature=9.0, seed=seed)
-    assert length < 12 or not all(is_well_formed(small_tokenizer.decode(row)) for row in free)  # it is needed
+    if length >= 12:  # without the constraint, some markup is not valid
+        assert not all(is_well_formed(small_tokenizer.decode(row)) for row in free)
 
 
-def test_a_well_formed_model_is_left_alone(tiny):
+def test_valid_output_is_not_changed(tiny):
+    """The constraint does not change the output of the bundled model, which is valid without it."""
     model, tokenizer = tiny
-    picture = preprocess_image(Image.open(TINY / "scene.png"), model.config.vision.image_size)[None].repeat(
-        3, 1, 1, 1
-    )
+    image = preprocess_image(Image.open(TINY / "scene.png"), model.config.vision.image_size)
     prompts = [
         "<grounding>An image of",
         "<grounding>Describe this image in detail:",
-        "<grounding><phrase> a star</phrase>",
+        "<grounding><phrase> a fire</phrase>",
     ]
     tokens, image_mask, pad_mask = prompt_batch(tokenizer, prompts)
-    inputs = (tokens, picture, None, image_mask, pad_mask)
+    inputs = (tokens, image.repeat(3, 1, 1, 1), None, image_mask, pad_mask)
     free = model.generate(*inputs)
     assert all(row[-1] == EOS and is_well_formed(tokenizer.decode(row)) for row in free)
     assert model.generate(*inputs, constraint=tokenizer.allowed_tokens) == free
-    for length in range(1, 20):  # cut off anywhere, no box is left half open
-        for prompt, row in zip(
-            prompts,
-            model.generate(*inputs, max_new_tokens=length, constraint=tokenizer.allowed_tokens),
-            strict=True,
-        ):
+    for length in range(1, 20):  # at any length limit, all boxes are complete
+        rows = model.generate(*inputs, max_new_tokens=length, constraint=tokenizer.allowed_tokens)
+        for prompt, row in zip(prompts, rows, strict=True):
             assert is_well_formed(prompt.replace("<grounding>", "") + tokenizer.decode(row))
 
 
@@ -137,44 +133,46 @@ def test_a_well_formed_model_is_left_alone(tiny):
 
 def test_ranked_boxes(tiny):
     model, tokenizer = tiny
-    picture = preprocess_image(Image.open(TINY / "scene.png"), model.config.vision.image_size)[None]
-    tokens, image_mask, _ = prompt_batch(tokenizer, ["<grounding><phrase> a star</phrase><object>"])
-    boxes = rank_boxes(model.prefill(tokens, picture, None, image_mask, max_new_tokens=2), tokenizer, 5)
+    image = preprocess_image(Image.open(TINY / "scene.png"), model.config.vision.image_size)[None]
+    tokens, image_mask, _ = prompt_batch(tokenizer, ["<grounding><phrase> a fire</phrase><object>"])
+    boxes = rank_boxes(model.prefill(tokens, image, None, image_mask, max_new_tokens=2), tokenizer, 5)
     scores = [score for score, *_ in boxes]
-    assert 1 <= len(boxes) <= 5 and scores == sorted(scores, reverse=True) and 0 < scores[0] <= 1
-    places = [whole_cells(*box) for _, *box in boxes]
-    assert all(iou(a, b) < 0.5 for a in places for b in places if a is not b)
-    # Locations only, without the limit's rule that a box must be closed.
-    state = model.prefill(tokens, picture, None, image_mask, max_new_tokens=2)
+    assert 1 < len(boxes) <= 5 and scores == sorted(scores, reverse=True) and 0 < scores[0] <= 1
+    areas = [cells(*box) for _, *box in boxes]
+    assert all(iou(a, b) < 0.5 for a in areas for b in areas if a is not b)
+    fire = next(thing for thing in demo_scenes()["scene.png"].things if thing.kind == "fire")
+    assert iou([32 * value for value in fire.box], areas[0]) > 0.5
+    # Without the constraint, which leaves no token within this length limit.
+    state = model.prefill(tokens, image, None, image_mask, max_new_tokens=2)
     greedy = finish(state)[0]
     assert all(tokenizer.location_index(i) is not None for i in greedy.ids)
     assert scores[0] >= math.sqrt(math.prod(greedy.probabilities)) * (1 - 1e-5)
 
 
-def test_ranking_wants_room_and_one_row(small, small_tokenizer):
+def test_ranking_requires_one_prompt_and_two_new_tokens(small, small_tokenizer):
     for rows, length, count in ((1, 1, 2), (2, 5, 2), (1, 5, 0)):
         with pytest.raises(ValueError, match="one prompt"):
             state = small.prefill(torch.full((rows, 4), 9), max_new_tokens=length)
             rank_boxes(state, small_tokenizer, count)
 
 
-def whole_cells(ul, lr, grid=32):
+def cells(ul, lr, grid=32):
+    """The box that two corner cells cover, in cells."""
     return ul % grid, ul // grid, lr % grid + 1, lr // grid + 1
 
 
 def test_overlaps():
-    assert iou(whole_cells(0, 33), whole_cells(0, 33)) == 1.0
-    assert iou(whole_cells(0, 33), whole_cells(1, 34)) == pytest.approx(2 / 6)
-    assert iou(whole_cells(0, 0), whole_cells(1023, 1023)) == 0.0
+    assert iou(cells(0, 33), cells(0, 33)) == 1.0
+    assert iou(cells(0, 33), cells(1, 34)) == pytest.approx(2 / 6)
+    assert iou(cells(0, 0), cells(1023, 1023)) == 0.0
     assert iou((0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5)) == 0.0  # touching is not overlapping
 
 
-# ---------------------------------------------------------------------------------- one picture, many questions
+# ------------------------------------------------------------------------------- several questions, one image
 
 
-def test_a_prefix_read_once_changes_nothing(small, small_tokenizer, monkeypatch):
-    """Three questions after one reading of the picture get the answers they get alone, and it is
-    read once."""
+def test_a_shared_prefix_does_not_change_the_answers(small, small_tokenizer, monkeypatch):
+    """Three questions after one prefill of their image get the same answers as three separate runs."""
     questions = [
         "Question: What color is the star? Answer:",
         "<grounding> Question: Where is it? Answer:",
@@ -188,18 +186,15 @@ def test_a_prefix_read_once_changes_nothing(small, small_tokenizer, monkeypatch)
         )
     ids, mask = small_tokenizer.encode_prompt("", 1)
     past = small.prefill(torch.tensor([ids]), pixels(1), None, torch.tensor([mask]), max_new_tokens=0)
-    monkeypatch.setattr(Kosmos2, "encode_image", None)
+    monkeypatch.setattr(Kosmos2, "encode_image", None)  # must not be called again
     tokens, _, pad_mask = pad_left([(small_tokenizer.encode(q, add_bos=False), []) for q in questions])
-    for _ in range(2):  # and can be used again
+    for _ in range(2):  # the prefix can be used several times
         options = dict(max_new_tokens=12, no_repeat_ngram_size=3)
         state = small.prefill(tokens, pad_mask=pad_mask, prefix=past, **options)
         assert [result.ids for result in finish(state)] == alone
 
 
-# ---------------------------------------------------------------------------------------- looking inside
-
-
-def test_a_past_that_went_on_is_refused(small):
+def test_a_prefix_with_new_tokens_is_refused(small):
     past = small.prefill(torch.full((1, 4), 9), max_new_tokens=2)
     finish(past)
     with pytest.raises(ValueError, match="without new tokens"):
@@ -207,16 +202,21 @@ def test_a_past_that_went_on_is_refused(small):
 
 
 def test_a_state_is_decoded_once(small):
+    """A second call of finish returns the same results."""
     state = small.prefill(torch.full((1, 4), 9), max_new_tokens=3, min_new_tokens=3)
-    assert len(finish(state)[0].ids) == len(finish(state)[0].ids) == 3
+    first = list(finish(state)[0].ids)
+    assert len(first) == 3 and finish(state)[0].ids == first
 
 
-def test_a_rule_that_leaves_no_token_is_skipped(small, small_tokenizer):
-    """An open phrase cannot be completed with one token; a piece comes nevertheless."""
+def test_a_constraint_that_allows_no_token_is_skipped(small, small_tokenizer):
+    """An open phrase cannot be completed with one token; a piece is generated nevertheless."""
     ids = small_tokenizer.encode("<phrase>", add_bos=True)
     assert not small_tokenizer.allowed_tokens(ids, 1).any()
     new = small.generate(torch.tensor([ids]), max_new_tokens=1, constraint=small_tokenizer.allowed_tokens)[0]
     assert len(new) == 1 and small_tokenizer.free_text[new[0]]
+
+
+# ------------------------------------------------------------------------------------------- recordings
 
 
 def test_recordings(small, small_tokenizer):
@@ -236,7 +236,7 @@ def test_recordings(small, small_tokenizer):
     assert (seen["decoder.layers.1.attn"][1][2, :, 0, : T + 1][:, pad_mask[2].tolist() + [False]] == 0).all()
     weights = seen["decoder.layers.0.attn"][0]
     assert (weights.triu(1) == 0).all()
-    with record(small) as seen:  # the weights are those that the forward pass used
+    with record(small) as seen:  # these are the weights that the forward pass used
         x = torch.randn(2, 6, 48)
         attn = small.decoder.layers[0].attn
         values = attn.split_heads(attn.v_proj(x))
@@ -246,17 +246,17 @@ def test_recordings(small, small_tokenizer):
         attn.inner_attn_ln((seen["decoder.layers.0.attn"][0] @ values).transpose(1, 2).flatten(2))
     )
     torch.testing.assert_close(by_hand, attn_out)
-    assert (seen["decoder.layers.0.attn"][1].triu(1) == 0).all()  # a mask given by name counts as well
+    assert (seen["decoder.layers.0.attn"][1].triu(1) == 0).all()  # also for a mask given as a keyword
     assert not small.decoder.layers[0]._forward_hooks
 
 
-# -------------------------------------------------------------------------------------------- larger pictures
+# ---------------------------------------------------------------------------------------------- larger images
 
 
 @needs_transformers
 @pytest.mark.parametrize("size", [(56, 42), (70, 70), (42, 42), (100, 31)])
 def test_interpolated_positions_equal_the_reference(size, tmp_path):
-    """transformers' Kosmos2Model can, its generating class ignores the request."""
+    """transformers' Kosmos2Model interpolates; its class for generation ignores the option."""
     from transformers import Kosmos2Config as ReferenceConfig
     from transformers import Kosmos2ForConditionalGeneration
 
@@ -267,20 +267,20 @@ def test_interpolated_positions_equal_the_reference(size, tmp_path):
             hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=5, image_size=42
         ),
     )
-    whole = rough(Kosmos2ForConditionalGeneration(ReferenceConfig(**sizes)), seed=2).eval()
-    whole.save_pretrained(tmp_path)
+    full = rough(Kosmos2ForConditionalGeneration(ReferenceConfig(**sizes)), seed=2).eval()
+    full.save_pretrained(tmp_path)
     from transformers import Kosmos2Model
 
     reference = Kosmos2Model.from_pretrained(tmp_path).eval()
     model, tokenizer = load_checkpoint(tmp_path, tokenizer=TINY / SENTENCEPIECE)
-    picture = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     tokens, image_mask, _ = prompt_batch(tokenizer, PROMPTS[:1])
     with torch.no_grad():
         theirs = reference(
-            pixel_values=picture, input_ids=tokens, image_embeds_position_mask=image_mask.long(),
+            pixel_values=image, input_ids=tokens, image_embeds_position_mask=image_mask.long(),
             interpolate_pos_encoding=True,
         ).image_embeds  # fmt: skip
-        ours = model.encode_image(picture, interpolate=True)
+        ours = model.encode_image(image, interpolate=True)
     assert (ours - theirs).abs().max() / theirs.abs().max() < 2e-5
     with pytest.raises(ValueError, match="at least 14"):
         model.encode_image(torch.zeros(1, 3, 13, 42), interpolate=True)

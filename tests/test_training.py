@@ -6,27 +6,42 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import scenes
 import torch
 from conftest import ROOT, SMALL, TINY, rough
 from data import ALONE, MIXTURE, Grit, Scenes, collate, encode_record, grit_to_text
-from drawings import measure
+from drawings import BACKGROUNDS, RGB, SHAPES, drawing, measure
+from drawings import run as ask
 from evaluate import HELD_OUT, answers, choose_examples, evaluate, first_scores, named, score
 from PIL import Image
 from pretrain import patch_labels
-from scenes import Scene, Thing, is_caption, listed, names, relations, resolve, tasks
+from scenes import (
+    Scene,
+    Thing,
+    captions,
+    demo_scenes,
+    draw_thing,
+    is_caption,
+    listed,
+    names,
+    relations,
+    resolve,
+    tasks,
+)
 from things import DRAWINGS, UNCOLORED
 from train import Losses
 
 from kosmos2 import EOS, Kosmos2
 from load_weights import SENTENCEPIECE, load_checkpoint
-from tokenizer import Tokenizer, parse
+from tokenizer import Tokenizer, iou, parse
 
 TRAIN = ROOT / "training" / "train.py"
-DRAWN_CAPTIONS, DRAWN_GROUNDING = 0.85, 0.9  # least accuracy on drawings by other code, of 60 images
+DRAWN_CAPTIONS, DRAWN_GROUNDING = 0.85, 0.9  # required accuracies on drawings by other code, 60 images
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +62,76 @@ def test_scenes_match_their_records():
             assert record["caption"][start:end].split()[0] in ("a", "an", "two", "three", "four", "five")
         caption, entities = parse(grit_to_text(record))
         assert caption == record["caption"] and sum(len(e.boxes) for e in entities) == len(scene.things)
-        assert is_caption(caption) and listed(caption) == [e.phrase for e in entities] or not scene.things
+        assert is_caption(caption)
+        if scene.things:
+            assert listed(caption) == [entity.phrase for entity in entities]
+
+
+def test_captions_name_their_things():
+    """`resolve` finds, for each phrase of a caption, the things that its boxes belong to."""
+    checked = 0
+    for seed in range(80):
+        scene = Scene.random(seed)
+        brief = captions(scene)[0]
+        _, entities = parse(brief.prompt + brief.answer)
+        for entity, group in zip(entities, scene.groups(), strict=True):
+            assert resolve(entity.phrase, scene) == group and len(entity.boxes) == len(group)
+            checked += 1
+    assert checked > 100
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "An image of a red star",  # no period
+        "An image of a red fire.",  # fires have no color
+        "An image of a star.",  # stars have one
+        "An image of two red star.",
+        "An image of one red star.",
+        "An image of a orange star.",
+        "An image of a snowman, a fire.",
+        "An image of a snowman near a fire.",
+        "An image of a sun, a tree, a fire.",
+        "An image of a thing.",
+        "A snowman.",
+    ],
+)
+def test_captions_with_errors_are_recognized(caption):
+    assert not is_caption(caption)
 
 
 @pytest.mark.parametrize("kind", DRAWINGS)
 def test_boxes_fit_their_drawings(kind):
-    """The pixels that a thing changes lie in its box, and reach all four sides of it."""
-    color = None if kind in UNCOLORED else "blue"
-    thing = Thing(kind, color, (0.45, 0.55), 0.5, look=3, aspect=1.5)
-    with_thing = np.asarray(Scene((thing,), "light", 1, 1.5, plain=True).draw(300)).astype(int)
-    without = np.asarray(Scene((), "light", 1, 1.5, plain=True).draw(300)).astype(int)
-    height, width, _ = with_thing.shape
-    rows, columns = np.nonzero(np.abs(with_thing - without).sum(axis=2) > 30)
-    x1, y1, x2, y2 = thing.box
-    found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-    assert np.abs(np.array(found) - (x1 * width, y1 * height, x2 * width, y2 * height)).max() < 7
+    """The pixels that a thing changes lie in its box and reach all four sides of it, within 2 pixels."""
+    color = None if kind in UNCOLORED else "green"
+    for look in range(4):
+        thing = Thing(kind, color, (0.45, 0.55), 0.5, look, aspect=1.5)
+        empty = Image.new("RGB", (450, 300), (255, 0, 255))  # a background that no thing has
+        image = empty.copy()
+        draw_thing(image, thing, [(255, 0, 255)], False, random.Random(1))
+        rows, columns = np.nonzero((np.asarray(image) != np.asarray(empty)).any(axis=2))
+        found = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert np.abs(found - np.array(thing.box) * (450, 300, 450, 300)).max() <= 2, look
+
+
+def test_every_kind_of_thing_occurs():
+    seen = {thing.name for seed in range(500) for thing in Scene.random(seed).things}
+    assert {name.split(" ")[-1] for name in seen} == set(DRAWINGS)
+    assert any(not Scene.random(seed).things for seed in range(100))
+
+
+def test_things_are_drawn_where_their_boxes_are():
+    """In complete scenes, outlined or not, the pixels that differ from the background fill each box."""
+    for seed in range(40):
+        scene = replace(Scene.random(seed), plain=True)
+        with_things = np.asarray(scene.draw(200)).astype(int)
+        without = np.asarray(replace(scene, things=()).draw(200)).astype(int)
+        changed = np.abs(with_things - without).max(axis=2) > 24
+        height, width = changed.shape
+        for x1, y1, x2, y2 in (thing.box for thing in scene.things):
+            inside = changed[round(y1 * height) : round(y2 * height), round(x1 * width) : round(x2 * width)]
+            rows, columns = np.nonzero(inside)
+            assert np.ptp(rows) > 0.6 * inside.shape[0] and np.ptp(columns) > 0.6 * inside.shape[1]
 
 
 def test_the_rule_based_reader():
@@ -93,11 +163,11 @@ def test_captions_state_relations():
     assert caption((0.4, 0.2), (0.5, 0.8)) == "An image of a snowman above a fire."
     assert caption((0.6, 0.2), (0.5, 0.8)) == "An image of a fire below a snowman."
     assert Scene((), "white", 0).record()["caption"] == "An image of nothing."
-    assert not is_caption("An image of a snowman, a fire.") and not is_caption("An image of a red fire.")
+    assert is_caption("An image of nothing.") and resolve("the fire", Scene((), "white", 0)) == []
 
 
-def test_the_right_answer_scores():
-    """Every task occurs; its scorer accepts the right answer and no other."""
+def test_only_the_right_answer_scores():
+    """Every task occurs; its right answer scores 1 and nonsense scores 0."""
     seen = set()
     for seed in range(60):
         scene = Scene.random(seed)
@@ -132,7 +202,7 @@ def test_patch_labels():
 
 
 def test_texts_in_one_row_do_not_see_each_other(source):
-    """The losses of a row are those of its texts, each alone with the image or without."""
+    """The losses of a row equal those of its texts, each run alone with its images."""
     model = rough(Kosmos2(SMALL), seed=2).eval()
     made = [source.row(n) for n in range(40)]
     rows = [next(row for row in made if len(row.pixels) > 1), next(row for row in made if ALONE in row.texts)]
@@ -146,19 +216,21 @@ def test_texts_in_one_row_do_not_see_each_other(source):
             )
             seconds = iter(row.pixels[1:])
             for number in texts[texts != 0].unique_consecutive():
-                mine, P = texts == number, 0 if number == ALONE else row.prefix
-                pixels = [row.pixels[0]] * bool(P) + ([next(seconds)] if image_mask[mine].any() else [])
-                mask = torch.cat([image_mask[:P], image_mask[mine]])[None]
+                mine = texts == number
+                P = 0 if number == ALONE else row.prefix
+                pixels = [row.pixels[0]] * bool(P)
+                if image_mask[mine].any():
+                    pixels.append(next(seconds))
                 logits = model(
                     torch.cat([tokens[:P], tokens[mine]])[None],
                     torch.stack(pixels) if P else None,
-                    None,
-                    mask,
+                    image_mask=torch.cat([image_mask[:P], image_mask[mine]])[None],
                 )[0, P:]
-                asked = targets[mine] != -100
-                alone.append(
-                    torch.nn.functional.cross_entropy(logits[asked], targets[mine][asked], reduction="none")
+                has_loss = targets[mine] != -100
+                losses_alone = torch.nn.functional.cross_entropy(
+                    logits[has_loss], targets[mine][has_loss], reduction="none"
                 )
+                alone.append(losses_alone)
     torch.testing.assert_close(losses, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
@@ -169,9 +241,9 @@ def test_only_answers_carry_loss(source):
     for number in texts[texts > 0].unique():
         answer = targets[texts == number]
         assert answer[-2] == EOS and answer[-1] == -100 and answer[0] == -100
-        wanted = answer != -100
+        has_loss = answer != -100
         following = torch.cat([tokens[texts == number][1:], torch.tensor([-1])])
-        assert torch.equal(answer[wanted], following[wanted])
+        assert torch.equal(answer[has_loss], following[has_loss])
 
 
 def write_grit(folder, count=6):
@@ -185,7 +257,7 @@ def write_grit(folder, count=6):
 
 
 def test_grit_rows(tmp_path, small_tokenizer):
-    """All tokens of the text carry loss, the first one at </image>; every record comes once an
+    """All tokens of the text carry loss, the first one at </image>; each record is used once per
     epoch."""
     source = Grit(write_grit(tmp_path), small_tokenizer, SMALL, seed=0)
     row = source.row(0)
@@ -200,16 +272,13 @@ def test_grit_rows(tmp_path, small_tokenizer):
     for epoch in range(2):
         texts = [small_tokenizer.decode(source.row(6 * epoch + n).tokens[row.prefix : -1]) for n in range(6)]
         assert sorted(texts) == expected
-    for content, words in (("{}", "line 1"), ("", "no records"), ("nonsense", "line 1"), ("[1]", "line 1")):
-        (tmp_path / "bad.jsonl").write_text(content)
-        with pytest.raises(ValueError, match=words):
-            Grit(tmp_path / "bad.jsonl", small_tokenizer, SMALL, seed=0)
 
 
 def test_two_processes_train_like_one(tmp_path, small_folder):
-    """Twenty steps on GRIT data: alone, in micro-batches with recomputation, and under torchrun
-    with two processes."""
-    data, curves = write_grit(tmp_path / "data"), {}
+    """Twenty steps on GRIT data: one process, micro-batches with recomputation, and torchrun with two
+    processes."""
+    data = write_grit(tmp_path / "data")
+    curves = {}
     for name, run, more in (
         ("one", [sys.executable], []),
         ("parts", [sys.executable], ["--accumulate", "2", "--recompute"]),
@@ -249,8 +318,8 @@ def run_training(folder, steps, *more):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
 
-def test_training_resumes_where_it_was(tmp_path):
-    """Four steps at once, and the same run cut after two of them, end in the same weights."""
+def test_training_resumes_where_it_stopped(tmp_path):
+    """Four steps, and the same run stopped after two of them and resumed, give the same weights."""
     from safetensors.torch import load_file
 
     assert run_training(tmp_path / "start", 0).returncode == 0
@@ -258,7 +327,7 @@ def test_training_resumes_where_it_was(tmp_path):
     assert whole.returncode == 0, whole.stderr
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import train\n"
-        "train.Run.finish = lambda self: None\n"  # what a kill after step 2 leaves behind
+        "train.Run.finish = lambda self: None\n"  # as if killed after step 2
         "train.Steps.__len__ = lambda self: 2\n"
         "sys.argv = ['train.py', '--out', sys.argv[2], '--steps', '4', '--batch', '2', '--vision-steps', '1', '--save-every', '2']\n"
         "train.main()"
@@ -275,33 +344,19 @@ def test_training_resumes_where_it_was(tmp_path):
     start, a, b = (
         flat(load_file(tmp_path / name / "model.safetensors")) for name in ("start", "whole", "cut")
     )
-    # Rounding alone turns single weights of a young Adam around; another order of data or a lost
-    # optimizer state turns the whole direction.
+    # In the first steps of Adam, rounding can reverse the update of single weights; another order of
+    # the data or a lost optimizer state changes the direction of all of them.
     assert torch.cosine_similarity(a - start, b - start, dim=0) > 0.98
     assert (a - start).norm() / (b - start).norm() == pytest.approx(1, abs=0.02)
 
 
 def test_training_killed_at_any_moment(tmp_path):
-    """kill -9, twice: there is always a checkpoint that loads, and the next run goes on from it."""
+    """kill -9, twice: the checkpoint always loads, and the next run continues from it."""
     folder, steps = tmp_path / "run", [0]
     folder.mkdir()
     shutil.copy(TINY / SENTENCEPIECE, folder)
-    command = [
-        sys.executable,
-        TRAIN,
-        "--out",
-        folder,
-        "--steps",
-        "100000",
-        "--batch",
-        "2",
-        "--save-every",
-        "1",
-        "--length",
-        "60",
-        "--vision-steps",
-        "1",
-    ]
+    command = [sys.executable, TRAIN, "--out", folder, "--steps", "100000", "--batch", "2", "--save-every", "1",
+               "--length", "60", "--vision-steps", "1"]  # fmt: skip
     for delay in (0.0, 0.43):
         process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
         while (saved := saved_step(folder)) <= steps[-1]:
@@ -316,7 +371,7 @@ def test_training_killed_at_any_moment(tmp_path):
 
 
 def saved_step(folder) -> int:
-    """The step of a run's checkpoint, which must load whenever it is there."""
+    """The step of a run's checkpoint; fails if the file exists but does not load."""
     file = folder / "checkpoint.pt"
     return torch.load(file, weights_only=True)["step"] if file.exists() else 0
 
@@ -335,17 +390,17 @@ def test_size_and_files():
     assert all(f.is_file() for f in files) and sum(f.stat().st_size for f in files) < 20e6
 
 
-def test_it_sees(tiny):
-    """A sample of what training/evaluate.py measures; the bounds leave room for a sample of 60."""
+def test_accuracy_on_unseen_scenes(tiny):
+    """A small sample of what training/evaluate.py measures, with bounds for a sample of 60 scenes."""
     model, tokenizer = tiny
     found = evaluate(
         model, tokenizer, 60, HELD_OUT + 10_000, 4, only={"caption", "ground", "refer relation", "count"}
     )
-    assert found["ground"][0] > 0.8 and found["caption"][0] > 0.9 and found["count"][0] > 0.8
+    assert found["ground"][0] > 0.8 and found["caption"][0] > 0.5 and found["count"][0] > 0.6
 
 
-def test_it_does_not_answer_blindly(tiny):
-    """The same question about two images gets two answers."""
+def test_answers_depend_on_the_image(tiny):
+    """The same question about two images has two different answers."""
     model, tokenizer = tiny
     pair = [Scene((Thing("star", color, (0.5, 0.5), 0.4),), "light", 3) for color in ("red", "blue")]
     question = next(e for e in tasks(pair[0], random.Random(0)) if e.task == "color")
@@ -360,9 +415,52 @@ def test_the_score_of_an_absent_thing_is_low(tiny):
     assert np.median(scores["ground absent"]) < 0.6 * np.median(scores["ground"])
 
 
+def test_the_bundled_image_is_captioned(tiny):
+    model, tokenizer = tiny
+    text = ask(model, tokenizer, [Image.open(TINY / "scene.png")], ["<grounding>An image of"])[0]
+    caption, entities = parse(f"An image of{text}")
+    assert caption == "An image of a snowman next to a fire."
+    assert [entity.phrase for entity in entities] == ["a snowman", "a fire"]
+    for entity, thing in zip(entities, demo_scenes()["scene.png"].things, strict=True):
+        assert iou(entity.boxes[0], thing.box) > 0.5
+
+
+def test_empty_images(tiny):
+    """Plain colors, and all backgrounds of scenes; one of the latter may be wrong."""
+    model, tokenizer = tiny
+    plain = [Image.new("RGB", (300, 200), color) for color in ("white", "black", "gray", "lightblue")]
+    empty = [Scene((), kind, seed).draw() for kind in scenes.BACKGROUNDS for seed in range(2)]
+    images = plain + empty
+    texts = ask(model, tokenizer, images, ["<grounding>An image of"] * len(images))
+    correct = [text.strip() == "nothing." for text in texts]
+    assert all(correct[: len(plain)]) and sum(correct) >= len(images) - 1
+
+
 def test_drawings_by_other_code(tiny):
     found = measure(*tiny, count=60)
     assert found["all"].captions > DRAWN_CAPTIONS and found["all"].grounding > DRAWN_GROUNDING
+
+
+def test_drawings_fit_their_boxes():
+    """Of the drawings by other code: the pixels of a shape's color lie in its box and reach its sides."""
+    checked = Counter()
+    for seed in range(60):
+        image, shapes, background = drawing(seed)
+        assert 1 <= len(shapes) <= 3
+        checked[background] += 1
+        pixels = np.asarray(image)
+        for shape in shapes:
+            color, kind = shape.name.split(" ")
+            checked[kind] += 1
+            colors = [other.name.split(" ")[0] for other in shapes]
+            if colors.count(color) > 1 or color in ("black", "white"):  # the colors of outlines
+                continue
+            rows, columns = np.nonzero((pixels == RGB[color]).all(axis=2))
+            found = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            expected = np.array(shape.box) * (image.width, image.height, image.width, image.height)
+            beyond = (found - expected) * (-1, -1, 1, 1)
+            assert beyond.max() <= 2 and beyond.min() > -12, (seed, shape)  # outlines have another color
+    assert min(checked[name] for name in [*BACKGROUNDS, *SHAPES]) >= 10
 
 
 def test_evaluate_counts_misses():
@@ -371,27 +469,75 @@ def test_evaluate_counts_misses():
     assert {task: share for task, (share, _) in found.items()} == {"caption": 0.0, "ground": 0.0}
 
 
-def test_unreadable_training_data_is_named(tmp_path, small_tokenizer):
-    """By file and line, before the training starts."""
+# --------------------------------------------------------------------------------------------- bad GRIT data
+
+RECORD = {"image": "good.png", "caption": "a dog", "ref_exps": [[0, 5, 0.1, 0.1, 0.5, 0.5, 1.0]]}
+
+
+@pytest.fixture
+def read_grit(tmp_path, small_tokenizer):
+    """A function that reads some lines as a GRIT file, next to a good and a damaged image."""
     Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"not an image")
-    record = {"image": "good.png", "caption": "a dog", "ref_exps": [[0, 5, 0.1, 0.1, 0.5, 0.5, 1.0]]}
-    good = json.dumps(record)
-    cases = [
-        (good + "\n" + json.dumps(record | {"image": "none.png"}), "line 2: no image at"),
-        (good + "\n" + json.dumps(record | {"image": "bad.png"}), "line 2: cannot read image"),
-        (json.dumps(record | {"ref_exps": [[0, 5, 10, 20, 300, 400, 1.0]]}), "line 1: box .* 0..1"),
-        (json.dumps({"caption": "a dog", "ref_exps": []}), "line 1: no 'image'"),
+
+    def read(*lines: str | bytes) -> Grit:
+        lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
+        (tmp_path / "grit.jsonl").write_bytes(b"\n".join(lines))
+        return Grit(tmp_path / "grit.jsonl", small_tokenizer, SMALL, seed=0)
+
+    return read
+
+
+def with_box(*box: float) -> str:
+    return json.dumps(RECORD | {"ref_exps": [[0, 5, *box, 1.0]]})
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (json.dumps(RECORD | {"image": "none.png"}), "no image at .*none.png"),
+        (json.dumps(RECORD | {"image": "bad.png"}), "cannot read image .*bad.png"),
+        (json.dumps({"caption": "a dog", "ref_exps": []}), "no 'image'"),
+        (json.dumps(RECORD | {"caption": "a"}), "span 0:5 is outside of the caption"),
+        (json.dumps(RECORD | {"caption": "a dog " * 9999}), "the text has .* tokens; there is room for"),
+        (with_box(10, 20, 300, 400), "box .* 0..1; divide pixels by the size"),
+        (with_box(0.5, 0.5, 0.2, 0.2), "box .* expected x1 < x2"),
+        (with_box(0.7, 0.1, 0.2, 0.3), "box .* not x, y, width, height"),
+        (with_box(float("nan"), 0.1, 0.2, 0.3), "box .nan"),
+        (with_box(0.1, 0.1, 1.02, 0.3), "box .*1.02"),
+        ("nonsense", "Expecting value"),
+        ("[1]", "expected a JSON object, got list"),
+    ],
+)
+def test_bad_records_are_named_by_line(read_grit, line, words):
+    with pytest.raises(ValueError, match=f"grit.jsonl, line 2: {words}"):
+        read_grit(json.dumps(RECORD), line)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"PAR1....", "parquet"), (b"\xff\xfe{}", "UTF-8"), (b"", "no records"), (b"\n\n", "no records")],
+)
+def test_files_of_other_kinds_are_refused(read_grit, content, words):
+    with pytest.raises(ValueError, match=f"grit.jsonl .*{words}"):
+        read_grit(content)
+
+
+def test_boxes_of_grit_data_are_counted(read_grit):
+    rows = [
+        [0, 5, 0.1, 0.1, 0.5, 0.5, 1.0],
+        [0, 5, 0.2, 0.2, 0.6, 0.6, 0.65],
+        [0, 5, 0.1, 0.1, 0.5, 0.5, 0.3],
+        [2, 5, 0.1, 0.1, 0.5, 0.5, 0.9],  # nested
     ]
-    for content, words in cases:
-        (tmp_path / "grit.jsonl").write_text(content)
-        with pytest.raises(ValueError, match=words):
-            Grit(tmp_path / "grit.jsonl", small_tokenizer, SMALL, seed=0)
-    for content, words in ((b"PAR1....", "parquet"), (b"\xff\xfe{}", "UTF-8")):
-        (tmp_path / "grit.jsonl").write_bytes(content)
-        with pytest.raises(ValueError, match=words):
-            Grit(tmp_path / "grit.jsonl", small_tokenizer, SMALL, seed=0)
-    low = record | {"ref_exps": [*record["ref_exps"], [0, 5, 0.1, 0.1, 0.5, 0.5, 0.3]]}
-    (tmp_path / "grit.jsonl").write_text(json.dumps(low))
-    counts = Grit(tmp_path / "grit.jsonl", small_tokenizer, SMALL, seed=0).counts
-    assert counts == {"kept": 1, "scored below 0.65": 1}
+    counts = read_grit(json.dumps(RECORD | {"ref_exps": rows}), json.dumps(RECORD)).counts
+    assert counts == {"kept": 3, "scored below 0.65": 1, "in a nested or overlapping expression": 1}
+
+
+def test_empty_lines_and_unusual_line_breaks(read_grit):
+    """Empty lines are skipped; Unicode line separators inside a caption do not end a line."""
+    caption = "a dog\u2028here\u0085and there"
+    lines = [json.dumps(RECORD), "", json.dumps(RECORD | {"caption": caption}, ensure_ascii=False), ""]
+    assert len(read_grit(*lines).records) == 2
+    with pytest.raises(ValueError, match="line 5"):
+        read_grit(*lines, "nonsense")
