@@ -297,6 +297,8 @@ class Grit:
         self.counts: Counter = Counter()  # what became of the boxes
         room = config.text.max_positions - config.latent_query_num - 4  # <s>, <image>, </image>, </s>
         for number, line in enumerate(read_lines(path), start=1):
+            if not line.strip():
+                continue
             try:
                 record = json.loads(line)
                 if not isinstance(record, dict):
@@ -328,14 +330,14 @@ class Grit:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a JSONL file that are not empty; ValueError for files of other kinds."""
+    """The lines of a JSONL file; ValueError for files of other kinds."""
     if not path.is_file():
         raise FileNotFoundError(f"no training data at {path}")
     content = path.read_bytes()
     if content.startswith(b"PAR1"):
         raise ValueError(f"{path} is a parquet file; convert it to JSON lines first")
     try:
-        return content.decode("utf-8-sig").splitlines()
+        return content.decode("utf-8-sig").split("\n")  # splitlines() would split at U+2028
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); expected one JSON record per line") from None
 
