@@ -93,6 +93,7 @@ class Group:
     """Consecutive requests about the same images."""
 
     rows: list[Row]
+    errors: list[tuple[list[Request], Exception]]  # requests that cannot be answered
     pixels: list  # tensors (3, image_size, image_size), one for each image
     size: tuple[int, int]  # of the last image, which the answers are about
     image: Image.Image | None  # the last image, if it will be drawn
@@ -291,16 +292,22 @@ def read_requests(source: str) -> list[Request]:
     folder = Path(source).parent
     if source == "-":
         lines, name = sys.stdin, "stdin"
+        if hasattr(lines, "reconfigure"):
+            lines.reconfigure(encoding="utf-8-sig")
     else:
         lines, name = open(source, encoding="utf-8-sig"), source  # noqa: SIM115 (closed below)
     requests = []
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    requests.append(read_request(json.loads(line), folder))
-                except (ValueError, TypeError, AttributeError) as error:
-                    raise ValueError(f"{name}, line {number}: {error}") from None
+    try:
+        with lines:
+            text = lines.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text ({error}); expected one JSON object per line") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                requests.append(read_request(json.loads(line), folder))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{name}, line {number}: {error}") from None
     if not requests:
         raise ValueError(f"{name} has no requests")
     return requests
@@ -311,6 +318,11 @@ def read_request(row, folder: Path) -> Request:
     folder of the file."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {row!r}")
+    for key in ("image", "task", "text", "prompt"):
+        value = row.get(key)
+        values = as_list(value) if key in ("image", "text") else [value]
+        if value is not None and not all(isinstance(one, str) for one in values):
+            raise ValueError(f"{key}: expected a string, got {value!r}")
     extra = dict(row)
     task = extra.pop("task", None)
     prompt = extra.pop("prompt", None)
@@ -318,6 +330,9 @@ def read_request(row, folder: Path) -> Request:
     boxes = as_list(extra.pop("boxes", None))
     if boxes and isinstance(boxes[0], (int, float)):
         boxes = [boxes]
+    for box in boxes:
+        for one in box if is_box_list(box) else [box]:
+            check_box(one)
     if prompt is not None and (task or texts):
         raise ValueError("prompt replaces task and text; use one or the other")
     if len(texts) > 1 and task != "context":
@@ -328,7 +343,10 @@ def read_request(row, folder: Path) -> Request:
         if not path.exists() and (folder / path).exists():
             path = folder / path
         images.append(path)
-    return make_requests(tuple(images), task, texts, prompt, boxes, extra)[0]
+    request = make_requests(tuple(images), task, texts, prompt, boxes, extra)[0]
+    if not images and prompt is None and task != "text":
+        raise ValueError(f"task {task or 'caption'} needs an image")
+    return request
 
 
 def as_list(value) -> list:
@@ -338,18 +356,25 @@ def as_list(value) -> list:
     return value if isinstance(value, list) else [value]
 
 
+def check_box(box) -> None:
+    """ValueError unless this is None, four numbers or two location indices."""
+    if box is None:
+        return
+    is_list = isinstance(box, (list, tuple)) and all(isinstance(v, (int, float)) for v in box)
+    if not is_list or len(box) not in (2, 4):
+        shown = ",".join(str(v) for v in box) if is_list else repr(box)
+        raise ValueError(f"box {shown}: expected four numbers or two location indices")
+
+
 def normalize_box(box: tuple, size: tuple[int, int]) -> tuple:
     """A box in 0..1, in pixels of an image of this (width, height), or location indices -> in 0..1,
     or indices."""
+    check_box(box)
     if box is None:
         return None
-    if not isinstance(box, (list, tuple)) or not all(isinstance(v, (int, float)) for v in box):
-        raise ValueError(f"box {box!r}: expected four numbers or two location indices")
     if len(box) == 2:
         return tuple(box)
     typed = ",".join(str(v) for v in box)
-    if len(box) != 4:
-        raise ValueError(f"box {typed}: expected four numbers or two location indices")
     x1, y1, x2, y2 = box
     if not (0 <= x1 < x2 and 0 <= y1 < y2):
         raise ValueError(f"box {typed}: expected 0 <= x1 < x2 and 0 <= y1 < y2")
@@ -417,11 +442,16 @@ def load_group(requests: list[Request], runner: "Runner", keep_image: bool) -> G
         sizes.append(image.size)
         pixels.append(kosmos2.preprocess_image(image, runner.model.config.vision.image_size))
     rows = []
+    errors = []
     for request in requests:
-        ids, image_mask = runner.encode_prompt(request, sizes)
-        rows.append(Row(request, ids, image_mask))
+        try:
+            ids, image_mask = runner.encode_prompt(request, sizes)
+        except (ValueError, TypeError) as error:  # of this request only
+            errors.append(([request], error))
+        else:
+            rows.append(Row(request, ids, image_mask))
     size = sizes[-1] if sizes else (1, 1)
-    return Group(rows, pixels, size, image if keep_image else None)
+    return Group(rows, errors, pixels, size, image if keep_image else None)
 
 
 def read_ahead(groups: list[list[Request]], load, batch_size: int) -> Iterator[tuple[list[Group], list]]:
@@ -435,9 +465,13 @@ def read_ahead(groups: list[list[Request]], load, batch_size: int) -> Iterator[t
         loaded, errors = [], []
         for requests, future in futures:
             try:
-                loaded.append(future.result())
+                group = future.result()
             except Exception as error:  # Pillow's decoders raise many kinds
                 errors.append((requests, error))
+                continue
+            errors += group.errors
+            if group.rows:
+                loaded.append(group)
         return loaded, errors
 
     with ThreadPoolExecutor(2) as pool:
@@ -494,12 +528,22 @@ class Runner:
             args.checkpoint, args.precision, self.device, args.tokenizer
         )
         self.image_ids, self.image_mask = self.tokenizer.encode_prompt("")
+        context = self.model.config.text.max_positions
+        self.longest_prompt = context - self.options.get("max_new_tokens", 1)
+        if self.longest_prompt < 1:
+            raise ValueError(f"--max-new-tokens leaves no room for a prompt in the context {context}")
 
     def encode_prompt(self, request: Request, sizes: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-        """The ids and image_mask of a request. Boxes in pixels are in the image in front of their
-        phrase."""
-        if not request.boxes:
-            return self.tokenizer.encode_prompt(request.prompt, len(sizes))
+        """The ids and image_mask of a request; ValueError if it is too long or not valid."""
+        boxes = self.normalize_boxes(request, sizes) if request.boxes else None
+        ids, image_mask = self.tokenizer.encode_prompt(request.prompt, len(sizes), boxes)
+        if len(ids) > self.longest_prompt:
+            context = self.model.config.text.max_positions
+            raise ValueError(f"the prompt has {len(ids)} tokens, which does not fit the context {context}")
+        return ids, image_mask
+
+    def normalize_boxes(self, request: Request, sizes: list[tuple[int, int]]) -> list:
+        """The boxes of a request in 0..1. Boxes in pixels are in the image in front of their phrase."""
         starts = [match.start() for match in re.finditer("<phrase>", request.prompt)]
         boxes = []
         for i, box in enumerate(request.boxes):
@@ -510,7 +554,7 @@ class Runner:
                 boxes.append([normalize_box(one, size) for one in box])
             else:
                 boxes.append(normalize_box(box, size))
-        return self.tokenizer.encode_prompt(request.prompt, len(sizes), boxes)
+        return boxes
 
     def answer(self, groups: list[Group]) -> None:
         """Answer all requests of a batch: sets `row.answer`."""
@@ -521,14 +565,21 @@ class Runner:
                 for row in group.rows:
                     row.answer = self.rank_boxes(row)
             elif len(group.rows) > 1 and all(map(self.begins_with_image, group.rows)):
-                self.generate(group.rows, self.prefill_image(group.rows[0].image_embeds))
+                prefix = self.prefill_image(group.rows[0].image_embeds)
+                for rows in self.parts(group.rows):
+                    self.generate(rows, prefix)
             else:
                 together += group.rows
         # Few-shot prompts run without n-gram blocking, so not in the same batch as others.
         for block_ngrams in (True, False):
             rows = [row for row in together if row.request.block_ngrams == block_ngrams]
-            if rows:
-                self.generate(rows)
+            for part in self.parts(rows):
+                self.generate(part)
+
+    def parts(self, rows: list[Row]) -> list[list[Row]]:
+        """Rows in parts of at most --batch-size: there may be more requests about one image."""
+        size = self.args.batch_size
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def encode_images(self, groups: list[Group]) -> None:
         """Encode the images of all groups as one batch: sets `row.image_embeds`."""
@@ -1006,6 +1057,8 @@ def run(args: argparse.Namespace) -> int:
     """Load the model, answer all requests, write the results; returns the exit status."""
     started = time.perf_counter()
     requests = read_requests(args.requests) if args.requests else command_line_requests(args)
+    if args.top_boxes and not all(request.wants_boxes for request in requests):
+        raise ValueError("--top-boxes requires a request for boxes: task ground or refer with a text")
     import_model_code()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     groups = [list(group) for _, group in groupby(requests, key=lambda request: request.images)]

@@ -1,4 +1,4 @@
-"""Bad input gives a one-line error, never a silently wrong result; nothing that is done is lost."""
+"""Bad input gives a one-line error, never a silently wrong result; finished results are never lost."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def in_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-# -------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------------- images
 
 
 def good_images() -> dict[str, bytes]:
@@ -53,7 +53,7 @@ def good_images() -> dict[str, bytes]:
 
 
 def bad_images() -> dict[str, bytes]:
-    whole = good_images()["animated.gif"]
+    animated = good_images()["animated.gif"]
     bomb = io.BytesIO()
     Image.new("1", (20000, 20000)).save(bomb, "PNG")  # 400 million pixels in 50 KB
     png = SCENE.read_bytes()
@@ -61,14 +61,14 @@ def bad_images() -> dict[str, bytes]:
         "empty.png": b"",
         "text.png": b"dear diary",
         "truncated.png": png[: len(png) // 2],
-        "cut.gif": whole[:300],
+        "cut.gif": animated[:300],
         "bomb.png": bomb.getvalue(),
     }
 
 
 def test_images(capsys, tmp_path):
     """Good images are captioned, bad ones named at the end, and none stops the others."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     good, bad = good_images(), bad_images()
     for name, content in (good | bad).items():
@@ -81,7 +81,7 @@ def test_images(capsys, tmp_path):
     failed = err.splitlines()[-1]
     assert f"{len(bad)} of {len(good) + len(bad)} failed" in failed and "1 x folder" in err
     assert all(name in failed for name in bad) and "Traceback" not in err
-    for name in bad:  # and each of them alone: one line, before a model is loaded
+    for name in bad:  # each alone: one line, before a model is loaded
         status, out, err = run(capsys, folder / name, "--checkpoint", "nowhere")
         assert (status, out, err.count("\n")) == (1, "", 1) and name in err
 
@@ -139,9 +139,8 @@ def test_places_that_cannot_be_written(capsys, tmp_path):
 
 
 def test_killed_while_captioning_a_folder(capsys, tmp_path):
-    """kill -9 at any moment: finished results are in the file, and the next run does the rest,
-    once."""
-    folder, results = tmp_path / "pictures", tmp_path / "out.jsonl"
+    """kill -9 at any moment: finished results are in the file, and the next run adds the rest once."""
+    folder, results = tmp_path / "images", tmp_path / "out.jsonl"
     folder.mkdir()
     for seed in range(24):
         Scene.random(seed).draw(64).save(folder / f"{seed:02}.png")
@@ -163,11 +162,10 @@ def test_killed_while_captioning_a_folder(capsys, tmp_path):
 
 
 def test_memory_stays_flat(capsys, tmp_path):
-    """A run over 300 images (60 without KOSMOS2_THOROUGH) does not make the process larger, to
-    5%."""
+    """Memory grows by less than 5% over a run with 300 images (60 without KOSMOS2_THOROUGH)."""
     if not Path("/proc/self/statm").exists():
         pytest.skip("needs /proc")
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for seed in range(300 if THOROUGH else 60):
         Scene.random(seed).draw(300).save(folder / f"{seed}.jpg")
@@ -222,20 +220,20 @@ def test_mutated_headers(tmp_path):
 
 
 def mutated(header: bytes, rest: bytes, rng: random.Random) -> bytes:
-    """A safetensors file with an error in its header."""
+    """The content of a safetensors file with a random error in its header or length."""
     kind, length = rng.randrange(6), None
     if kind == 0:  # bytes changed
         changed = bytearray(header)
         for _ in range(rng.randint(1, 4)):
             changed[rng.randrange(len(changed))] = rng.randrange(256)
         header = bytes(changed)
-    elif kind == 1:  # the header's length is a lie
+    elif kind == 1:  # a wrong length of the header
         length = rng.choice(
             [0, 1, len(header) - 1, len(header) + 1, 2**31, 2**63, 2**64 - 1, rng.randrange(2**20)]
         )
-    elif kind == 2:  # the file ends early, or goes on
+    elif kind == 2:  # the file is too short or too long
         rest = rest[: rng.randrange(len(rest))] if rng.random() < 0.7 else rest + b"x" * rng.randint(1, 9)
-    else:  # a number or a type in an entry is another
+    else:  # another number, name or type in an entry
         entries = json.loads(header)
         name = rng.choice([n for n in entries if n != "__metadata__"])
         if kind == 3:
@@ -275,12 +273,12 @@ def test_another_models_checkpoint(tmp_path):
 # ------------------------------------------------------------------------------------------------ generation
 
 
-def test_no_rows_and_rows_that_all_end(small, small_tokenizer):
+def test_empty_batches_and_rows_that_end_at_once(small, small_tokenizer):
     none = torch.zeros(0, 4, dtype=torch.long)
     assert small.generate(none, max_new_tokens=3) == [] == small.generate(none, max_new_tokens=3, num_beams=2)
     tokens = torch.tensor([[0, 10, 11]] * 3)
 
-    def only_end(ids, left):
+    def only_end(ids, remaining):
         return torch.arange(small_tokenizer.vocab_size).numpy() == EOS
 
     for beams in (1, 3):

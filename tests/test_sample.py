@@ -1,7 +1,10 @@
 """The script, run as users run it."""
 
+import io
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, copy, run
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, features
 from scenes import Scene, Thing
+from things import DRAWINGS
 
 import sample as script
 from kosmos2 import Kosmos2, open_image
@@ -25,7 +29,7 @@ def in_its_own_folder(tmp_path, monkeypatch):
 
 
 def test_without_arguments():
-    """In a new process: one sentence on stdout, the annotated image, and its path on stderr."""
+    """In a new process: the caption on stdout, the annotated image, and its path on stderr."""
     done = subprocess.run([sys.executable, ROOT / "sample.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("An image of") and done.stdout.count("\n") == 1
@@ -67,71 +71,46 @@ def test_the_example_defines_the_task(capsys, tmp_path):
         "first.png"
     )
     Scene((Thing("star", "red", (0.4, 0.5), 0.35),), "light", 2).draw().save("second.png")
-    said = {}
+    answers = {}
+    boxes = ["--box", "158,25,263,95", "--box", "0.225,0.325,0.575,0.675"]
     for words in ("green.", "a heart."):
-        arguments = [
-            "--task",
-            "context",
-            "--text",
-            words,
-            "--box",
-            "158,25,263,95",
-            "--box",
-            "0.225,0.325,0.575,0.675",
-        ]
-        status, said[words], err = run(capsys, "first.png", "second.png", *arguments)
+        arguments = ["--task", "context", "--text", words, *boxes]
+        status, answers[words], err = run(capsys, "first.png", "second.png", *arguments)
         assert status == 0, err
-    assert said == {"green.": "red.\n", "a heart.": "a star.\n"}
+    assert answers == {"green.": "red.\n", "a heart.": "a star.\n"}
     status, out, _ = run(capsys, "first.png", "second.png", "--task", "context", "--text", "heart.", "--json")
     row = json.loads(out)
-    assert (
-        status == 0
-        and row["image"] == ["first.png", "second.png"]
-        and row["prompt"] == "<image> heart.<image>"
-        and row["text"]
-    )
+    assert status == 0 and row["image"] == ["first.png", "second.png"] and row["text"]
+    assert row["prompt"] == "<image> heart.<image>"
     assert run(capsys, "first.png", "--task", "context", "--text", "heart.")[0] == 1
 
 
 def test_results_and_resume(capsys, tmp_path):
-    """A run that stopped in the middle of a line is continued, with the results of a single run."""
-    folder, whole, cut = tmp_path / "pictures", tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    """A run that stopped within a line is continued and gives the results of an uninterrupted run."""
+    folder, complete, cut = tmp_path / "images", tmp_path / "complete.jsonl", tmp_path / "cut.jsonl"
     folder.mkdir()
     for i in range(5):
         Image.open(SCENE).rotate(90 * i).save(folder / f"{i}.png")
-    ask = [
-        folder,
-        "--task",
-        "answer",
-        "--text",
-        "What color is the house?",
-        "--text",
-        "How many things are there?",
-        "--batch-size",
-        2,
-    ]
-    status, out, _ = run(capsys, *ask, "--results", whole)
-    rows = [json.loads(line) for line in whole.read_text().splitlines()]
-    assert (
-        status == 0
-        and out == ""
-        and len(rows) == 10
-        and [Path(r["image"]).stem for r in rows[::2]] == list("01234")
-    )
-    for keep in (0, 3, 1500, len(whole.read_bytes()) - 1):
-        cut.write_bytes(whole.read_bytes()[:keep])
-        assert run(capsys, *ask, "--results", cut)[0] == 1  # would overwrite it
+    questions = ["--text", "What color is the house?", "--text", "How many things are there?"]
+    ask = [folder, "--task", "answer", *questions, "--batch-size", 2]
+    status, out, _ = run(capsys, *ask, "--results", complete)
+    rows = [json.loads(line) for line in complete.read_text().splitlines()]
+    assert status == 0 and out == "" and len(rows) == 10
+    assert [Path(row["image"]).stem for row in rows[::2]] == list("01234")
+    for keep in (0, 3, 1500, len(complete.read_bytes()) - 1):
+        cut.write_bytes(complete.read_bytes()[:keep])
+        assert run(capsys, *ask, "--results", cut)[0] == 1  # the file exists
         assert run(capsys, *ask, "--results", cut, "--resume")[0] == 0
-        assert cut.read_text() == whole.read_text()
-    status, _, err = run(capsys, folder, "--results", whole, "--resume")
-    assert status == 1 and "another prompt" in err and whole.read_text() == cut.read_text()
+        assert cut.read_text() == complete.read_text()
+    status, _, err = run(capsys, folder, "--results", complete, "--resume")
+    assert status == 1 and "another prompt" in err and complete.read_text() == cut.read_text()
     (tmp_path / "notes.txt").write_text("dear diary\n")
     assert run(capsys, *ask, "--results", tmp_path / "notes.txt", "--resume")[0] == 1
 
 
 def test_processes_share_the_images(capsys, tmp_path, monkeypatch):
-    """Each rank of torchrun writes its own file; a later run skips what is in any of them."""
-    folder, results = tmp_path / "pictures", tmp_path / "out.jsonl"
+    """Each rank of torchrun writes its own file; --resume skips what is in any of them."""
+    folder, results = tmp_path / "images", tmp_path / "out.jsonl"
     folder.mkdir()
     for i in range(5):
         Image.open(SCENE).save(folder / f"{i}.png")
@@ -149,7 +128,7 @@ def test_processes_share_the_images(capsys, tmp_path, monkeypatch):
         monkeypatch.delenv(name)
     (tmp_path / "out.backup.jsonl").write_text(
         '{"image": "5.png", "prompt": "of another run"}\n'
-    )  # not a rank's
+    )  # not the file of a rank
     assert run(capsys, folder, "--results", results, "--resume")[0] == 0
     assert [Path(json.loads(line)["image"]).stem for line in results.read_text().splitlines()] == ["5"]
 
@@ -173,11 +152,11 @@ def test_folders_batches_and_failures(capsys, tmp_path):
     """A bad image does not stop the others; batching does not change the texts."""
     folder = tmp_path / "a folder"
     folder.mkdir()
-    picture = Image.open(SCENE)
+    image = Image.open(SCENE)
     for i in range(3):
-        picture.rotate(90 * i).save(folder / f"{i} größe.png")
+        image.rotate(90 * i).save(folder / f"{i} größe.png")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 no more")
-    (folder / "notes.txt").write_text("not a picture")
+    (folder / "notes.txt").write_text("not an image")
     texts = []
     for size in (1, 8):
         status, out, err = run(capsys, folder, "--batch-size", size, "--output", tmp_path / "out", "--json")
@@ -260,7 +239,8 @@ def test_many_questions_encode_the_image_once(capsys, monkeypatch):
     monkeypatch.setattr(Kosmos2, "encode_image", lambda self, *a: calls.append(1) or encode(self, *a))
     texts = [part for q in questions for part in ("--text", q)]
     status, out, err = run(capsys, SCENE, "--task", "vqa", *texts, "--json")
-    assert status == 0 and len(calls) == 1, err
+    assert status == 0, err
+    assert len(calls) == 1
     for line, single in zip(out.splitlines(), alone, strict=True):
         assert json.loads(line)["raw"] == json.loads(single)["raw"]
 
@@ -306,13 +286,13 @@ def test_images_of_every_kind(tmp_path):
         ("LA", "la.png"),
     ):
         base.convert(mode).save(tmp_path / name)
-        picture = open_image(tmp_path / name)
-        assert picture.mode == "RGB" and picture.size == (60, 40)
+        image = open_image(tmp_path / name)
+        assert image.mode == "RGB" and image.size == (60, 40)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2000, 3), (3, 700), (640, 480)])
 def test_labels_stay_inside(size, monkeypatch):
-    """No label leaves the image, whatever the size of the image and the length of the phrase."""
+    """Labels stay within the image for images of any size and phrases of any length."""
     drawn = []
     original = ImageDraw.ImageDraw.text
 
@@ -336,57 +316,125 @@ def test_labels_stay_inside(size, monkeypatch):
 # ------------------------------------------------------------------------------------------------- requests
 
 
-def test_requests(capsys, tmp_path):
-    """Each line is answered as it would be on its own; other keys are copied; bad images fail
-    alone."""
+REQUESTS = [
+    {"image": "a.png", "task": "caption", "id": 1},
+    {"image": "a.png", "task": "answer", "text": "Is there a fire?", "id": "two"},
+    {"image": "a.png", "task": "ground", "text": "the fire"},
+    {"image": "b.png", "prompt": "<grounding><phrase> It</phrase> is", "boxes": [[0.1, 0.4, 0.4, 0.8]], "id": 4},
+    {"image": "b.png", "task": "refer", "boxes": [10, 20, 100, 200]},
+    {"image": ["a.png", "b.png"], "task": "context", "text": "a fire.", "boxes": [[0.5, 0.5, 0.8, 0.9], [44, 863]]},
+    {"task": "text", "text": "An image of a", "note": {"any": ["thing"]}},
+    {"image": "a.png", "task": "detail"},
+]  # fmt: skip
+
+
+@pytest.fixture
+def requests_file():
+    """REQUESTS as a file, with the images next to it."""
     Image.open(SCENE).save("a.png")
     Image.open(TINY / "busy.png").save("b.png")
-    lines = [
-        {"image": "a.png", "task": "caption", "id": 1},
-        {"image": "a.png", "task": "answer", "text": "Is there a fire?", "id": 2},
-        {
-            "image": "b.png",
-            "prompt": "<grounding><phrase> It</phrase> is",
-            "boxes": [[0.1, 0.4, 0.4, 0.8]],
-            "id": 3,
-        },
-        {
-            "image": ["a.png", "b.png"],
-            "task": "context",
-            "text": "a fire.",
-            "boxes": [[0.5, 0.5, 0.8, 0.9], [10, 20, 100, 200]],
-        },
-        {"task": "text", "text": "An image of a", "note": {"any": ["thing"]}},
-        {"image": "none.png", "id": 6},
+    Path("requests.jsonl").write_text("\n".join(map(json.dumps, REQUESTS)))
+    return "requests.jsonl"
+
+
+def ask_stdin(capsys, monkeypatch, lines: list[str], *arguments) -> tuple[int, str, str]:
+    """sample.py with these lines as the requests on stdin."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    return run(capsys, "--requests", "-", *arguments)
+
+
+def without_scores(line: str) -> dict:
+    """A line of --json without its scores, which differ by rounding between batches."""
+    row = json.loads(line)
+    for entity in row["entities"]:
+        del entity["scores"]
+    return row
+
+
+def test_requests(capsys, monkeypatch, requests_file):
+    """Requests of all kinds in common batches are answered as if each was run on its own; other keys
+    are copied."""
+    alone = []
+    for request in REQUESTS:
+        status, out, err = ask_stdin(capsys, monkeypatch, [json.dumps(request)], "--json")
+        assert status == 0, err
+        alone.append(without_scores(out))
+    for size in (1, 3, 8):
+        status, out, err = run(capsys, "--requests", requests_file, "--json", "--batch-size", size)
+        assert status == 0 and [without_scores(line) for line in out.splitlines()] == alone, err
+    assert [row.get("id") for row in alone] == [1, "two", None, 4, None, None, None, None]
+    assert alone[6]["note"] == {"any": ["thing"]} and alone[6]["image"] is None
+    assert alone[5]["image"] == ["a.png", "b.png"]
+    command_line = ["a.png", "--task", "answer", "--text", "Is there a fire?", "--json"]
+    assert alone[1] == {"id": "two"} | without_scores(run(capsys, *command_line)[1])
+
+
+def test_requests_that_fail(capsys, monkeypatch, requests_file):
+    """A missing image, a bad box and a prompt that is too long fail alone: the other requests, also
+    those about the same image, are answered."""
+    bad = [
+        {"image": "none.png"},
+        {"image": "a.png", "task": "refer", "boxes": [[0.5, 0.5, 0.2, 0.6]]},
+        {"image": "a.png", "prompt": "An image of " + "a red cup and " * 900},
+        {"image": "b.png", "prompt": "<phrase> a <phrase> b</phrase>"},
     ]
-    Path("requests.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    status, out, err = run(capsys, "--requests", "requests.jsonl", "--json", "--batch-size", 3)
-    rows = [json.loads(line) for line in out.splitlines()]
-    assert status == 1 and "none.png" in err and "1 of 6 failed" in err
-    assert [row.get("id") for row in rows] == [1, 2, 3, None, None] and rows[4]["note"] == {"any": ["thing"]}
-    assert rows[3]["image"] == ["a.png", "b.png"] and rows[4]["image"] is None
-    alone = json.loads(run(capsys, "a.png", "--task", "answer", "--text", "Is there a fire?", "--json")[1])
-    assert rows[1] == {"id": 2} | alone
-    assert run(capsys, "--requests", "requests.jsonl", "--results", "out.jsonl")[0] == 1
-    whole = Path("out.jsonl").read_text()
-    Path("out.jsonl").write_text("".join(whole.splitlines(keepends=True)[:2]))
-    assert run(capsys, "--requests", "requests.jsonl", "--results", "out.jsonl", "--resume")[0] == 1
-    assert Path("out.jsonl").read_text() == whole
+    good = [{"image": "a.png", "id": 1}, {"image": "b.png", "task": "plain", "id": 2}]
+    lines = [json.dumps(row) for row in [good[0], bad[0], bad[1], good[0], bad[2], good[0], bad[3], good[1]]]
+    status, out, err = ask_stdin(capsys, monkeypatch, lines, "--json")
+    assert [json.loads(line)["id"] for line in out.splitlines()] == [1, 1, 1, 2]
+    assert status == 1 and "4 of 8 failed" in err and "Traceback" not in err
+    for words in ("no image at none.png", "box 0.5,0.5,0.2,0.6", "context 2048", "inside another <phrase>"):
+        assert words in err
+
+
+def test_requests_are_resumed(capsys, requests_file):
+    assert run(capsys, "--requests", requests_file, "--results", "out.jsonl")[0] == 0
+    complete = Path("out.jsonl").read_text()
+    Path("out.jsonl").write_text("".join(complete.splitlines(keepends=True)[:3]))
+    assert run(capsys, "--requests", requests_file, "--results", "out.jsonl", "--resume")[0] == 0
+    assert Path("out.jsonl").read_text() == complete
+
+
+def test_many_requests_about_one_image(capsys, monkeypatch, requests_file):
+    """--batch-size limits the rows of a batch, also if all requests are about the same image."""
+    rows = []
+    prefill = Kosmos2.prefill
+
+    def count(self, tokens, *args, **kwargs):
+        rows.append(len(tokens))
+        return prefill(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(Kosmos2, "prefill", count)
+    lines = [
+        json.dumps({"image": "a.png", "task": "answer", "text": f"Is there a {kind}?"}) for kind in DRAWINGS
+    ]
+    status, out, _ = ask_stdin(capsys, monkeypatch, lines, "--batch-size", 4, "--json")
+    assert status == 0 and len(out.splitlines()) == len(DRAWINGS) and max(rows) == 4
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("nonsense", "line 2"), ("[1]", "JSON object"), ('{"task": "dance"}', "'dance'"), ('{"task": "vqa"}', "needs a text"),
-        ('{"prompt": "a", "task": "caption"}', "one or the other"), ('{"task": "vqa", "text": ["a", "b"]}', "one text"),
+        ("nonsense", "Expecting value"), ("[1]", "JSON object"), ('{"task": "dance"}', "'dance'"),
+        ('{"image": "a.png", "task": "vqa"}', "needs a text"), ('{"prompt": "a", "task": "caption"}', "one or the other"),
+        ('{"task": "vqa", "text": ["a", "b"]}', "one text"), ('{"images": "a.png"}', "needs an image"),
+        ('{"image": 5}', "image: expected"), ('{"image": "a.png", "prompt": 5}', "prompt: expected"),
+        ('{"image": "a.png", "task": "vqa", "text": 5}', "text: expected"),
+        ('{"image": "a.png", "task": "refer", "boxes": [[1, 2, 3]]}', "box 1,2,3"),
+        ('{"image": "a.png", "task": "refer", "boxes": "0,0,1,1"}', "box '0,0,1,1'"),
     ],
 )  # fmt: skip
-def test_bad_requests_are_named(capsys, monkeypatch, line, words):
-    import io
+def test_bad_requests_are_named_by_line(capsys, monkeypatch, line, words):
+    status, out, err = ask_stdin(capsys, monkeypatch, ['{"image": "a.png"}', line])
+    assert status == 1 and "stdin, line 2: " in err and words in err and err.count("\n") == 1 and out == ""
 
-    monkeypatch.setattr("sys.stdin", io.StringIO('{"task": "caption"}\n' + line + "\n"))
-    status, out, err = run(capsys, "--requests", "-")
-    assert status == 1 and "stdin, line 2" in err and words in err and err.count("\n") == 1
+
+def test_top_boxes_requires_requests_for_boxes(capsys, monkeypatch, requests_file):
+    phrase = '{"image": "a.png", "task": "ground", "text": "the fire"}'
+    status, out, _ = ask_stdin(capsys, monkeypatch, [phrase], "--top-boxes", 2, "--json")
+    assert status == 0 and len(json.loads(out)["entities"][0]["boxes"]) == 2
+    status, out, err = ask_stdin(capsys, monkeypatch, [phrase, '{"image": "a.png"}'], "--top-boxes", 2)
+    assert status == 1 and out == "" and "--top-boxes" in err
 
 
 def test_resume_compares_resolved_paths_and_checkpoints(capsys, tmp_path):
@@ -402,17 +450,22 @@ def test_resume_compares_resolved_paths_and_checkpoints(capsys, tmp_path):
     assert status == 1 and "another checkpoint" in err
 
 
-def test_errors_quote_the_box_as_typed(capsys):
-    for box, words in (("100,20,30,40", "box 100,20,30,40"), ("0.25,0.5,0.75,0.4", "box 0.25,0.5,0.75,0.4")):
-        status, _, err = run(capsys, SCENE, "--task", "refer", "--box", box)
-        assert status == 1 and words in err
-    assert run(capsys, SCENE, "--results", ".")[0] == 2
+@pytest.mark.parametrize("box", ["100,20,30,40", "0.25,0.5,0.75,0.4", "9000,1,9001,2", "0.5,0.5,70,80"])
+def test_errors_quote_the_box_as_typed(capsys, box):
+    status, _, err = run(capsys, SCENE, "--task", "refer", "--box", box)
+    assert status == 1 and f"box {box}" in err
+
+
+def test_results_in_a_folder(capsys):
+    status, out, err = run(capsys, SCENE, "--results", ".")
+    assert status == 2 and "is a folder" in err and out == ""
 
 
 @pytest.mark.parametrize(
-    "kind", [TypeError, NotImplementedError, RuntimeError, MemoryError, ZeroDivisionError]
+    "kind", [TypeError, NotImplementedError, RuntimeError, MemoryError, ZeroDivisionError, struct.error]
 )
 def test_any_error_of_a_decoder_concerns_one_image(capsys, monkeypatch, kind):
+    """Whatever exception Pillow raises: the other images are done, and --resume continues after it."""
     for name in ("a.png", "b.png", "c.png"):
         Image.open(SCENE).save(name)
     original = Image.open
@@ -426,8 +479,10 @@ def test_any_error_of_a_decoder_concerns_one_image(capsys, monkeypatch, kind):
     for more in ([], ["--resume"]):
         status, _, err = run(capsys, "a.png", "b.png", "c.png", "--results", "out.jsonl", *more)
         assert status == 1 and "b.png: broken" in err and "Traceback" not in err
-    images = [json.loads(line)["image"] for line in Path("out.jsonl").read_text().splitlines()]
-    assert images == ["a.png", "c.png"]
+        images = [json.loads(line)["image"] for line in Path("out.jsonl").read_text().splitlines()]
+        assert images == ["a.png", "c.png"]
+    status, _, err = run(capsys, "b.png")
+    assert status == 1 and "b.png: broken" in err and err.count("\n") == 1
 
 
 def test_folders_take_every_format_and_name_the_rest(capsys, tmp_path):
@@ -437,25 +492,46 @@ def test_folders_take_every_format_and_name_the_rest(capsys, tmp_path):
     image.save(folder / "a.jfif", "JPEG")
     image.save(folder / "b.webp")
     image.save(folder / "c.ppm")
-    (folder / "d.heic").write_bytes(b"")
+    image.save(folder / "d.TIFF")
+    expected = ["a.jfif", "b.webp", "c.ppm", "d.TIFF"]
+    if features.check("avif"):
+        image.save(folder / "e.avif")
+        expected.append("e.avif")
+    (folder / "f.heic").write_bytes(b"")
+    (folder / "g.txt").write_bytes(b"")
+    (folder / "h.txt").write_bytes(b"")
     status, out, err = run(capsys, folder, "--json")
     names = [Path(json.loads(line)["image"]).name for line in out.splitlines()]
-    assert status == 0 and names == ["a.jfif", "b.webp", "c.ppm"]
-    assert "1 x .heic" in err and "1 x folder" in err
+    assert status == 0 and names == expected
+    assert "1 x .heic" in err and "2 x .txt" in err and "1 x folder" in err
 
 
-def test_output_is_utf8_in_any_locale(tmp_path):
+CP1252 = {"PYTHONIOENCODING": "cp1252", "LC_ALL": "C", "PYTHONUTF8": "0"}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_output_is_utf8_in_any_locale(arguments):
+    """With a file name that is not Latin and one that is not valid UTF-8, into a file."""
     Image.open(SCENE).save("猫.png")
     Image.open(SCENE).save(b"bad\xff.png".decode("utf-8", "surrogateescape"))
-    env = os.environ | {"PYTHONIOENCODING": "cp1252", "LC_ALL": "C", "PYTHONUTF8": "0"}
-    for more in ([], ["--json"]):
-        command = [sys.executable, ROOT / "sample.py", ".", *more]
-        done = subprocess.run(command, capture_output=True, env=env)
-        assert done.returncode == 0, done.stderr
-        text = done.stdout.decode("utf-8")
-        assert "猫.png" in text and len(text.splitlines()) == 2
-        if more:
-            assert all(json.loads(line)["text"] for line in text.splitlines())
+    command = [sys.executable, ROOT / "sample.py", ".", *arguments]
+    with open("out.txt", "wb") as out:
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, env=os.environ | CP1252)
+    assert done.returncode == 0, done.stderr
+    lines = Path("out.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 and "猫.png" in lines[1]
+    if arguments:
+        assert all(json.loads(line)["text"] for line in lines)
+
+
+def test_stdin_is_utf8_in_any_locale():
+    Image.open(SCENE).save("猫.png")
+    request = json.dumps({"image": "猫.png", "note": "猫"}, ensure_ascii=False)
+    command = [sys.executable, ROOT / "sample.py", "--requests", "-", "--json"]
+    done = subprocess.run(command, input=request.encode(), capture_output=True, env=os.environ | CP1252)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert (row["image"], row["note"]) == ("猫.png", "猫")
 
 
 def test_html_page(capsys, tmp_path):
@@ -465,15 +541,23 @@ def test_html_page(capsys, tmp_path):
     page = Path("page.html").read_text(encoding="utf-8")
     assert status == 0 and page.count("<figure>") == 2 and "<img src=x" not in page
     assert "&lt;img src=x" in page and page.count("data:image/jpeg;base64,") == 2
-    assert "http:" not in page and "https:" not in page  # needs nothing else
+    sources = re.findall(r'<[^<>]*\s(?:src|href)\s*=\s*"([^"]*)', page)
+    assert len(sources) == 2 and all(source.startswith("data:") for source in sources)
+    assert not re.search(r"url\(|@import|https?:", page)  # nothing is loaded from elsewhere
     entity = Entity("<b>", (0, 3), [(0.1, 0.1, 0.5, 0.5)], [0.5])
     figure = script.html_figure(Image.new("RGB", (9, 9)), [script.Answer("<b> & <i>", "", [entity])])
     assert "&lt;b&gt;" in figure and "<b>" not in figure and "<i>" not in figure and "50%" in figure
 
 
+def test_html_page_escapes_prompts(capsys):
+    prompt = '<script>alert(1)</script> & "'
+    assert run(capsys, SCENE, "--prompt", prompt, "--output", "page.html", "--max-new-tokens", 3)[0] == 0
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert page.count("<script>") == 1 and "&lt;script&gt;alert(1)&lt;/script&gt; &amp;" in page
+
+
 def test_length_limits_cut_the_text(capsys):
-    """A shorter answer is the beginning of the longer one, and its boxes are among those of the
-    longer one."""
+    """A shorter answer is the beginning of a longer one, and its boxes are boxes of the longer one."""
     row = json.loads(run(capsys, TINY / "busy.png", "--json")[1])
     boxes = [box for entity in row["entities"] for box in entity["boxes"]]
     for limit in (1, 2, 3, 5, 6, 8, 9, 11, 14, 20, 26):
@@ -483,7 +567,7 @@ def test_length_limits_cut_the_text(capsys):
 
 
 def test_large_images_are_resized_while_reading(tmp_path):
-    """Twelve photos of 24 megapixels take far less memory than all of them together would."""
+    """A batch of twelve photos of 24 megapixels takes less than half the memory of their pixels."""
     script_text = (
         "import resource, sys; sys.path.insert(0, sys.argv[1])\nimport sample\n"
         "sample.main(['one.png', '--json'])\n"
@@ -498,4 +582,4 @@ def test_large_images_are_resized_while_reading(tmp_path):
         photo.save(f"photos/{i}.jpg")
     command = [sys.executable, "-c", script_text, ROOT]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout.splitlines()[-1]) < 400_000  # KiB; all twelve take 864,000
+    assert int(done.stdout.splitlines()[-1]) < 400_000  # KiB; the pixels of all twelve are 864,000
