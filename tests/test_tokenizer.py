@@ -502,6 +502,15 @@ def test_a_phrase_consists_of_complete_pieces(official, caption, span, phrase):
     assert text == caption and [entity.phrase for entity in entities] == [phrase]
 
 
+def test_a_phrase_without_pieces_of_its_own_is_left_out(official):
+    """The second span is inside the last piece of the first: no <phrase></phrase> without words."""
+    rows = [[start, end, 0.1, 0.1, 0.5, 0.5, 1.0] for start, end in ((0, 4), (4, 5))]
+    ids = encode_record(official, {"caption": "a 50% sale", "ref_exps": rows})
+    text, entities = parse(official.decode(ids))
+    assert text == "a 50% sale" and [entity.phrase for entity in entities] == ["a 50%"]
+    assert ids.count(official.special_ids["<phrase>"]) == 1
+
+
 def test_tags_in_a_caption_stay_text(official, tokenizer):
     """Both `<image>` in front of a phrase and `</s>` inside one."""
     caption = "the <image> of a dog </s> here"

@@ -1,6 +1,7 @@
 """The training code and the bundled model: scenes, rows, training runs, scores."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -278,16 +279,18 @@ def test_two_processes_train_like_one(tmp_path, small_folder):
     """Twenty steps on GRIT data: one process, micro-batches with recomputation, and torchrun with two
     processes."""
     data = write_grit(tmp_path / "data")
-    curves = {}
-    for name, run, more in (
+    runs = {}
+    for name, launcher, more in (
         ("one", [sys.executable], []),
         ("parts", [sys.executable], ["--accumulate", "2", "--recompute"]),
         ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []),
     ):
-        command = [*run, TRAIN, "--out", tmp_path / name, "--checkpoint", small_folder, "--data", data, "--steps", "20",
+        command = [*launcher, TRAIN, "--out", tmp_path / name, "--checkpoint", small_folder, "--data", data, "--steps", "20",
                    "--batch", "4", "--log-every", "1", "--fp32", "--optimizer", "adamw", "--lr", "1e-3", *more]  # fmt: skip
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        runs[name] = start(command)
+    curves = {}
+    for name, process in runs.items():
+        finish(process)
         rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         curves[name] = torch.tensor([[row["locations"], row["words"]] for row in rows])
     assert curves["one"].shape == (20, 2) and (curves["one"][-1] < curves["one"][0] - 0.05).all()
@@ -295,12 +298,31 @@ def test_two_processes_train_like_one(tmp_path, small_folder):
     assert (curves["one"] - curves["two"]).abs().max() < 1e-3
 
 
+def start(command: list) -> subprocess.Popen:
+    """A process with one thread: the runs of a test take place at the same time."""
+    return subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Wait for the end of a process, which must be a success; returns what it wrote to stderr."""
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return errors
+
+
 def test_only_the_chosen_part_is_trained(tmp_path, small, small_folder):
     data = write_grit(tmp_path / "data")
-    done = run_training(
-        tmp_path / "run", 2, "--checkpoint", small_folder, "--data", data, "--train", "resampler"
+    finish(
+        start_training(
+            tmp_path / "run", 2, "--checkpoint", small_folder, "--data", data, "--train", "resampler"
+        )
     )
-    assert done.returncode == 0, done.stderr
     trained = load_checkpoint(tmp_path / "run")[0].state_dict()
     moved = {
         name.split(".")[0]
@@ -310,21 +332,18 @@ def test_only_the_chosen_part_is_trained(tmp_path, small, small_folder):
     assert moved == {"resampler"}
 
 
-def run_training(folder, steps, *more):
+def start_training(folder, steps, *more) -> subprocess.Popen:
     folder.mkdir(exist_ok=True)
     shutil.copy(TINY / SENTENCEPIECE, folder)  # saves the time of making one
     command = [sys.executable, TRAIN, "--out", folder, "--steps", str(steps), "--batch", "2", "--scenes", "1",
                "--vision-steps", "1", "--save-every", "2", *more]  # fmt: skip
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    return start(command)
 
 
 def test_training_resumes_where_it_stopped(tmp_path):
     """Four steps, and the same run stopped after two of them and resumed, give the same weights."""
     from safetensors.torch import load_file
 
-    assert run_training(tmp_path / "start", 0).returncode == 0
-    whole = run_training(tmp_path / "whole", 4)
-    assert whole.returncode == 0, whole.stderr
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import train\n"
         "train.Run.finish = lambda self: None\n"  # as if killed after step 2
@@ -334,20 +353,22 @@ def test_training_resumes_where_it_stopped(tmp_path):
     )
     (tmp_path / "cut").mkdir()
     shutil.copy(TINY / SENTENCEPIECE, tmp_path / "cut")
-    subprocess.run(
-        [sys.executable, "-c", script, str(ROOT / "training"), str(tmp_path / "cut")],
-        check=True,
-        capture_output=True,
-    )
-    resumed = run_training(tmp_path / "cut", 4)
-    assert resumed.returncode == 0 and "resuming" in resumed.stderr and "at step 2" in resumed.stderr
-    start, a, b = (
-        flat(load_file(tmp_path / name / "model.safetensors")) for name in ("start", "whole", "cut")
+    runs = [
+        start_training(tmp_path / "start", 0),
+        start_training(tmp_path / "complete", 4),
+        start([sys.executable, "-c", script, ROOT / "training", tmp_path / "cut"]),
+    ]
+    for process in runs:
+        finish(process)
+    messages = finish(start_training(tmp_path / "cut", 4))
+    assert "resuming" in messages and "at step 2" in messages
+    before, a, b = (
+        flat(load_file(tmp_path / name / "model.safetensors")) for name in ("start", "complete", "cut")
     )
     # In the first steps of Adam, rounding can reverse the update of single weights; another order of
     # the data or a lost optimizer state changes the direction of all of them.
-    assert torch.cosine_similarity(a - start, b - start, dim=0) > 0.98
-    assert (a - start).norm() / (b - start).norm() == pytest.approx(1, abs=0.02)
+    assert torch.cosine_similarity(a - before, b - before, dim=0) > 0.98
+    assert (a - before).norm() / (b - before).norm() == pytest.approx(1, abs=0.02)
 
 
 def test_training_killed_at_any_moment(tmp_path):

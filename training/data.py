@@ -116,8 +116,13 @@ def encode_record(tokenizer: Tokenizer, record: dict) -> list[int]:
     spans = read_spans(record)
     caption = record["caption"]
     tags = []
+    done = 0
     for span in spans:
         first, end = span_pieces(tokenizer, caption, span)
+        first = max(first, done)
+        if first >= end:  # all its pieces belong to the previous phrase
+            continue
+        done = end
         objects = boxes_to_text(span.boxes, tokenizer.grid, training=True)
         tags.append((first, "<phrase>"))
         tags.append((end, f"</phrase>{objects}"))
