@@ -723,7 +723,8 @@ class Results:
 
     def __init__(self, args: argparse.Namespace, requests: list[Request], rank: int, world: int):
         path = args.results
-        self.checkpoint = args.checkpoint
+        checkpoint = Path(args.checkpoint)  # a path, or the name of a model on the hub
+        self.checkpoint = str(checkpoint.resolve()) if checkpoint.exists() else args.checkpoint
         self.path = path.with_suffix(f".{rank}{path.suffix}") if world > 1 else path
         for file in (path, self.path):
             if file.exists() and not args.resume:

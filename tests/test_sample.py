@@ -448,6 +448,10 @@ def test_resume_compares_resolved_paths_and_checkpoints(capsys, tmp_path):
     folder = copy(TINY, tmp_path / "other")
     status, _, err = run(capsys, "images/a.png", "--results", "out.jsonl", "--resume", "--checkpoint", folder)
     assert status == 1 and "another checkpoint" in err
+    for spelling in (folder, f"{folder}/", "./other"):
+        options = ("--results", "other.jsonl", "--resume", "--checkpoint", spelling)
+        assert run(capsys, "images/a.png", *options)[0] == 0
+    assert len(Path("other.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("box", ["100,20,30,40", "0.25,0.5,0.75,0.4", "9000,1,9001,2", "0.5,0.5,70,80"])
