@@ -86,7 +86,7 @@ show(
 # %%
 batch = collate([row])
 with torch.no_grad():
-    losses = Losses(model)(**batch)
+    losses, _ = Losses(model)(**batch)
     x = model.embed(batch["tokens"], batch["pixels"], image_mask=batch["image_mask"])
     logits = model.decoder.unembed(model.decoder(x, batch["positions"], mask[None, None]))[0]
 right = torch.tensor([y for y in row.targets if y >= 0])
@@ -120,7 +120,7 @@ for step in range(steps):
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 4e-3, warmup=10)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = loss_of(**batch)
+        losses, _ = loss_of(**batch)
     losses.mean().backward()
     for optimizer in optimizers:
         optimizer.step()

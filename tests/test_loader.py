@@ -15,7 +15,8 @@ import torch
 from conftest import ROOT, SMALL, TINY, copy, needs_transformers
 from safetensors.torch import load_file, save_file
 
-from kosmos2 import Kosmos2
+import load_weights
+from kosmos2 import Kosmos2, pad_left
 from load_weights import (
     EMBEDDING,
     FAIRSEQ,
@@ -161,6 +162,85 @@ def test_saving_gives_the_published_layout_back(small, small_folder, tmp_path):
     assert_same(load_checkpoint(tmp_path / "saved")[0], small)
     a, b = published(tmp_path / "saved"), published(small_folder)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def save_as(folder, precision, to) -> str:
+    """`load_weights.py FOLDER --save TO --precision PRECISION`; returns the report on the result."""
+    assert load_weights.main([str(folder), "--save", str(to), "--precision", precision]) == 0
+    return load_weights.report(Checkpoint(to))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_packed_checkpoint_computes_the_same(small_folder, tmp_path, precision):
+    """A checkpoint saved in fp16 or int8 gives the same bits as one packed while it is loaded."""
+    report = save_as(small_folder, precision, tmp_path / "saved")
+    assert {"fp16": "float16 x", "int8": "i8 x"}[precision] in report
+    original, tokenizer = load_checkpoint(small_folder, precision)
+    saved, _ = load_checkpoint(tmp_path / "saved", precision)
+    tokens, image_mask, _ = pad_left([tokenizer.encode_prompt("<grounding> An image of")])
+    pixels = torch.rand(1, 3, SMALL.vision.image_size, SMALL.vision.image_size)
+    logits = [model(tokens, pixels, image_mask=image_mask) for model in (original, saved)]
+    assert torch.equal(*logits)
+    again = save_as(tmp_path / "saved", precision, tmp_path / "again")
+    assert again.splitlines()[1:] == report.splitlines()[1:]
+    (file,) = (tmp_path / "saved").glob("*.safetensors")
+    same = load_file(tmp_path / "again" / file.name)
+    for name, tensor in load_file(file).items():
+        assert torch.equal(tensor, same[name])
+
+
+def test_an_int8_checkpoint_in_other_precisions(small, small_folder, tmp_path):
+    """Every weight is within half a quantization step of the original."""
+    save_as(small_folder, "int8", tmp_path / "saved")
+    steps = load_file(tmp_path / "saved" / "model.int8.safetensors")
+    model, _ = load_checkpoint(tmp_path / "saved")
+    originals = small.state_dict()
+    quantized = 0
+    for name, tensor in model.state_dict().items():
+        scale = steps.get(rename(name, HUGGING_FACE) + "_scale")
+        if scale is None:
+            assert torch.equal(tensor, originals[name])
+        else:
+            assert ((tensor - originals[name]).abs() <= 0.5001 * scale[:, None]).all()
+            quantized += 1
+    assert quantized > 20 and all(t.dtype == torch.float32 for t in model.state_dict().values())
+    save_as(tmp_path / "saved", "bf16", tmp_path / "bf16")
+    assert load_checkpoint(tmp_path / "bf16", "bf16")[0].decoder.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_damaged_int8_checkpoints(small_folder, tmp_path):
+    save_as(small_folder, "int8", tmp_path / "saved")
+    file = tmp_path / "saved" / "model.int8.safetensors"
+    tensors = load_file(file)
+    name = rename("decoder.layers.0.mlp.fc1.weight", HUGGING_FACE)
+    without = {n: t for n, t in tensors.items() if n != f"{name}_scale"}
+    nan = torch.full_like(tensors[f"{name}_scale"], float("nan"))
+    for damaged, error in (
+        (without, "without scales"),
+        (tensors | {f"{name}_scale": nan}, "NaN"),
+        (tensors | {f"{name}_scale": nan[:3]}, "_scale: expected"),
+        (tensors | {name: tensors[name].float()}, "not floating point|float32"),
+    ):
+        save_file(damaged, file)
+        for precision in ("fp32", "int8"):
+            with pytest.raises(ValueError, match=error):
+                load_checkpoint(tmp_path / "saved", precision)
+
+
+@needs_transformers
+def test_transformers_reads_fp16_and_refuses_int8(small, small_folder, tmp_path):
+    from transformers import Kosmos2ForConditionalGeneration
+
+    save_as(small_folder, "fp16", tmp_path / "fp16")
+    reference = Kosmos2ForConditionalGeneration.from_pretrained(tmp_path / "fp16", dtype=torch.float32)
+    embedding = reference.text_model.model.embed_tokens.weight
+    assert torch.equal(embedding, small.decoder.embed_tokens.weight.half().float())
+    save_as(small_folder, "int8", tmp_path / "int8")
+    with pytest.raises(OSError, match=r"no file named .*model\.safetensors"):
+        Kosmos2ForConditionalGeneration.from_pretrained(tmp_path / "int8")
+    assert (
+        load_weights.main([str(small_folder), "--save", str(tmp_path / "fp16"), "--precision", "int8"]) == 1
+    )
 
 
 def test_every_name_of_the_published_model_has_its_place():

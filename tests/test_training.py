@@ -19,8 +19,8 @@ from data import ALONE, MIXTURE, Grit, Scenes, collate, encode_record, grit_to_t
 from drawings import BACKGROUNDS, RGB, SHAPES, drawing, measure
 from drawings import run as ask
 from evaluate import HELD_OUT, answers, choose_examples, evaluate, first_scores, named, score
+from patches import patch_labels
 from PIL import Image
-from pretrain import patch_labels
 from scenes import (
     Scene,
     Thing,
@@ -210,7 +210,7 @@ def test_texts_in_one_row_do_not_see_each_other(source):
     assert all(max(row.texts) > 5 for row in rows)
     alone = []
     with torch.no_grad():
-        losses = Losses(model)(**collate(rows))
+        losses, _ = Losses(model)(**collate(rows))
         for row in rows:
             tokens, image_mask, targets, texts = map(
                 torch.tensor, (row.tokens, row.image_mask, row.targets, row.texts)

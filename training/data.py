@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from patches import patch_labels
 from PIL import Image
 from scenes import Example, Scene, tasks
 
@@ -26,7 +27,7 @@ MIXTURE = {
     "color": 0.5, "kind": 0.6, "where": 0.5, "relation": 0.5, "count": 0.7, "yes or no": 0.7,
     "color grounded": 0.5, "kind grounded": 0.6, "where grounded": 0.5, "relation grounded": 0.8,
     "count grounded": 0.7, "yes or no grounded": 0.7, "color of box": 0.5, "kind in box": 1,
-    "example of a box": 0.3, "text alone": 0.2,
+    "example of a box": 0.5, "text alone": 0.2,
 }  # fmt: skip
 
 
@@ -200,6 +201,7 @@ class Row:
 
     def __init__(self, tokenizer: Tokenizer, pixels: torch.Tensor):
         self.pixels = [pixels]
+        self.patch_labels: list[torch.Tensor] = []  # of each image, if they are known
         self.tokens, self.image_mask = tokenizer.encode_prompt("", 1)
         self.prefix = len(self.tokens)
         self.positions = list(range(self.prefix))
@@ -232,7 +234,7 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
     def stack(name: str, fill) -> torch.Tensor:
         return torch.tensor([getattr(row, name) + [fill] * (T - len(row.tokens)) for row in rows])
 
-    return {
+    batch = {
         "pixels": torch.stack([pixels for row in rows for pixels in row.pixels]),
         "image_mask": stack("image_mask", False),
         "tokens": stack("tokens", PAD),
@@ -240,21 +242,33 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
         "texts": stack("texts", PADDING),
         "targets": stack("targets", -100),
     }
+    patch_labels = [labels for row in rows for labels in row.patch_labels]
+    if patch_labels:
+        batch["patch_labels"] = torch.stack(patch_labels)
+    return batch
 
 
 class Scenes:
-    """Row n: the scene of seed first + n, with as many texts as fit into `length` tokens."""
+    """Row n: the scene of seed first + n, with as many texts as fit into `length` tokens.
 
-    def __init__(self, tokenizer: Tokenizer, config: Kosmos2Config, length: int, first: int):
+    The first `without_texts` rows have none: their only targets are the labels of the patches.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, config: Kosmos2Config, length: int, first: int, without_texts: int = 0
+    ):
         self.tokenizer = tokenizer
-        self.image_size = config.vision.image_size
+        self.image_size, self.grid = config.vision.image_size, config.vision.grid
         self.length = length
-        self.first = first
+        self.first, self.without_texts = first, without_texts
 
     def row(self, n: int) -> Row:
         scene = Scene.random(self.first + n)
         rng = random.Random(self.first + n)
         row = Row(self.tokenizer, preprocess_image(scene.draw(), self.image_size))
+        row.patch_labels.append(patch_labels(scene, self.grid))
+        if n < self.without_texts:
+            return row
         for number, example in enumerate(choose(tasks(scene, rng), rng), start=1):
             prompt, image_mask = encode_example(self.tokenizer, example)
             if not example.alone:
@@ -264,6 +278,7 @@ class Scenes:
                 pixels = []
                 if example.second is not None:
                     pixels = [preprocess_image(example.second.draw(), self.image_size)]
+                    row.patch_labels.append(patch_labels(example.second, self.grid))
                 row.add(prompt, answer, ALONE if example.alone else number, image_mask, pixels)
         return row
 

@@ -15,9 +15,7 @@ What makes so small a model learn to see in a few hours (each one measured):
   smooth functions of their position, so a near miss is already nearly right.
 - Rows of one image and many texts (data.py): encoding an image costs as much as several texts.
 - Muon for the matrices inside the blocks (`make_optimizers`).
-- Pretraining the ViT on labels for every patch (pretrain.py). Measured when an older model was
-  adapted to this world: with it, the location loss was 2.8 after 100 steps, without it 3.0 after
-  500.
+- First the ViT alone, on labels for every patch (patches.py), which stay beside the texts.
 """
 
 import argparse
@@ -48,7 +46,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 
 from data import Grit, Scenes, Steps  # noqa: E402
 from evaluate import HELD_OUT, evaluate  # noqa: E402
-from pretrain import pretrain_vision  # noqa: E402
+from patches import PatchHead  # noqa: E402
 from scenes import Scene, tasks  # noqa: E402
 
 from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig  # noqa: E402
@@ -57,7 +55,7 @@ from sample import progress_bar  # noqa: E402
 from tokenizer import GRID, Tokenizer, strip_tags  # noqa: E402
 
 CONFIG = Kosmos2Config(
-    vision=VisionConfig(image_size=140, patch_size=14, width=192, layers=6, heads=3, mlp_width=768),
+    vision=VisionConfig(image_size=168, patch_size=14, width=192, layers=6, heads=3, mlp_width=768),
     text=TextConfig(
         vocab_size=1, width=192, layers=4, heads=3, mlp_width=768, max_positions=2048, no_repeat_ngram_size=0
     ),
@@ -141,25 +139,34 @@ def init_weights(model: Kosmos2, first_location: int, seed: int = 0) -> None:
 
 
 class Losses(nn.Module):
-    """Next-token losses of a batch from data.py, one per target.
+    """The losses of a batch from data.py: those of the next tokens, one per target, and with a
+    PatchHead that of the patches' labels.
 
     The attention mask lets each text attend to the image (text 0) and to itself.
     """
 
-    def __init__(self, model: Kosmos2):
+    def __init__(self, model: Kosmos2, patch_head: PatchHead | None = None):
         super().__init__()
         self.model = model
+        self.patch_head = patch_head
 
-    def forward(self, pixels, image_mask, tokens, positions, texts, targets):
+    def forward(self, pixels, image_mask, tokens, positions, texts, targets, patch_labels=None):
         model, T = self.model, tokens.shape[1]
-        x = model.embed(tokens, pixels, image_mask=image_mask)  # (B, T, D)
+        features = model.vision(pixels)  # (I, N, E)
+        patch_loss = features.new_zeros(())
+        if self.patch_head is not None:
+            patch_loss, _ = self.patch_head(features, patch_labels)
+        has_target = targets != -100
+        if not has_target.any():  # images without texts
+            return features.new_zeros(0), patch_loss
+        x = model.embed(tokens, image_embeds=model.resampler(features), image_mask=image_mask)  # (B, T, D)
         same = texts[:, :, None] == texts[:, None, :]  # (B, T, T)
         image = (texts[:, :, None] > 0) & (texts[:, None, :] == 0)
         mask = (same | image) & torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
         x = model.decoder(x, positions, mask[:, None])
-        has_target = targets != -100
         logits = model.decoder.unembed(x[has_target]).float()  # (targets, V)
-        return F.cross_entropy(logits, targets[has_target], reduction="none")  # (targets,)
+        losses = F.cross_entropy(logits, targets[has_target], reduction="none")  # (targets,)
+        return losses, patch_loss
 
 
 def recompute_activations(model: Kosmos2) -> None:
@@ -211,25 +218,31 @@ class Run:
         self.model, self.tokenizer = self.open_model()
         for name, part in self.model.named_children():
             part.requires_grad_(name in args.train)
-        self.model.to(self.device).train()
+        from_scratch = not args.checkpoint and not args.data
+        self.patch_head = PatchHead(self.model.config.vision.width) if from_scratch else None
+        self.vision_steps = args.vision_steps if from_scratch else 0
+        self.last_step = self.vision_steps + args.steps
         if args.recompute:
             recompute_activations(self.model)
-        self.losses = Losses(self.model)
+        self.losses = Losses(self.model, self.patch_head).to(self.device).train()
         if self.world > 1:
-            self.losses = nn.parallel.DistributedDataParallel(self.losses)
-        self.optimizers = make_optimizers(self.model, args.optimizer, args.lr)
+            self.losses = nn.parallel.DistributedDataParallel(
+                self.losses, find_unused_parameters=from_scratch
+            )
+        self.optimizers = make_optimizers(self.losses, args.optimizer, args.lr)
         config = self.model.config
         if args.data:
             self.source = Grit(args.data, self.tokenizer, config, args.seed)
             self.say(f"boxes: {', '.join(f'{count} {what}' for what, count in self.source.counts.items())}\n")
         else:
-            self.source = Scenes(self.tokenizer, config, args.length, first=args.seed * 100_000_000)
+            first = args.seed * 100_000_000
+            self.source = Scenes(
+                self.tokenizer, config, args.length, first, without_texts=self.vision_steps * args.batch
+            )
         self.step, self.minutes = 0, 0.0
         self.log: list[dict] = []
         if (self.folder / "checkpoint.pt").exists():
             self.resume()
-        else:
-            self.save()  # with the pretrained ViT
 
     def open_model(self) -> tuple[Kosmos2, Tokenizer]:
         """The checkpoint to fine-tune; without one, the small model with a new vocabulary."""
@@ -244,13 +257,13 @@ class Run:
         tokenizer = Tokenizer(words, CONFIG.latent_query_num)
         model = Kosmos2(replace(CONFIG, text=replace(CONFIG.text, vocab_size=tokenizer.vocab_size)))
         init_weights(model, tokenizer.first_location, self.args.seed)
-        if not (self.folder / "checkpoint.pt").exists():
-            pretrain_vision(model, make_optimizers, self.args.vision_steps)
         return model, tokenizer
 
     def resume(self) -> None:
         state = torch.load(self.folder / "checkpoint.pt", weights_only=True, map_location=self.device)
         self.model.load_state_dict(self.model.state_dict() | state["model"])
+        if self.patch_head is not None:
+            self.patch_head.load_state_dict(state["patch_head"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.minutes, self.log = state["step"], state["minutes"], state["log"]
@@ -264,6 +277,8 @@ class Run:
                 "step": self.step, "minutes": self.minutes, "log": self.log, "model": trained,
                 "optimizers": [o.state_dict() for o in self.optimizers],
             }  # fmt: skip
+            if self.patch_head is not None:
+                state["patch_head"] = self.patch_head.state_dict()
             with replacing(self.folder / "checkpoint.pt") as part:
                 torch.save(state, part)
 
@@ -272,30 +287,45 @@ class Run:
 
         The gradient is that of the mean loss over all targets of the step.
         """
-        lr = learning_rate(self.step, self.args.steps, self.args.lr)
+        lr = learning_rate(self.step, self.last_step, self.args.lr)
+        if self.step >= self.vision_steps > 0:  # warm up again for the parts that start now
+            lr = min(lr, learning_rate(self.step - self.vision_steps, self.last_step, self.args.lr))
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = lr
         count = self.sum_over_processes([float((b["targets"] != -100).sum()) for b in micro_batches])
-        sums = torch.zeros(4)  # losses and numbers of location tokens and of words
+        count = max(count, 1.0)
+        sums = torch.zeros(5)  # losses and numbers of location tokens and of words, losses of patches
         for i, batch in enumerate(micro_batches):
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
             last = i == len(micro_batches) - 1
             with nullcontext() if last or self.world == 1 else self.losses.no_sync():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=not self.args.fp32):
-                    losses = self.losses(**batch)
-                (losses.sum() * self.world / count).backward()  # the processes' gradients are averaged
+                    losses, patch_loss = self.losses(**batch)
+                # The processes' gradients are averaged.
+                (losses.sum() * self.world / count + patch_loss / len(micro_batches)).backward()
             targets = batch["targets"][batch["targets"] != -100]
             place, losses = targets >= self.tokenizer.first_location, losses.detach()
-            sums += torch.stack(
-                [losses[place].sum(), place.sum(), losses[~place].sum(), (~place).sum()]
-            ).cpu()
-        torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
+            parts = [
+                losses[place].sum(),
+                place.sum(),
+                losses[~place].sum(),
+                (~place).sum(),
+                patch_loss.detach(),
+            ]
+            sums += torch.stack(parts).cpu()
+        torch.nn.utils.clip_grad_norm_([p for p in self.losses.parameters() if p.requires_grad], 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        places, n_places, words, n_words = (self.sum_over_processes([v]) for v in sums.tolist())
-        return {"locations": places / max(n_places, 1), "words": words / max(n_words, 1)}
+        places, n_places, words, n_words, patches = (self.sum_over_processes([v]) for v in sums.tolist())
+        means = {}
+        if n_places + n_words:
+            means["locations"] = places / max(n_places, 1)
+            means["words"] = words / max(n_words, 1)
+        if self.patch_head is not None:
+            means["patches"] = patches / len(micro_batches) / self.world
+        return means
 
     def sum_over_processes(self, values: list[float]) -> float:
         total = torch.tensor(sum(values), dtype=torch.float64, device=self.device)
@@ -312,21 +342,29 @@ class Run:
 
     def train(self) -> None:
         args = self.args
-        last_step = max(args.steps, self.step)
-        steps = Steps(self.source, self.step, last_step, args.batch, args.accumulate, self.rank, self.world)
+        steps = Steps(
+            self.source,
+            self.step,
+            max(self.last_step, self.step),
+            args.batch,
+            args.accumulate,
+            self.rank,
+            self.world,
+        )
         loader = torch.utils.data.DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=8)
         recent, clock = [], time.perf_counter()
         for micro_batches in loader:
             recent.append(self.train_step(micro_batches))
             now = time.perf_counter()
             self.minutes, clock = self.minutes + (now - clock) / 60, now
-            last = self.step == args.steps
-            if self.step % args.log_every == 0 or last:
+            last = self.step == self.last_step
+            if self.step % args.log_every == 0 or self.step == self.vision_steps or last:
                 means = {name: round(sum(r[name] for r in recent) / len(recent), 4) for name in recent[0]}
                 self.log.append({"step": self.step, "minutes": round(self.minutes, 2), **means})
                 self.progress(means)
                 recent = []
-            if not args.data and (self.step % (4 * args.save_every) == 0 or last) and self.rank == 0:
+            measured = self.step % (4 * args.save_every) == 0 or last
+            if measured and not args.data and self.step > self.vision_steps and self.rank == 0:
                 self.log.append({"step": self.step, "accuracy": self.measure()})
                 self.say("\n" + json.dumps(self.log[-1]) + "\n")
             if self.step % args.save_every == 0 or last:
@@ -338,9 +376,9 @@ class Run:
             print(text, end="", file=sys.stderr, flush=True)
 
     def progress(self, losses: dict[str, float]) -> None:
-        left = self.minutes / self.step * (self.args.steps - self.step)
+        left = self.minutes / self.step * (self.last_step - self.step)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        self.say("\r" + progress_bar(self.step, self.args.steps, f"loss: {shown}  {left:.0f} min left "))
+        self.say("\r" + progress_bar(self.step, self.last_step, f"loss: {shown}  {left:.0f} min left "))
 
     def finish(self) -> None:
         """Write the model in the published layout, the log and its plot."""
@@ -363,9 +401,10 @@ def draw_curves(log: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    rows = [row for row in log if "words" in row]
-    for name, color in (("locations", "#c62828"), ("words", "#1565c0")):
-        left.plot([r["step"] for r in rows], [r[name] for r in rows], color=color, label=name)
+    for name, color in (("locations", "#c62828"), ("words", "#1565c0"), ("patches", "#2e7d32")):
+        points = [(row["step"], row[name]) for row in log if row.get(name)]
+        if points:
+            left.plot(*zip(*points, strict=True), color=color, label=name)
     left.set(title="Loss per token", xlabel="step", ylabel="cross-entropy, nats", yscale="log")
     rows = [row for row in log if "accuracy" in row]
     shown = ["ground", "ground several", "refer relation", "caption", "describe box", "kind", "count"]
@@ -394,7 +433,10 @@ def parse_arguments() -> argparse.Namespace:
         help=f"what to train, of {', '.join(PARTS)} (default: all)",
     )
     p.add_argument(
-        "--vision-steps", type=int, default=2500, help="of pretraining the ViT, when training from scratch"
+        "--vision-steps",
+        type=int,
+        default=2500,
+        help="of the ViT alone, before --steps, when training from scratch",
     )
     p.add_argument("--steps", type=int, default=6000)
     p.add_argument("--batch", type=int, default=32, help="images per step, over all processes")
