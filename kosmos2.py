@@ -735,11 +735,12 @@ class Kosmos2(nn.Module):
 
         x = self.decoder(x, positions, causal_mask(T, past + T, pad_mask, x.device), caches)  # (B, T, D)
         next_position = positions[:, -1:] + 1  # (B, 1)
-        return DecodeState(self, checked, prompts, caches, next_position, pad_mask, self.next_logits(x))
+        logits = self.next_logits(x[:, -1])  # (B, V)
+        return DecodeState(self, checked, prompts, caches, next_position, pad_mask, logits)
 
     def next_logits(self, x: Tensor) -> Tensor:
-        """x (B, T, D) after the decoder -> float32 logits (B, V) of the next token."""
-        logits = self.decoder.unembed(x[:, -1]).float()  # (B, V)
+        """x (..., D) after the decoder -> float32 logits (..., V) of the next token."""
+        logits = self.decoder.unembed(x).float()  # (..., V)
         if not torch.isfinite(logits.sum()):
             raise ValueError(
                 "the logits are not finite: the weights are damaged or too large for this precision"
@@ -804,6 +805,10 @@ class GenerationOptions:
     no_repeat_ngram_size: int = 0
     seed: int | None = None  # all rows share one random stream, so batching does not change results
     constraint: Constraint | None = None  # such as Tokenizer.allowed_tokens, which keeps boxes complete
+    # Ids so far -> ids that probably follow, such as Tokenizer.likely_next. They are run together with
+    # the last token: decoding is memory-bound, so this costs no more, and a right guess saves a step.
+    # The result stays the same.
+    draft: Callable[[list[int]], list[int]] | None = None
 
     def __post_init__(self):
         check_integers(
@@ -861,6 +866,8 @@ class DecodeState:
     rows: list[int] = field(init=False)
     sequences: list[Generated] = field(init=False)
     results: list[Generated] = field(init=False)  # what `decode` has generated for each prompt
+    # Guesses that have been run already: each id, and the logits (1, V) of what follows it.
+    drafted: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def __post_init__(self):
         self.rows = list(range(len(self.prompts)))
@@ -893,16 +900,37 @@ class DecodeState:
                 self.pad_mask = self.pad_mask[index]
         self.rows = [self.rows[i] for i in parents]
         self.sequences = sequences
+        position = self.next_position
+        self.next_position = position + 1
         if not sequences:
             return
+        if self.drafted and self.drafted[0][0] == sequences[0].ids[-1]:  # a right guess
+            self.logits = self.drafted.pop(0)[1]
+            return
+        for cache in self.caches:
+            cache.length -= len(self.drafted)  # forget the wrong guesses
         if self.pad_mask is not None:
             self.pad_mask = F.pad(self.pad_mask, (0, 1), value=False)  # (B, S)
-        tokens = torch.tensor([[sequence.ids[-1]] for sequence in sequences], device=device)  # (B, 1)
-        x = self.model.decoder.embed_tokens(tokens)  # (B, 1, D)
-        mask = causal_mask(1, self.caches[0].length + 1, self.pad_mask, device)
-        x = self.model.decoder(x, self.next_position, mask, self.caches)
-        self.next_position = self.next_position + 1
-        self.logits = self.model.next_logits(x)  # (B, V)
+        draft = self.guess_next()
+        T = 1 + len(draft)
+        tokens = torch.tensor([[sequence.ids[-1], *draft] for sequence in sequences], device=device)  # (B, T)
+        positions = position + torch.arange(T, device=device)  # (B, T)
+        x = self.model.decoder.embed_tokens(tokens)  # (B, T, D)
+        mask = causal_mask(T, self.caches[0].length + T, self.pad_mask, device)
+        x = self.model.decoder(x, positions, mask, self.caches)
+        logits = self.model.next_logits(x)  # (B, T, V)
+        self.logits = logits[:, 0]
+        self.drafted = [(token, logits[:, i]) for i, token in enumerate(draft, start=1)]
+
+    def guess_next(self) -> list[int]:
+        """Ids that options.draft expects next. Only for a single sequence: others would guess
+        differently many ids."""
+        options = self.options
+        if options.draft is None or options.num_beams > 1 or len(self.rows) > 1 or self.pad_mask is not None:
+            return []
+        cache = self.caches[0]
+        room = cache.keys.shape[2] - cache.length - 1
+        return options.draft(self.prompts[self.rows[0]] + self.sequences[0].ids)[:room]
 
 
 @torch.inference_mode()

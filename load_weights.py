@@ -788,7 +788,8 @@ def read_packed(checkpoint: Checkpoint, precision: str) -> Kosmos2:
     sources = {}  # a packed module -> the modules whose weights it stacks
     for name, module in list(model.named_modules()):
         if isinstance(module, Block):  # blocks have self-attention: q, k and v share one input
-            attention = PackedAttention(module.attn.out_proj.in_features, module.attn.heads)
+            with torch.device("meta"):
+                attention = PackedAttention(module.attn.out_proj.in_features, module.attn.heads)
             attention.inner_attn_ln = module.attn.inner_attn_ln
             attention.q_proj = attention.k_proj = attention.v_proj = None
             module.attn = attention

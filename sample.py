@@ -637,6 +637,7 @@ class Runner:
         room = text_config.max_positions - max(len(row.ids) for row in rows)
         defaults = {
             "constraint": self.tokenizer.allowed_tokens,
+            "draft": self.tokenizer.likely_next,
             "max_new_tokens": max(1, min(DEFAULT_NEW_TOKENS, room)),
         }
         if rows[0].request.block_ngrams:

@@ -361,6 +361,19 @@ class Tokenizer:
         allowed[self.special_ids["<object>"]] = remaining >= 4  # itself, two corners, </object>
         return allowed
 
+    def likely_next(self, ids: list[int]) -> list[int]:
+        """Ids that probably follow in grounded text: a draft for generation.
+
+        <object> after </phrase>, </object> after the second corner of a box, and " a" after
+        <phrase>.
+        """
+        if ids[-1] == self.special_ids["</phrase>"]:
+            return [self.special_ids["<object>"]]
+        if ids[-1] == self.special_ids["<phrase>"]:
+            return self.encode_words(" a")
+        corners = [i for i in ids[-2:] if self.location_index(i) is not None]
+        return [self.special_ids["</object>"]] if len(corners) == 2 else []
+
     def _inside_phrase(self, ids: list[int]) -> bool:
         opening, closing = self.special_ids["<phrase>"], self.special_ids["</phrase>"]
         for i in reversed(ids):

@@ -611,3 +611,57 @@ def test_beam_search_on_hundreds_of_random_models(small, monkeypatch):
         state.logits = next_logits(state)
         for result, prompt in zip(finish(state), prompts.tolist(), strict=True):
             assert result.ids == plain_beam_search(fake, prompt, num_beams, limit, least), seed
+
+
+def compare_drafts(small, cases) -> int:
+    """Generate with random drafts and without; returns the number of decoder passes that drafts saved."""
+    rng = np.random.default_rng(0)
+    vocab = small.config.text.vocab_size
+    passes = []
+    hook = small.decoder.register_forward_hook(lambda *_: passes.append(1))
+    saved = 0
+    for case in range(cases):
+        prompts = torch.from_numpy(rng.integers(3, vocab, (int(rng.integers(1, 3)), int(rng.integers(1, 6)))))
+        options = {
+            "max_new_tokens": int(rng.integers(1, 12)),
+            "temperature": float(rng.choice([0.0, 0.7])),
+            "top_k": 5,
+            "no_repeat_ngram_size": int(rng.choice([0, 2])),
+            "seed": case,
+        }
+        expected = finish(small.prefill(prompts, **options))
+        without = len(passes)
+        answer = prompts[0].tolist() + expected[0].ids  # of the only row, if there is one
+
+        def draft(ids, answer=answer):
+            count = int(rng.integers(0, 4))
+            right = answer[len(ids) : len(ids) + count]
+            return right if rng.random() < 0.6 else [*right[:-1], *rng.integers(3, vocab, 2).tolist()]
+
+        passes.clear()
+        found = finish(small.prefill(prompts, draft=draft, **options))
+        assert [r.ids for r in found] == [r.ids for r in expected], case
+        for a, b in zip(found, expected, strict=True):
+            assert a.probabilities == pytest.approx(b.probabilities, rel=1e-3, abs=1e-6)
+        saved += without - len(passes)
+        passes.clear()
+    hook.remove()
+    return saved
+
+
+def test_drafts_change_nothing_but_the_number_of_passes(small):
+    assert compare_drafts(small, cases=80) > 80
+
+
+def test_likely_next(small_tokenizer):
+    """The draft of every token of a grounded text, at the places where the markup decides."""
+    ids = small_tokenizer.encode(
+        "<grounding> An image of<phrase> a cat</phrase><object><patch_index_0001><patch_index_0034></object>."
+    )
+    right = wrong = 0
+    for end in range(1, len(ids)):
+        for guess in small_tokenizer.likely_next(ids[:end]):
+            right += guess == ids[end]
+            wrong += guess != ids[end]
+    assert (right, wrong) == (3, 0)
+    assert small_tokenizer.likely_next([small_tokenizer.first_location]) == []
