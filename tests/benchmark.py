@@ -20,12 +20,13 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from kosmos2 import Kosmos2, pad_left  # noqa: E402
+from kosmos2 import Kosmos2, finish, pad_left  # noqa: E402
 from load_weights import Checkpoint, load_checkpoint  # noqa: E402
 
 TOKENS, BATCH, BATCH_TOKENS = 64, 16, 32
@@ -122,6 +123,41 @@ def measure(sides: list, rounds: int, times: dict) -> None:
     print("same ids" if len(set(map(tuple, ids.values()))) == 1 else "ids differ", file=sys.stderr)
 
 
+# The published caption of the official demo image, "An image of a snowman warming himself by a fire."
+CAPTION = [64007, 10, 43867, 64008, 64009, 64057, 64876, 64010, 5950, 597, 32,
+           64007, 10, 646, 64008, 64009, 64018, 64924, 64010, 4, 2]  # fmt: skip
+
+
+def measure_draft(side: Ours, rounds: int) -> str:
+    """The time for CAPTION, which a constraint forces, without and with `Tokenizer.likely_next`."""
+    model, tokenizer = side.model, side.tokenizer
+    ids, mask = tokenizer.encode_prompt("<grounding>An image of")
+    tokens, image_mask, _ = pad_left([(ids, mask)])
+    image = torch.zeros(1, model.config.latent_query_num, model.config.text.width)
+    steps: list[int] = []
+    hook = model.decoder.register_forward_hook(lambda *_: steps.append(1))
+
+    def force(so_far: list[int], remaining: int) -> np.ndarray:
+        return np.arange(tokenizer.vocab_size) == CAPTION[len(so_far) - len(ids)]
+
+    times = defaultdict(list)
+    counts = {}
+    for _ in range(rounds + 1):
+        for draft in (None, tokenizer.likely_next):
+            options = {"max_new_tokens": len(CAPTION), "constraint": force, "draft": draft}
+            state = model.prefill(tokens, image_embeds=image, image_mask=image_mask, **options)
+            steps.clear()
+            times[draft].append(seconds(lambda state=state: finish(state)))
+            counts[draft] = len(steps)
+    hook.remove()
+    before, after = (statistics.median(times[draft][1:]) for draft in times)
+    without, with_draft = counts.values()
+    return (
+        f"the published caption, {side.name}, after the first token: {before:.2f} s in {without} steps, "
+        f"with a draft {after:.2f} s in {with_draft} steps ({before / after:.2f}x)"
+    )
+
+
 @torch.inference_mode()
 def logits_error(reference: Reference, side: Ours) -> float:
     """Relative error of the next-token logits at every position of a prompt."""
@@ -162,17 +198,21 @@ def main() -> int:
     read = min(
         seconds(lambda: [float(s.read().sum()) for s in checkpoint.stored.values()]) for _ in range(2)
     )  # from the page cache
-    start, peak = whole_process(
-        script, "--checkpoint", args.checkpoint, "--precision", "int8", "--json", "--max-new-tokens", "1"
-    )
+    one_token = ["--precision", "int8", "--json", "--max-new-tokens", "1"]
+    start, peak = whole_process(script, "--checkpoint", args.checkpoint, *one_token)
+    with tempfile.TemporaryDirectory(dir=Path(args.checkpoint).parent) as folder:
+        save = ["--save", folder, "--precision", "int8"]
+        whole_process(str(ROOT / "load_weights.py"), args.checkpoint, *save)
+        start_int8, _ = whole_process(script, "--checkpoint", folder, *one_token)
 
     times: dict = defaultdict(list)
-    reference, errors = None, {}
+    reference, errors, drafts = None, {}, []
     for precision in ("fp32", "fp16", "int8"):
         side = Ours(args.checkpoint, precision)
         reference = reference or Reference(args.checkpoint, side.tokenizer)
         measure([reference, side], args.rounds, times)
         errors[precision] = logits_error(reference, side)
+        drafts.append(measure_draft(side, args.rounds))
     pixels = torch.randn(BATCH, 3, *[side.model.config.vision.image_size] * 2)
     for _ in range(2):
         for s in (side, reference):
@@ -194,13 +234,14 @@ def main() -> int:
         rate = 1 / median[name, "step"]
         achieved = rate * weights * size
         print(f"{row}| {achieved / 1e9:.0f} | {achieved / median[name, 'bandwidth']:.2f} |")
+    print("", *drafts, sep="\n")
     print(f"\n{BATCH} images, {BATCH_TOKENS} tokens each: transformers, fp32 {median[base, 'batch']:.1f} s; this, int8 "
           f"{median[side.name, 'batch']:.1f} s ({median[base, 'batch'] / median[side.name, 'batch']:.1f}x)")  # fmt: skip
     print(
         "relative error of the logits: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     )
     print(f"a complete int8 run of sample.py: peak memory {peak:.2f} GB; first token after {start:.1f} s, of which reading "
-          f"the weights once {read:.1f} s, importing torch {imports:.1f} s")  # fmt: skip
+          f"the weights once {read:.1f} s, importing torch {imports:.1f} s; from an int8 checkpoint after {start_int8:.1f} s")  # fmt: skip
     print(
         f"python sample.py with the bundled model: {bundled:.1f} s, of which importing torch {imports:.1f} s"
     )
