@@ -10,15 +10,25 @@ import time
 from collections import Counter
 from dataclasses import replace
 
+import benchmarks
 import numpy as np
 import pytest
 import scenes
 import torch
-from conftest import ROOT, SMALL, TINY, rough
+from conftest import ROOT, SMALL, TINY, rough, script
 from data import ALONE, MIXTURE, Grit, Scenes, collate, encode_record, grit_to_text
 from drawings import BACKGROUNDS, RGB, SHAPES, drawing, measure
 from drawings import run as ask
-from evaluate import HELD_OUT, answers, choose_examples, evaluate, first_scores, named, score
+from evaluate import (
+    HELD_OUT,
+    answers,
+    choose_examples,
+    evaluate,
+    first_scores,
+    named,
+    score,
+    score_results,
+)
 from patches import patch_labels
 from PIL import Image
 from scenes import (
@@ -562,3 +572,69 @@ def test_empty_lines_and_unusual_line_breaks(read_grit):
     assert len(read_grit(*lines).records) == 2
     with pytest.raises(ValueError, match="line 5"):
         read_grit(*lines, "nonsense")
+
+
+# ------------------------------------------------------------------------------------- the paper's benchmarks
+
+
+def write_benchmark(folder, kind, count=6):
+    """Scenes of the bundled world in the files of a benchmark; {phrase number: its thing's box}."""
+    images, annotations = [], []
+    for seed in range(HELD_OUT, HELD_OUT + count):
+        scene = Scene.random(seed)
+        image = scene.draw(200)
+        image.save(folder / f"{seed}.png")
+        entry = {"id": seed, "file_name": f"{seed}.png", "width": image.width, "height": image.height}
+        record = scene.record()
+        entry |= {"caption": record["caption"], "tokens_positive_eval": []}
+        for start, end, x1, y1, x2, y2, _ in record["noun_chunks"][: 1 if kind == "refcoco" else None]:
+            bbox = [x1 * image.width, y1 * image.height, (x2 - x1) * image.width, (y2 - y1) * image.height]
+            annotations.append({"image_id": seed, "bbox": bbox, "tokens_positive": [[start, end]]})
+            if [[start, end]] not in entry["tokens_positive_eval"]:
+                entry["tokens_positive_eval"].append([[start, end]])
+            if kind == "refcoco":
+                entry["caption"] = record["caption"][start:end]
+        if record["noun_chunks"]:
+            images.append(entry)
+    file = folder / "annotations.json"
+    file.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return file, len(annotations)
+
+
+@pytest.mark.parametrize("kind", ["refcoco", "flickr"])
+def test_the_benchmarks_of_the_paper(tmp_path, kind, capsys):
+    """Annotations to requests to results to a score: the bundled model finds most of the phrases."""
+    annotations, boxes = write_benchmark(tmp_path, kind)
+    requests = benchmarks.read_requests(kind, annotations, tmp_path)
+    assert sum(len(request["target"]) for request in requests) == boxes
+    assert all(request["prompt"].endswith(f"{request['phrase']}</phrase>") for request in requests)
+    lines = tmp_path / "requests.jsonl"
+    lines.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    results = tmp_path / "results.jsonl"
+    command = ["--requests", lines, "--results", results, "--max-new-tokens", "20"]
+    assert script.main(list(map(str, command))) == 0
+    shares, total = score_results(results)
+    assert total == len(requests) and 0.5 < shares[1] <= shares[5] <= shares[10]
+
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    for row in rows:
+        row["entities"] = [{"phrase": row["phrase"], "boxes": [[0, 0, 0.01, 0.01], *row["target"]]}]
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shares, _ = score_results(results)
+    assert shares[1] == 0 and shares[5] == shares[10] == 1
+
+
+def test_other_files_are_no_benchmarks(tmp_path):
+    file = tmp_path / "file.json"
+    for content in ("[]", '{"images": [], "annotations": [{}]}', '{"images": [{"id": 1}]}', "x"):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"file\.json is not a refcoco file"):
+            benchmarks.read_requests("refcoco", file, tmp_path)
+    for content, error in (
+        ("", "no results"),
+        ('{"image": "a.png"}', "no results"),
+        ('{"target": 1}', "line 1"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=error):
+            score_results(file)

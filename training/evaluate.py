@@ -2,6 +2,7 @@
 
     python training/evaluate.py [--checkpoint tiny] [--scenes 500] [--most 5] [--calibration PNG]
     python training/evaluate.py --precision int8          compare fp32 with a lower precision
+    python training/evaluate.py --results FILE            score a results file of sample.py (benchmarks.py)
 
 | task                      | a hit is                                                                       |
 |---------------------------|--------------------------------------------------------------------------------|
@@ -16,8 +17,10 @@
 """
 
 import argparse
+import json
 import random
 import sys
+import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -362,6 +365,49 @@ def print_comparison(args, tokenizer, chosen: Chosen, results: list[Generated], 
     print(f"| boxes that keep IoU 0.9 with those of fp32 | | {kept:.4f} | {boxes} |")
 
 
+# ----------------------------------------------------------------------------------------------------
+# Results files with truth (benchmarks.py)
+# ----------------------------------------------------------------------------------------------------
+
+
+def score_results(file: Path, counts=(1, 5, 10)) -> tuple[dict[int, float], int]:
+    """({k: share of requests for which one of the first k boxes is right}, number of requests)
+
+    A box is right if its IoU with any target is at least 0.5. ValueError if no line has "phrase"
+    and "target".
+    """
+    hits = {k: [] for k in counts}
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if "target" not in row:
+                continue
+            boxes = boxes_of_phrase(row["entities"], row["phrase"])
+            right = [any(iou(box, target) >= 0.5 for target in row["target"]) for box in boxes]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"{file}, line {number}: not a result ({type(error).__name__}: {error})"
+            ) from None
+        for k in counts:
+            hits[k].append(any(right[:k]))
+    total = len(hits[counts[0]])
+    if not total:
+        raise ValueError(f'{file} has no results with "phrase" and "target"; see training/benchmarks.py')
+    return {k: sum(found) / total for k, found in hits.items()}, total
+
+
+def boxes_of_phrase(entities: list[dict], phrase: str) -> list[Box]:
+    """The boxes of the entity with this phrase. Answers are normalized (NFKC) like the vocabulary's
+    training texts."""
+    asked = " ".join(unicodedata.normalize("NFKC", phrase).split())
+    for entity in entities:
+        if entity["phrase"] == asked:
+            return entity["boxes"]
+    return []
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -373,7 +419,17 @@ def main() -> int:
     parser.add_argument(
         "--calibration", type=Path, metavar="PNG", help="plot how good boxes are by their score"
     )
+    parser.add_argument("--results", type=Path, metavar="JSONL", help="score this file instead")
     args = parser.parse_args()
+    if args.results:
+        try:
+            shares, total = score_results(args.results)
+        except (OSError, ValueError) as error:
+            print(f"evaluate: {error}", file=sys.stderr)
+            return 1
+        for k, share in shares.items():
+            print(f"R@{k} at IoU 0.5: {share:.4f} of {total}")
+        return 0
     model, tokenizer = load_checkpoint(args.checkpoint)
     chosen = choose_examples(args.scenes, HELD_OUT, args.most)
     results = answers(model, tokenizer, chosen)

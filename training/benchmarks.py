@@ -1,0 +1,112 @@
+"""Turn the paper's grounding benchmarks into requests for sample.py.
+
+    python training/benchmarks.py refcoco ANNOTATIONS.json IMAGES --out requests.jsonl
+    python training/benchmarks.py flickr ANNOTATIONS.json IMAGES --out requests.jsonl
+    python sample.py --requests requests.jsonl --results results.jsonl --checkpoint WEIGHTS
+    python training/evaluate.py --results results.jsonl
+
+ANNOTATIONS are the files that MDETR published in COCO's format: finetune_refcoco_val.json and its
+relatives for RefCOCO, RefCOCO+ and RefCOCOg, final_flickr_separateGT_val.json for Flickr30k
+Entities. IMAGES is the folder with the images (COCO train2014, flickr30k-images). The prompts are
+those of the original evaluation, and every request carries its truth: "phrase" and "target", the
+right boxes in 0..1.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+Box = tuple[float, float, float, float]
+
+
+def normalize(bbox: list[float], image: dict) -> Box:
+    """COCO's (x, y, width, height) in pixels -> (x1, y1, x2, y2) in 0..1."""
+    x, y, width, height = bbox
+    return (
+        x / image["width"],
+        y / image["height"],
+        (x + width) / image["width"],
+        (y + height) / image["height"],
+    )
+
+
+def refcoco_requests(images: list[dict], annotations: dict[int, list[dict]]) -> Iterator[dict]:
+    """One request per expression: the caption of an entry is the expression, its annotation the box."""
+    for image in images:
+        expression = image["caption"].strip()
+        yield {
+            "file_name": image["file_name"],
+            "prompt": f"<grounding><phrase> {expression}</phrase>",
+            "phrase": expression,
+            "target": [normalize(found["bbox"], image) for found in annotations[image["id"]]],
+        }
+
+
+def flickr_requests(images: list[dict], annotations: dict[int, list[dict]]) -> Iterator[dict]:
+    """One request per phrase of a caption; the prompt has the caption up to the phrase.
+
+    Each annotation is a box, with the characters of its phrase in tokens_positive.
+    """
+    for image in images:
+        caption = image["caption"]
+        for spans in image["tokens_positive_eval"]:
+            start, end = spans[0]
+            boxes = [
+                normalize(found["bbox"], image)
+                for found in annotations[image["id"]]
+                if [start, end] in [list(span) for span in found["tokens_positive"]]
+            ]
+            if boxes:
+                yield {
+                    "file_name": image["file_name"],
+                    "prompt": f"<grounding>{caption[:start]} <phrase>{caption[start:end]}</phrase>",
+                    "phrase": caption[start:end],
+                    "target": boxes,
+                }
+
+
+BENCHMARKS = {"refcoco": refcoco_requests, "flickr": flickr_requests}
+
+
+def read_requests(benchmark: str, annotation_file: Path, folder: Path) -> list[dict]:
+    """The requests of a benchmark, images next to each other; ValueError for another kind of
+    file."""
+    try:
+        content = json.loads(annotation_file.read_text(encoding="utf-8"))
+        annotations = defaultdict(list)
+        for found in content["annotations"]:
+            annotations[found["image_id"]].append(found)
+        requests = list(BENCHMARKS[benchmark](content["images"], annotations))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{annotation_file} is not a {benchmark} file of MDETR ({what})") from None
+    for request in requests:
+        request["image"] = str(folder / request.pop("file_name"))
+    return sorted(requests, key=lambda request: request["image"])  # each image is encoded once
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("benchmark", choices=BENCHMARKS)
+    parser.add_argument("annotations", type=Path)
+    parser.add_argument("images", type=Path, help="folder with the images")
+    parser.add_argument("--out", type=Path, required=True, metavar="JSONL")
+    args = parser.parse_args()
+    try:
+        requests = read_requests(args.benchmark, args.annotations, args.images)
+        lines = [json.dumps(request, ensure_ascii=False) + "\n" for request in requests]
+        args.out.write_text("".join(lines), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {len(requests)} requests to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
