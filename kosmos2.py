@@ -790,15 +790,12 @@ Constraint = Callable[[list[int], int], np.ndarray | None]
 class GenerationOptions:
     """How to continue a prompt. ValueError for a value out of its range."""
 
-    max_new_tokens: int = (
-        430  # upper limit; prompt + new tokens must fit the context. 430: the original demo's limit
-    )
+    # Upper limit; prompt and new tokens must fit the context. 430 is the original demo's limit.
+    max_new_tokens: int = 430
     min_new_tokens: int = 0  # </s> is forbidden before
     temperature: float = 0.0  # 0 takes the most likely token, 1 samples from the model's distribution
     top_k: int | None = None  # sample among the k most likely tokens
-    top_p: float | None = (
-        None  # nucleus sampling: keep the smallest set of top tokens with total probability >= p
-    )
+    top_p: float | None = None  # sample among the most likely tokens that together reach probability p
     num_beams: int = 1  # above 1: beam search, which does not sample
     # Forbid repeating any n-gram, prompt and image slots included. The published model is used with
     # 3 (config.text.no_repeat_ngram_size); transformers 5.23 loses that setting while loading.

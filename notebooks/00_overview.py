@@ -2,21 +2,22 @@
 # # 0. One image, from pixels to text
 #
 # Kosmos-2 reads an image and writes a caption whose phrases are linked to boxes in the image. This notebook
-# follows one image through the whole model and looks at every tensor on the way. The following notebooks
+# follows one image through the whole model and looks at the main tensors on the way. The following notebooks
 # explain the parts one by one. (Reading time: 20 minutes.)
 #
 # ![The parts of Kosmos-2: vision transformer, resampler, the row of tokens with its image slots, the decoder and the choice of the next token](overview.svg)
 #
 # (The sizes in the diagram are those of the published model.) The notebooks use the real architecture with
 # the bundled weights: a small model trained on drawings. Only the sizes differ from the published model, and
-# the code takes them from the configuration.
+# the code takes them from the configuration. `figures.py`, next to the notebooks, has the helpers for figures
+# and tables, and it puts the project's modules on the import path.
 
 # %%
-from figures import ROOT, plt, reference, show, show_answers, show_image, table  # isort: skip  (it also sets the paths)
+from figures import ROOT, plt, reference, show, show_answers, show_image, table  # isort: skip
 import torch
 from PIL import Image
 
-from kosmos2 import finish, preprocess_image, record
+from kosmos2 import finish, preprocess_image, record, token_positions
 from load_weights import load_checkpoint
 from sample import Answer, draw_answers
 from tokenizer import to_markdown
@@ -28,21 +29,22 @@ show_image(image, "The image of this notebook: a snowman next to a fire in the s
 # %% [markdown]
 # ## Sizes, before we compute anything
 #
-# The sizes of all tensors follow from the configuration. An image of 140 x 140 pixels has 10 x 10 = 100
-# patches of 14 x 14 pixels; with [CLS] there are 101 positions. The resampler passes 32 vectors to the decoder,
-# whatever the number of patches.
+# The sizes of all tensors follow from the configuration. The ViT cuts the image into a square grid of patches;
+# with [CLS] there are N = grid² + 1 positions. The resampler passes Q vectors to the decoder, whatever the
+# number of patches.
 
 # %%
 vision, text, Q = model.config.vision, model.config.text, model.config.latent_query_num
-N = (vision.image_size // vision.patch_size) ** 2 + 1
-table(
-    [
-        ("pixels", "(1, 3, size, size)", (1, 3, vision.image_size, vision.image_size)),
-        ("features", "(1, N, E)", (1, N, vision.width)),
-        ("image_embeds", "(1, Q, D)", (1, Q, text.width)),
-    ],
-    ("tensor", "legend", "predicted shape"),
-)
+size = vision.image_size
+grid = size // vision.patch_size
+N = grid**2 + 1
+print(f"{size} x {size} pixels, {grid} x {grid} patches, {N} positions, {Q} latents")
+rows = [
+    ("pixels", "(1, 3, size, size)", (1, 3, size, size)),
+    ("features", "(1, N, E)", (1, N, vision.width)),
+    ("image_embeds", "(1, Q, D)", (1, Q, text.width)),
+]
+table(rows, ("tensor", "dimensions", "predicted shape"))
 
 # %% [markdown]
 # ## From the image to image embeddings
@@ -52,32 +54,40 @@ table(
 # the model runs.
 
 # %%
-pixels = preprocess_image(image, vision.image_size)[None]
+pixels = preprocess_image(image, size)[None]
 with torch.inference_mode(), record(model) as seen:
     features = model.vision(pixels)
     image_embeds = model.resampler(features)
-assert pixels.shape == (1, 3, vision.image_size, vision.image_size)
-assert features.shape == (1, N, vision.width) and image_embeds.shape == (1, Q, text.width)
-
-fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", width_ratios=(1, 1.3, 1.3))
-axes[0].imshow(((pixels[0] - pixels.min()) / (pixels.max() - pixels.min())).permute(1, 2, 0))
-axes[0].set_title(f"pixels: mean {pixels.mean():.2f}, std {pixels.std():.2f}")
-for axis, values, title, labels in (
-    (axes[1], features[0], "features", ("E", "N")), (axes[2], image_embeds[0], "image embeddings", ("D", "Q")),
-):  # fmt: skip
-    most = 3 * values.std()
-    drawn = axis.imshow(values, aspect="auto", cmap="RdBu", vmin=-most, vmax=most)
-    axis.set(title=title, xlabel=labels[0], ylabel=labels[1])
-    fig.colorbar(drawn)
-show(
-    fig,
-    "Three panels: the pixels, the features and the image embeddings, the last two as colored rows.",
-)
+assert pixels.shape == (1, 3, size, size)
+assert features.shape == (1, N, vision.width)
+assert image_embeds.shape == (1, Q, text.width)
+print(f"pixels: mean {pixels.mean():.2f}, standard deviation {pixels.std():.2f}")
 
 # %% [markdown]
-# Each row is a position: on the left [CLS], then the patches row by row; on the right the latents. Each
-# feature vector has unit length, because the last step of the ViT divides by the length. This is one of the
-# things in which Kosmos-2 differs from the textbook; notebook 2 shows what follows from it.
+# The figure shows the three tensors. The color scale of the features and of the image embeddings ends at three
+# standard deviations.
+
+# %%
+fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", width_ratios=(1, 1.3, 1.3))
+scaled = (pixels[0] - pixels.min()) / (pixels.max() - pixels.min())
+axes[0].imshow(scaled.permute(1, 2, 0))
+axes[0].set_title("pixels")
+panels = (axes[1], features[0], "features"), (axes[2], image_embeds[0], "image embeddings")
+for axis, values, title in panels:
+    limit = 3 * values.std()
+    drawn = axis.imshow(values, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
+    axis.set_title(title)
+    fig.colorbar(drawn)
+axes[1].set(xlabel="E", ylabel="N")
+axes[2].set(xlabel="D", ylabel="Q")
+show(fig, "Three panels: the squashed image, the features and the image embeddings as heat maps.")
+
+# %% [markdown]
+# In the middle panel, each row is a position: [CLS] first, then the patches, row by row. In the right panel, each
+# row is a latent.
+#
+# Each feature vector has unit length, because the last step of the ViT divides it by its length. This is one of
+# the differences from a textbook transformer; notebook 2 shows why it matters.
 
 # %%
 torch.testing.assert_close(features.norm(dim=-1), torch.ones(1, N))
@@ -88,16 +98,16 @@ torch.testing.assert_close(features.norm(dim=-1), torch.ones(1, N))
 # The prompt has Q slots between `<image>` and `</image>`. The image embeddings replace the token embeddings
 # of these slots, so the ids in them are only placeholders.
 #
-# `<grounding>` at the beginning of the text switches boxes on: the model was trained on texts with boxes that
-# begin with it and on texts without boxes that do not.
+# `<grounding>` at the beginning of the text switches boxes on: in training, texts with boxes began with it, and
+# texts without boxes did not.
 
 # %%
 ids, image_mask = tokenizer.encode_prompt("<grounding>An image of")
-shown = [
-    (t, i, tokenizer.id_to_token[i], "slot" if m else "")
-    for t, (i, m) in enumerate(zip(ids, image_mask, strict=True))
-]
-table([row for row in shown if row[3] == "" or row[0] < 4], ("t", "id", "token", ""))
+rows = []
+for t, (i, is_slot) in enumerate(zip(ids, image_mask, strict=True)):
+    if not is_slot or t < 4:  # all but the first two slots are left out
+        rows.append((t, i, tokenizer.id_to_token[i], "slot" if is_slot else ""))
+table(rows, ("t", "id", "token", ""))
 print(f"\n{len(ids)} positions = <s>, <image>, {Q} slots, </image>, and the text")
 assert len(ids) == 3 + Q + len(tokenizer.encode("<grounding>An image of", add_bos=False))
 
@@ -108,30 +118,37 @@ assert len(ids) == 3 + Q + len(tokenizer.encode("<grounding>An image of", add_bo
 # the text, only the last position matters. The ViT and the resampler use no mask; in the decoder, each position
 # attends to itself and to earlier ones only.
 #
-# Position ids start at 2 (fairseq reserves 0 and 1): `<s>` has 2, `<image>` 3, the Q slots follow, then
-# `</image>`, and the first token of the text has 2 + 3 + Q - 1 + 1 = Q + 5. (For Q = 64 that is 69.)
+# Position ids start at 2 (fairseq reserves 0 and 1): `<s>` has 2, `<image>` has 3, and the Q slots have 4 to
+# Q + 3. `</image>` has Q + 4, and the first token of the text has Q + 5. (For Q = 64 that is 69.)
 
 # %%
 tokens, mask = torch.tensor([ids]), torch.tensor([image_mask])
+assert tokenizer.id_to_token[ids[Q + 3]] == "<grounding>"
+assert token_positions(tokens)[0, Q + 3] == Q + 5
 with torch.inference_mode():
     x = model.embed(tokens, image_embeds=image_embeds, image_mask=mask)
     logits = model(tokens, image_embeds=image_embeds, image_mask=mask)
 print("x:", tuple(x.shape), " logits:", tuple(logits.shape))
-torch.testing.assert_close(x[0, 2 : 2 + Q], image_embeds[0])  # the image embeddings are in the slots
+torch.testing.assert_close(x[0, 2 : 2 + Q], image_embeds[0])  # the slots
+
+# %% [markdown]
+# These are the most likely tokens after the prompt:
+
+# %%
 best = logits[0, -1].softmax(dim=0).topk(4)
-table(
-    [
-        (f"{p:.4f}", repr(tokenizer.id_to_token[i]))
-        for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ],
-    ("p", "next token"),
-)
+rows = []
+for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+    rows.append((f"{p:.4f}", repr(tokenizer.id_to_token[i])))
+table(rows, ("p", "next token"))
+assert tokenizer.id_to_token[best.indices[0]] == "<phrase>" and best.values[0] > 0.5
 
 # %% [markdown]
 # `<phrase>` opens a phrase that will be linked to a box. To the decoder, tags and location tokens are ordinary
 # tokens of its vocabulary.
 #
 # ## Token by token
+#
+# `prefill` runs the prompt through the decoder. `finish` then appends the most likely token until the text ends.
 
 # %%
 state = model.prefill(tokens, image_embeds=image_embeds, image_mask=mask, max_new_tokens=100)
@@ -143,8 +160,8 @@ for t, (i, p) in enumerate(zip(new, result.probabilities, strict=True)):
 table(rows[:14], ("step", "token", "p"))
 
 # %% [markdown]
-# After `<object>` come two location tokens: the top-left and the bottom-right cell of a 32 x 32 grid. As text,
-# and as hyperlinks:
+# After `<object>` come two location tokens: the cells of the top-left and the bottom-right corner in a 32 x 32
+# grid. Here is the whole answer as tagged text, and as Markdown with links:
 
 # %%
 raw = tokenizer.decode(new)
@@ -152,33 +169,54 @@ print(raw, "\n")
 print(to_markdown("An image of" + raw))
 
 # %% [markdown]
-# The score of a box is the geometric mean of the probabilities of its two tokens (notebook 4).
+# `parse_output` turns the answer into a caption and its entities: phrases with boxes and scores. The score of a
+# box is the geometric mean of the probabilities of its two tokens (notebook 4).
 
 # %%
 caption, entities = tokenizer.parse_output(ids, new, result.probabilities)
-for _, span, boxes, scores in entities:
-    print(f"{caption[slice(*span)]:18} {[round(v, 3) for v in boxes[0]]}  score {scores[0]:.2f}")
+for entity in entities:
+    box = [round(v, 3) for v in entity.boxes[0]]
+    print(f"{entity.phrase:18} {box}  score {entity.scores[0]:.2f}")
+
+start = [tokenizer.id_to_token[i] for i in new].index("<object>")
+p1, p2 = result.probabilities[start + 1 : start + 3]
+assert abs(entities[0].scores[0] - (p1 * p2) ** 0.5) < 1e-3
+
+# %% [markdown]
+# `draw_answers` draws the boxes:
+
+# %%
 answer = Answer(caption, raw, entities)
-show_image(draw_answers(image, [answer]), "The image with a labeled box around each thing.", width=400)
+labeled = draw_answers(image, [answer])
+alt = "The image with the boxes of the caption, each labeled with its phrase."
+show_image(labeled, alt, width=400)
+
+# %% [markdown]
+# `show_answers` shows the caption as hyperlinks, as `sample.py` does with `--output page.html`. Hover over a
+# phrase to highlight its box. The percentages are the scores.
+
+# %%
 show_answers(image, answer)
 
 # %% [markdown]
 # ## Comparison with the reference
 #
-# Hugging Face transformers loads the same folder. Image embeddings, logits and generated ids must be equal.
+# Hugging Face transformers loads the same folder. The image embeddings and the logits must agree up to rounding,
+# and the generated ids must be equal.
 
 # %%
 theirs = reference()
+inputs = dict(pixel_values=pixels, input_ids=tokens, image_embeds_position_mask=mask.long())
 with torch.inference_mode():
-    out = theirs(pixel_values=pixels, input_ids=tokens, image_embeds_position_mask=mask.long())
+    out = theirs(**inputs)
 torch.testing.assert_close(image_embeds, out.image_embeds, rtol=1e-4, atol=1e-4)
 torch.testing.assert_close(logits, out.logits, rtol=1e-4, atol=1e-4)
-their_ids = theirs.generate(
-    pixel_values=pixels, input_ids=tokens, image_embeds_position_mask=mask.long(),
-    attention_mask=torch.ones_like(tokens), max_new_tokens=100, do_sample=False,
-)[0, len(ids) :].tolist()  # fmt: skip
+print(f"largest difference between two logits: {(logits - out.logits).abs().max():.1e}")
+
+options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=100, do_sample=False)
+their_ids = theirs.generate(**inputs, **options)[0, len(ids) :].tolist()
 assert their_ids == list(new)
-print(f"largest difference of a logit: {(logits - out.logits).abs().max():.1e}; all {len(new)} ids are equal")
+print(f"all {len(new)} ids are equal")
 
 # %% [markdown]
 # ## Exercises

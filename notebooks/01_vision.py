@@ -7,180 +7,217 @@
 
 # %%
 from figures import ROOT, overlay, plt, reference, show, table  # isort: skip
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from kosmos2 import PIXEL_MEAN, PIXEL_STD, preprocess_image, quick_gelu, record
+from kosmos2 import PIXEL_MEAN, PIXEL_STD, VisionConfig, preprocess_image, quick_gelu, record
 from load_weights import load_checkpoint
 
 torch.set_grad_enabled(False)
 model, _ = load_checkpoint(ROOT / "tiny")
 theirs = reference().vision_model.model
 vit, config = model.vision, model.config.vision
-image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
-pixels = preprocess_image(image, config.image_size)[None]
 P, G, E = config.patch_size, config.grid, config.width
 print(f"patch {P}, grid {G} x {G}, width {E}, {config.layers} layers, {config.heads} heads")
 
 # %% [markdown]
 # ## Pixels
 #
-# The image is *squashed* to a square; its aspect ratio is not preserved. This distorts things a little, but
+# The image is *squashed* to a square; its aspect ratio is not preserved. This distorts shapes a little, but
 # keeps boxes simple: 0.5 is the middle of the square and of the image. Then each channel is normalized with
 # CLIP's mean and standard deviation. By hand:
 
 # %%
-square = image.resize((config.image_size,) * 2, Image.Resampling.BICUBIC)
-by_hand = torch.tensor(list(square.get_flattened_data())).view(config.image_size, config.image_size, 3) / 255
-by_hand = ((by_hand - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)).permute(2, 0, 1)
-torch.testing.assert_close(by_hand, pixels[0])
+image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
+pixels = preprocess_image(image, config.image_size)[None]
+
+square = image.resize((config.image_size, config.image_size), Image.Resampling.BICUBIC)
+by_hand = torch.from_numpy(np.array(square)) / 255  # (rows, columns, 3)
+by_hand = (by_hand - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+torch.testing.assert_close(by_hand.permute(2, 0, 1), pixels[0])
 
 # %% [markdown]
 # ## Patches
 #
 # A convolution whose stride equals its size covers each patch once. So it is a linear layer on flattened
-# patches: 3 x 14 x 14 = 588 numbers in, E numbers out, no bias (the position embeddings include one).
+# patches: 3·P² numbers in, E numbers out, no bias (the position embeddings can take its place).
 
 # %%
 patches = pixels.unfold(2, P, P).unfold(3, P, P)  # (1, 3, G, G, P, P)
-patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(1, G * G, 3 * P * P)  # row by row from the top left
-by_hand = patches @ vit.patch_embedding.weight.view(E, -1).T
-torch.testing.assert_close(
-    by_hand, vit.patch_embedding(pixels).flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4
-)
-
-_, sizes, directions = torch.linalg.svd(vit.patch_embedding.weight.view(E, -1), full_matrices=False)
-fig, axes = plt.subplots(2, 8, figsize=(10, 2.9))
-for axis, size, kernel in zip(axes.flat, sizes, directions.view(-1, 3, P, P), strict=False):
-    axis.imshow(((kernel - kernel.min()) / (kernel.max() - kernel.min())).permute(1, 2, 0))
-    axis.set_title(f"{size:.1f}")
-    axis.axis("off")
-show(
-    fig,
-    "16 small color images of 14 by 14 pixels, ordered by singular value.",
-)
+patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(1, G * G, 3 * P * P)  # row by row
+matrix = vit.patch_embedding.weight.view(E, 3 * P * P)
+embedded = patches @ matrix.T
+expected = vit.patch_embedding(pixels).flatten(2).transpose(1, 2)
+torch.testing.assert_close(embedded, expected, rtol=1e-4, atol=1e-4)
+print(f"{3 * P * P} numbers in, {E} out")
 
 # %% [markdown]
-# These are the 16 patch patterns that the embedding is most sensitive to: its right singular vectors, each
-# scaled to its own minimum and maximum, with the singular value above.
-
-# %% [markdown]
-# ## Why 257 positions, or here 101
-#
-# In front of the patches stands [CLS], a learned vector that belongs to no patch. CLIP uses only its output,
-# to describe the whole image. Kosmos-2 passes on *all* N = G² + 1 positions: 16² + 1 = 257 in the published
-# model, 10² + 1 = 101 here.
-#
-# Attention treats its inputs as a set. The position of a patch comes from a learned vector that is added to
-# it. The maps below show the cosine similarity of four position embeddings to all others.
-#
-# One more LayerNorm follows, before the first block. CLIP has it and most ViTs do not.
+# Which patterns give the longest embeddings? The right singular vectors of the matrix: the first one gives the
+# longest embedding of all patterns of length one, the second the longest of those orthogonal to the first, and so
+# on. The figure shows the first 16, each scaled to its own minimum and maximum, with its singular value above.
 
 # %%
-x = torch.cat([vit.class_embedding.view(1, 1, E), by_hand], dim=1) + vit.position_embedding
-assert x.shape == (1, G * G + 1, E)
-x = F.layer_norm(x, (E,), vit.pre_layernorm.weight, vit.pre_layernorm.bias, config.layer_norm_eps)
+_, sizes, directions = torch.linalg.svd(matrix, full_matrices=False)
+fig, axes = plt.subplots(2, 8, figsize=(10, 2.9))
+for i, axis in enumerate(axes.flat):
+    pattern = directions[i].view(3, P, P)
+    pattern = (pattern - pattern.min()) / (pattern.max() - pattern.min())
+    axis.imshow(pattern.permute(1, 2, 0))
+    axis.set_title(f"{sizes[i]:.1f}")
+    axis.axis("off")
+show(fig, f"16 small color images of {P} by {P} pixels, ordered by singular value.")
 
-places = F.normalize(vit.position_embedding[1:], dim=1)
+# %% [markdown]
+# ## [CLS] and the positions
+#
+# [CLS], a learned vector that belongs to no patch, comes before the patches. CLIP uses only its output, to describe
+# the whole image. Kosmos-2 passes on *all* N = G² + 1 positions: 16² + 1 = 257 in the published model.
+#
+# Attention treats its inputs as a set. The position of a patch comes from a learned vector that is added to
+# it. One more LayerNorm follows, before the first block. CLIP has it and most ViTs do not.
+
+# %%
+x = torch.cat([vit.class_embedding.view(1, 1, E), embedded], dim=1) + vit.position_embedding
+assert x.shape == (1, G * G + 1, E)
+norm = vit.pre_layernorm
+x = F.layer_norm(x, (E,), norm.weight, norm.bias, config.layer_norm_eps)
+print(f"{x.shape[1]} positions")
+
+# %% [markdown]
+# The maps below show the cosine similarity of four position embeddings to all others.
+
+# %%
+positions = F.normalize(vit.position_embedding[1:], dim=1)
+similarity = positions @ positions.T  # (G², G²)
 fig, axes = plt.subplots(1, 4, figsize=(10, 2.7))
-for axis, place in zip(axes, (0, 3 * G + 2, 5 * G + 7, G * G - 1), strict=True):
-    axis.imshow((places @ places[place]).view(G, G), vmin=-1, vmax=1, cmap="RdBu")
-    axis.plot(place % G, place // G, "k+")
+for axis, patch in zip(axes, (0, 3 * G + 2, 5 * G + 7, G * G - 1), strict=True):
+    axis.imshow(similarity[patch].view(G, G), vmin=-1, vmax=1, cmap="RdBu")
+    axis.plot(patch % G, patch // G, "k+")
     axis.axis("off")
 fig.suptitle("Cosine similarity of the position embedding of one patch (+) to all others")
 fig.colorbar(axes[0].images[0], ax=axes)
-show(
-    fig,
-    "Four 10 by 10 maps of cosine similarity, each with one marked patch.",
-)
+show(fig, f"Four {G} by {G} maps of cosine similarity, each with one marked patch.")
+
+# %% [markdown]
+# On average, the embeddings of neighboring patches are more similar than those of two arbitrary patches:
+
+# %%
+position_grid = positions.view(G, G, E)
+neighbors = (position_grid[:, :-1] * position_grid[:, 1:]).sum(-1)  # next to each other in a row
+print(f"mean similarity: {neighbors.mean():.2f} for neighbors, {similarity.mean():.2f} overall")
+assert neighbors.mean() > similarity.mean() + 0.2
 
 # %% [markdown]
 # ## One block
 #
-# Pre-norm: LayerNorm, attention, add; LayerNorm, MLP, add. The activation is CLIP's QuickGELU,
-# `x · sigmoid(1.702 x)`, which is close to GELU but not equal.
+# Pre-norm: LayerNorm, attention, add; LayerNorm, MLP, add. Multi-head attention by its formula, one head at a time:
+
 
 # %%
-block = vit.layers[0]
-
-
 def attention(x, attn):
-    """Multi-head attention by its formula, softmax(q·kᵀ / √hd)·v, one head at a time."""
-    q, k, v = (F.linear(x, m.weight, m.bias) for m in (attn.q_proj, attn.k_proj, attn.v_proj))  # (1, N, E)
-    heads = []
-    for qh, kh, vh in zip(*(t.chunk(attn.heads, dim=-1) for t in (q, k, v)), strict=True):  # (1, N, hd)
-        weights = (qh @ kh.mT / qh.shape[-1] ** 0.5).softmax(-1)  # (1, N, N)
-        heads.append(weights @ vh)
-    return F.linear(torch.cat(heads, -1), attn.out_proj.weight, attn.out_proj.bias)
+    """softmax(q·kᵀ / √hd)·v for each head, then the output projection."""
+    q, k, v = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)  # (1, N, E)
+    hd = E // attn.heads
+    outputs = []
+    for start in range(0, E, hd):
+        head = slice(start, start + hd)
+        weights = (q[..., head] @ k[..., head].mT / hd**0.5).softmax(-1)  # (1, N, N)
+        outputs.append(weights @ v[..., head])
+    return attn.out_proj(torch.cat(outputs, dim=-1))
 
 
+block = vit.layers[0]
 y = x + attention(block.norm1(x), block.attn)
 y = y + block.mlp.fc2(quick_gelu(block.mlp.fc1(block.norm2(y))))
 torch.testing.assert_close(y, block(x), rtol=1e-4, atol=1e-4)
 
-difference = (quick_gelu(line := torch.linspace(-4, 4, 200)) - F.gelu(line)).abs().max()
+# %% [markdown]
+# The activation is CLIP's QuickGELU, `x · sigmoid(1.702 x)`, which is close to GELU but not equal:
+
+# %%
+line = torch.linspace(-4, 4, 200)
+torch.testing.assert_close(quick_gelu(line), line * torch.sigmoid(1.702 * line))
+difference = (quick_gelu(line) - F.gelu(line)).abs().max()
 print(f"QuickGELU and GELU differ by up to {difference:.3f}")
 
 # %% [markdown]
 # ## The whole ViT, and its last step
 #
-# After the last block comes a LayerNorm, and then each position is divided by its length, which CLIP does not do
-# here. Features of unit length have values of about 1/√E, so the layer that follows must expect small inputs:
+# After the last block comes a LayerNorm. Then each position is divided by its length, which CLIP does not do here.
+# Features of unit length have values of about 1/√E, so the layer that follows must expect small inputs:
 # notebook 2 shows what happens if it does not.
 
 # %%
 with record(model) as seen:
     features = vit(pixels)
 expected = theirs(pixels).last_hidden_state
-expected = F.normalize(theirs.post_layernorm(expected), dim=-1)  # transformers does this outside its ViT
+expected = F.normalize(theirs.post_layernorm(expected), dim=-1)  # outside the ViT in transformers
 torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
-lengths = vit.post_layernorm(seen[f"vision.layers.{config.layers - 1}"][0]).norm(dim=-1)[0]
-print(
-    f"√E = {E**0.5:.1f}; lengths before: {lengths.min():.1f} to {lengths.max():.1f}, after: {features.norm(dim=-1).mean():.3f}"
-)
+
+# %% [markdown]
+# `record` kept the output of the last block, so we can compare the lengths before and after the division. (A
+# LayerNorm whose weights are all one returns vectors of length √E.)
+
+# %%
+last = vit.post_layernorm(seen[f"vision.layers.{config.layers - 1}"][0])
+before, after = last.norm(dim=-1), features.norm(dim=-1)
+print(f"√E = {E**0.5:.1f}")
+print(f"lengths before: {before.min():.1f} to {before.max():.1f}, after: {after.mean():.3f}")
+torch.testing.assert_close(features, last / before[..., None])
 
 # %% [markdown]
 # ## Attention weights
 #
-# `record` also keeps the attention weights. Each row of `weights` belongs to one query and sums to one.
+# `record` also keeps the attention weights. Each row of `weights` belongs to one query and sums to one. Three patches
+# as queries, given as (row, column):
 
 # %%
 weights = seen[f"vision.layers.{config.layers - 1}.attn"][0][0]  # (H, N, N)
 torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
-shown = {"on the snowman": (6, 3), "on the fire": (7, 6), "in the sky": (1, 7)}
-fig, axes = plt.subplots(config.heads, 3, figsize=(8, 8))
-for column, (what, (row, col)) in enumerate(shown.items()):
+queries = {
+    "on the snowman": (int(0.7 * G), int(0.36 * G)),
+    "on the fire": (int(0.76 * G), int(0.65 * G)),
+    "in the sky": (int(0.2 * G), int(0.75 * G)),
+}
+print(queries)
+
+# %% [markdown]
+# The figure shows which patches each head of the last block attends to from these patches (+). `overlay` scales each
+# panel to its own maximum, so brightness cannot be compared between panels. [CLS] is not shown.
+
+# %%
+fig, axes = plt.subplots(config.heads, 3, figsize=(8, 2.6 * config.heads))
+for column, (where, (row, col)) in enumerate(queries.items()):
     for head in range(config.heads):
-        overlay(
-            axes[head, column],
-            image,
-            weights[head, 1 + row * G + col, 1:].view(G, G),
-            f"head {head}: patch {what}",
-        )
-        for color, width in (("white", 4), ("black", 1.5)):
-            place = (col + 0.5) / G * image.width, (row + 0.5) / G * image.height
-            axes[head, column].plot(*place, "+", color=color, markersize=12, markeredgewidth=width)
+        axis = axes[head, column]
+        to_patches = weights[head, 1 + row * G + col, 1:].view(G, G)
+        overlay(axis, image, to_patches, f"head {head}: patch {where}")
+        x_mark, y_mark = (col + 0.5) / G * image.width, (row + 0.5) / G * image.height
+        axis.plot(x_mark, y_mark, "+", color="white", markersize=12, markeredgewidth=4)
+        axis.plot(x_mark, y_mark, "+", color="black", markersize=12, markeredgewidth=1.5)
 fig.tight_layout()
-show(
-    fig,
-    "Nine copies of the image, bright where a head of the last block attends to from a marked patch; each panel is scaled to its own maximum.",
-)
+alt = "Copies of the image, one per head and query, brighter where the attention weight is larger."
+show(fig, alt)
 
 # %% [markdown]
 # ## Counting
 #
 # Parameters of a block: four projections of E² + E, an MLP of 2·E·M + M + E, two norms of 2E.
 
+
 # %%
-M = config.mlp_width
-predicted = 4 * (E * E + E) + 2 * E * M + M + E + 2 * 2 * E
-assert predicted == sum(p.numel() for p in block.parameters())
-full = dict(E=1024, M=4096, layers=24)
-count = full["layers"] * (
-    4 * (full["E"] ** 2 + full["E"]) + 2 * full["E"] * full["M"] + full["M"] + 5 * full["E"]
-)
-table([("here", predicted * config.layers), ("published model", count)], ("ViT blocks", "parameters"))
+def block_parameters(E, M):
+    return 4 * (E * E + E) + (2 * E * M + M + E) + 2 * 2 * E
+
+
+here = block_parameters(E, config.mlp_width)
+assert here == sum(p.numel() for p in block.parameters())
+published = VisionConfig()  # the defaults are the published sizes
+there = block_parameters(published.width, published.mlp_width)
+rows = [("here", here * config.layers), ("published model", there * published.layers)]
+table(rows, ("ViT blocks", "parameters"))
 
 # %% [markdown]
 # ## Exercises
