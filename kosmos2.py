@@ -380,7 +380,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def to_8_bits(image: Image.Image) -> Image.Image:
     """A 16-bit, 32-bit or float grayscale image -> 8 bits with the same brightness."""
     values = np.asarray(image).astype(np.float32)
-    low, high = float(values.min()), float(values.max())
+    low = float(values.min())
+    high = float(values.max())
     if image.mode != "F":
         limit = 65535.0
     elif high <= 1:
@@ -401,7 +402,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        E, eps = config.width, config.layer_norm_eps
+        E = config.width
+        eps = config.layer_norm_eps
         self.class_embedding = random_parameter(E, bound=E**-0.5)
         self.patch_embedding = nn.Conv2d(3, E, config.patch_size, stride=config.patch_size, bias=False)
         self.position_embedding = random_parameter(config.positions, E, bound=E**-0.5)
@@ -523,7 +525,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        D, eps = config.width, config.layer_norm_eps
+        D = config.width
+        eps = config.layer_norm_eps
         weight = random_parameter(config.vocab_size, D, bound=D**-0.5)
         self.embed_tokens = Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(
@@ -576,7 +579,8 @@ class Kosmos2(nn.Module):
         interpolate: accept any image of at least one patch, by interpolating the ViT's position
         embeddings; without it, ValueError for any size but the trained one.
         """
-        size, patch = self.config.vision.image_size, self.config.vision.patch_size
+        size = self.config.vision.image_size
+        patch = self.config.vision.patch_size
         shape = tuple(pixels.shape)
         if pixels.dim() != 4 or shape[1] != 3:
             raise ValueError(f"pixels: expected (B, 3, {size}, {size}), got {shape}")
@@ -645,7 +649,8 @@ class Kosmos2(nn.Module):
             raise ValueError(f"token ids must be in 0..{V - 1}; is this the tokenizer of another checkpoint?")
 
     def _check_slots(self, image_embeds: Tensor | None, image_mask: Tensor | None) -> None:
-        Q, D = self.config.latent_query_num, self.config.text.width
+        Q = self.config.latent_query_num
+        D = self.config.text.width
         if image_embeds is not None and tuple(image_embeds.shape[1:]) != (Q, D):
             raise ValueError(f"image_embeds: expected (I, {Q}, {D}), got {tuple(image_embeds.shape)}")
         images = 0 if image_embeds is None else len(image_embeds)
@@ -1071,7 +1076,8 @@ def beam_search(state: DecodeState) -> list[Generated]:
     when it has num_beams finished sequences and its best unfinished one scores no better than the
     worst of them.
     """
-    num_beams, limit = state.options.num_beams, state.options.max_new_tokens
+    num_beams = state.options.num_beams
+    limit = state.options.max_new_tokens
     totals = torch.zeros(len(state.rows))  # summed log-probability of every sequence
     finished: list[list[tuple[float, Generated]]] = [[] for _ in state.prompts]
     for length in range(1, limit + 1):
@@ -1109,7 +1115,8 @@ def best_continuations(state: DecodeState, scores: Tensor, beams: list[int], rem
     V = scores.shape[1]
     num_beams = state.options.num_beams
     best, flat_index = scores[beams].flatten().topk(min(2 * num_beams, len(beams) * V))
-    running, ended = [], []
+    running = []
+    ended = []
     for rank, (score, index) in enumerate(zip(best.tolist(), flat_index.tolist(), strict=True)):
         if score == -math.inf:
             break
@@ -1138,7 +1145,8 @@ def rank_boxes(
     """
     if len(state.rows) != 1 or state.options.max_new_tokens < 2 or count < 1:
         raise ValueError("rank_boxes: expected one prompt, max_new_tokens >= 2 and count >= 1")
-    grid, first_location = tokenizer.grid, tokenizer.first_location
+    grid = tokenizer.grid
+    first_location = tokenizer.first_location
     cells = torch.arange(grid**2)
     first = state.logits[0].softmax(dim=-1)[first_location:].cpu()  # (grid²,)
     p_first, top_left = first.topk(min(beam, len(cells)))  # (beam,)
@@ -1153,7 +1161,8 @@ def rank_boxes(
     kept: list[tuple[int, int, int, int]] = []
     best, flat_index = joint.topk(min(MOST_CANDIDATES, len(joint)))
     for probability, index in zip(best.tolist(), flat_index.tolist(), strict=True):
-        ul, lr = int(top_left[index // len(cells)]), index % len(cells)
+        ul = int(top_left[index // len(cells)])
+        lr = index % len(cells)
         box = (ul % grid, ul // grid, lr % grid + 1, lr // grid + 1)  # in whole cells
         if probability > 0 and all(iou(box, other) < 0.5 for other in kept):
             found.append((math.sqrt(probability), ul, lr))

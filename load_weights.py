@@ -355,13 +355,15 @@ OTHER_FORMATS = [
     (None, ".msgpack", "a Flax file"),
     (None, ".tflite", "a TensorFlow Lite file"),
 ]
+# Our own int8 layout. Under the usual name, transformers would load it, without the scales.
+INT8_FILE = "model.int8.safetensors"
 WEIGHT_FILES = [
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "kosmos-2.pt",
-    "model.int8.safetensors",  # our own: another name, because transformers would load it without the scales
+    INT8_FILE,
 ]
 
 
@@ -381,7 +383,8 @@ def read_tensors(file: Path) -> dict[str, LazyTensor]:
 def find_checkpoint(path: str | Path) -> tuple[Path, list[Path]]:
     """A folder, file or hub id -> (its folder, the files with its weights); FileNotFoundError if
     there are none."""
-    given, path = str(path), Path(path)
+    given = str(path)
+    path = Path(path)
     if not path.exists():
         looks_like_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given) and not path.parent.exists()
         if not looks_like_hub_id or path.suffix in (".safetensors", ".bin", ".pt", ".json"):
@@ -496,11 +499,14 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None):
         """weight (out, in): float16, or int8 with its scale (out,)."""
         super().__init__()
-        self.bias, self.scale = bias, scale
-        self.weight, self.packed = weight, None
+        self.bias = bias
+        self.scale = scale
+        self.weight = weight
+        self.packed = None
         engines = torch.backends.quantized.supported_engines
         if hasattr(torch.ops.quantized, INT8_KERNEL) and ("x86" in engines or "fbgemm" in engines):
-            self.weight, self.packed = None, pack(weight, bias, scale)
+            self.weight = None
+            self.packed = pack(weight, bias, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is None:
@@ -539,7 +545,8 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, weight: Tensor, scale: Tensor | None = None):
         super().__init__()
-        self.weight, self.scale = weight, scale
+        self.weight = weight
+        self.scale = scale
         self.unembed = PackedLinear(weight, None, scale)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -668,7 +675,8 @@ class Checkpoint:
         shapes = {self.names[ours]: tuple(t.shape) for ours, t in self.model.state_dict().items()}
         missing = sorted(shapes.keys() - self.stored.keys())
         unexpected = sorted(self.stored.keys() - shapes.keys() - OUTPUT_PROJECTIONS - UNUSED_BUFFERS)
-        wrong_shape, wrong_type = [], []
+        wrong_shape = []
+        wrong_type = []
         for name, shape in shapes.items():
             tensor = self.stored.get(name)
             if tensor is None:
@@ -678,7 +686,8 @@ class Checkpoint:
             scale = self.scales.get(name)
             if scale is not None and scale.shape != shape[:1]:
                 wrong_shape.append(f"{name}{SCALE}: expected {shape[:1]}, got {scale.shape}")
-            if tensor.dtype not in (FLOATS.values() if scale is None else ["i8"]):
+            types = FLOATS.values() if scale is None else ["i8"]
+            if tensor.dtype not in types:
                 wrong_type.append(f"{name}: {tensor.dtype}")
         found = [
             ("missing", missing),
@@ -799,7 +808,8 @@ def read_packed(checkpoint: Checkpoint, precision: str) -> Kosmos2:
             sources[name] = [name]
 
     def packed_module(name: str) -> nn.Module:
-        weights, scales = [], []
+        weights = []
+        scales = []
         for source in sources[name]:
             if precision == "int8":
                 weight, scale = checkpoint.quantized(f"{source}.weight")
@@ -900,8 +910,13 @@ def save_packed(
     output under NAME_scale; everything else in float32. transformers reads fp16, and finds no
     weights in an int8 folder.
     """
-    config = published_config(checkpoint.config) | {"dtype": "float16" if precision == "fp16" else "float32"}
-    if precision == "int8":
+    config = published_config(checkpoint.config)
+    if precision == "fp16":
+        file_name = "model.safetensors"
+        config["dtype"] = "float16"
+    else:
+        file_name = INT8_FILE
+        config["dtype"] = "float32"
         config["quantization_config"] = {"quant_method": "kosmos2_int8", "scales": f"NAME{SCALE}"}
     packed = {
         f"{name}.weight"
@@ -912,14 +927,13 @@ def save_packed(
     state = {}
     for ours in checkpoint.names:
         name = rename(ours, HUGGING_FACE)
-        if ours not in packed:
-            is_half = checkpoint.stored[checkpoint.names[ours]].dtype == "float16"
-            state[name] = checkpoint.tensor(ours, torch.float16 if is_half else torch.float32)
-        elif precision == "fp16":
+        stored_as = checkpoint.stored[checkpoint.names[ours]].dtype
+        if ours in packed and precision == "int8":
+            state[name], state[name + SCALE] = checkpoint.quantized(ours)
+        elif ours in packed or stored_as == "float16":
             state[name] = checkpoint.tensor(ours, torch.float16)
         else:
-            state[name], state[name + SCALE] = checkpoint.quantized(ours)
-    file_name = "model.int8.safetensors" if precision == "int8" else "model.safetensors"
+            state[name] = checkpoint.tensor(ours, torch.float32)
     write_checkpoint(state, config, sentencepiece_file, Path(folder), file_name)
 
 

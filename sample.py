@@ -291,11 +291,13 @@ def read_requests(source: str) -> list[Request]:
     """The requests in a JSONL file, or in stdin for "-"; ValueError names the line."""
     folder = Path(source).parent
     if source == "-":
-        lines, name = sys.stdin, "stdin"
+        lines = sys.stdin
+        name = "stdin"
         if hasattr(lines, "reconfigure"):
             lines.reconfigure(encoding="utf-8-sig")
     else:
-        lines, name = open(source, encoding="utf-8-sig"), source  # noqa: SIM115 (closed below)
+        lines = open(source, encoding="utf-8-sig")  # noqa: SIM115 (closed below)
+        name = source
     requests = []
     try:
         with lines:
@@ -462,7 +464,8 @@ def read_ahead(groups: list[list[Request]], load, batch_size: int) -> Iterator[t
     """
 
     def collect(futures) -> tuple[list[Group], list]:
-        loaded, errors = [], []
+        loaded = []
+        errors = []
         for requests, future in futures:
             try:
                 group = future.result()
@@ -859,14 +862,17 @@ def draw_answers(image: Image.Image, answers: list[Answer]) -> Image.Image:
     canvas = Image.new("RGB", (max(width, 240), height), "white")  # wide enough for labels
     canvas.paste(image.resize((width, height), Image.Resampling.LANCZOS), (0, 0))
     font_size = max(13, round(min(width, 1600) / 40))
-    pen, line = ImageDraw.Draw(canvas), max(2, font_size // 6)
+    pen = ImageDraw.Draw(canvas)
+    line = max(2, font_size // 6)
     entities = [entity for answer in answers for entity in answer.entities]
     labels = []
     for i, entity in enumerate(entities):
         color = PALETTE[i % len(PALETTE)]
         for x1, y1, x2, y2 in entity.boxes:
-            left, top = x1 * width, y1 * height
-            right, bottom = max(left, x2 * width - 1), max(top, y2 * height - 1)
+            left = x1 * width
+            top = y1 * height
+            right = max(left, x2 * width - 1)
+            bottom = max(top, y2 * height - 1)
             pen.rectangle([left - 2, top - 2, right + 2, bottom + 2], outline="white", width=line + 4)
             pen.rectangle([left, top, right, bottom], outline=color, width=line)
             if entity.span[0] != entity.span[1]:
@@ -885,7 +891,8 @@ def draw_label(
     font = ImageFont.load_default(font_size)
     while pen.textlength(phrase, font=font) + 8 > size[0] and len(phrase) > 2:
         phrase = phrase.removesuffix("…")[:-1] + "…"
-    width, height = pen.textlength(phrase, font=font) + 8, round(font_size * 1.35)
+    width = pen.textlength(phrase, font=font) + 8
+    height = round(font_size * 1.35)
     x = min(max(left, 0), max(size[0] - width, 0))
     choices = [min(max(y, 0), max(size[1] - height, 0)) for y in (top - height, top, bottom - height, bottom)]
     for y in [*choices, choices[0]]:
@@ -927,9 +934,12 @@ for (const type of ["mouseover", "mouseout", "focusin", "focusout"])
 def html_figure(image: Image.Image | None, answers: list[Answer], title: str = "") -> str:
     """An image with its boxes and the captions that link to them, as HTML. Needs HTML_HEAD once per
     page."""
-    boxes, captions, count = "", "", 0
+    boxes = ""
+    captions = ""
+    count = 0
     for answer in answers:
-        text, done = "", 0
+        text = ""
+        done = 0
         for entity in answer.entities:
             mark = f'data-entity="{count}" style="--c: {PALETTE[count % len(PALETTE)]}'
             scores = [f"{score:.0%}" for score in entity.scores if score is not None]
@@ -1032,7 +1042,8 @@ class Progress:
     """Progress and messages on stderr; on a terminal, the bar stays in one line."""
 
     def __init__(self, total: int):
-        self.total, self.done = total, 0
+        self.total = total
+        self.done = 0
         self.started = time.perf_counter()
         self.in_place = sys.stderr.isatty()
 
@@ -1062,7 +1073,8 @@ def run(args: argparse.Namespace) -> int:
     if args.top_boxes and not all(request.wants_boxes for request in requests):
         raise ValueError("--top-boxes requires a request for boxes: task ground or refer with a text")
     import_model_code()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     groups = [list(group) for _, group in groupby(requests, key=lambda request: request.images)]
     if len(groups) == 1:
         for path in groups[0][0].images:

@@ -23,7 +23,8 @@ import sentencepiece
 
 GRID = 32  # cells per side
 DELIMITER = "</delimiter_of_multi_objects/>"
-IMAGE_OPEN, IMAGE_CLOSE = "<image>", "</image>"
+IMAGE_OPEN = "<image>"
+IMAGE_CLOSE = "</image>"
 
 # In the vocabulary, the tags follow the pieces in this order; the GRID * GRID location tokens
 # follow the tags.
@@ -75,11 +76,14 @@ def box_to_tokens(box: Box, grid: int = GRID, training: bool = False) -> tuple[i
         raise ValueError(
             f"box {tuple(box)}: expected (x1, y1, x2, y2) with 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1"
         )
-    left, top = math.floor(x1 * grid), math.floor(y1 * grid)
+    left = math.floor(x1 * grid)
+    top = math.floor(y1 * grid)
     if training:
-        right, bottom = math.floor(min(x2, 0.99999) * grid), math.floor(min(y2, 0.99999) * grid)
+        right = math.floor(min(x2, 0.99999) * grid)
+        bottom = math.floor(min(y2, 0.99999) * grid)
     else:
-        right, bottom = math.ceil(x2 * grid - 1), math.ceil(y2 * grid - 1)
+        right = math.ceil(x2 * grid - 1)
+        bottom = math.ceil(y2 * grid - 1)
     # Rounding must not reverse a very thin box.
     return top * grid + left, max(bottom, top) * grid + max(right, left)
 
@@ -103,7 +107,8 @@ def tokens_to_box(ul: int, lr: int, grid: int = GRID) -> Box:
 
 def ordered_box(ul: int, lr: int, grid: int = GRID) -> Box:
     """`tokens_to_box` for any two opposite corners: swapped corners are reordered."""
-    (row1, column1), (row2, column2) = divmod(ul, grid), divmod(lr, grid)
+    row1, column1 = divmod(ul, grid)
+    row2, column2 = divmod(lr, grid)
     top_left = min(row1, row2) * grid + min(column1, column2)
     bottom_right = max(row1, row2) * grid + max(column1, column2)
     return tokens_to_box(top_left, bottom_right, grid)
@@ -298,7 +303,8 @@ class Tokenizer:
         """ids -> tagged text. Images (<image>, slots, </image>), <s>, </s>, <pad>, <unk> and <mask>
         are dropped."""
         ids = [int(i) for i in ids]
-        opening, closing = self.special_ids[IMAGE_OPEN], self.special_ids[IMAGE_CLOSE]
+        opening = self.special_ids[IMAGE_OPEN]
+        closing = self.special_ids[IMAGE_CLOSE]
         kept: list[str] = []
         skip_to = 0
         for at, i in enumerate(ids):
@@ -375,7 +381,8 @@ class Tokenizer:
         return [self.special_ids["</object>"]] if len(corners) == 2 else []
 
     def _inside_phrase(self, ids: list[int]) -> bool:
-        opening, closing = self.special_ids["<phrase>"], self.special_ids["</phrase>"]
+        opening = self.special_ids["<phrase>"]
+        closing = self.special_ids["</phrase>"]
         for i in reversed(ids):
             if i in (opening, closing):
                 return i == opening

@@ -88,7 +88,7 @@ MUTATIONS = [
     ("packed keys and values exchanged", LOADER, 'for part in "qkv"]', 'for part in "qvk"]'),
     ("shared prefixes stay", LOADER, "if len(first_words) != 1 or", "if True or"),
     ("pieces keep sentencepiece's ids", TOKENIZER, "[i + 1 if i else", "[i if i else"),
-    ("box corners of the training code", TOKENIZER, "math.ceil(x2 * grid - 1), math.ceil(y2 * grid - 1)", "math.floor(x2 * grid - 1e-9), math.floor(y2 * grid)"),
+    ("box corners of the training code", TOKENIZER, "math.ceil(x2 * grid - 1)\n        bottom = math.ceil(y2 * grid - 1)", "math.floor(x2 * grid - 1e-9)\n        bottom = math.floor(y2 * grid)"),
     ("cells instead of centers", TOKENIZER, "left + 0.5, top + 0.5, right + 0.5, bottom + 0.5", "left, top, right + 1, bottom + 1"),
     ("thin boxes from center to center", TOKENIZER, "if left == right or top == bottom:", "if False:"),
     ("bottom-right corner anywhere", TOKENIZER, "(rows >= top) & (columns >= left)", "rows >= 0"),

@@ -190,7 +190,8 @@ def grit_to_text(record: dict, key: str = "ref_exps", grid: int = GRID) -> str:
 # ----------------------------------------------------------------------------------------------------
 
 # A row numbers its texts: 0 is the image, 1, 2, ... are texts about it.
-ALONE, PADDING = -1, -2  # a text without an image; positions that fill up a row
+ALONE = -1  # a text without an image
+PADDING = -2  # positions that fill up a row
 
 
 class Row:
@@ -258,9 +259,11 @@ class Scenes:
         self, tokenizer: Tokenizer, config: Kosmos2Config, length: int, first: int, without_texts: int = 0
     ):
         self.tokenizer = tokenizer
-        self.image_size, self.grid = config.vision.image_size, config.vision.grid
+        self.image_size = config.vision.image_size
+        self.grid = config.vision.grid
         self.length = length
-        self.first, self.without_texts = first, without_texts
+        self.first = first
+        self.without_texts = without_texts
 
     def row(self, n: int) -> Row:
         scene = Scene.random(self.first + n)
@@ -272,7 +275,8 @@ class Scenes:
         for number, example in enumerate(choose(tasks(scene, rng), rng), start=1):
             prompt, image_mask = encode_example(self.tokenizer, example)
             if not example.alone:
-                prompt, image_mask = prompt[row.prefix :], image_mask[row.prefix :]
+                prompt = prompt[row.prefix :]
+                image_mask = image_mask[row.prefix :]
             answer = [*encode_answer(self.tokenizer, example.answer), EOS]
             if len(row.tokens) + len(prompt) + len(answer) <= self.length:
                 pixels = []
@@ -312,7 +316,9 @@ class Grit:
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, config: Kosmos2Config, seed: int):
-        self.tokenizer, self.config, self.seed = tokenizer, config, seed
+        self.tokenizer = tokenizer
+        self.config = config
+        self.seed = seed
         self.records: list[tuple[Path, list[int]]] = []
         self.counts: Counter = Counter()  # what became of the boxes
         room = config.text.max_positions - config.latent_query_num - 4  # <s>, <image>, </image>, </s>
@@ -336,12 +342,14 @@ class Grit:
             self.records.append((image, ids))
         if not self.records:
             raise ValueError(f"{path} has no records")
-        self.epoch, self.order = -1, []
+        self.epoch = -1
+        self.order = []
 
     def row(self, n: int) -> Row:
         epoch, at = divmod(n, len(self.records))
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, list(range(len(self.records)))
+            self.epoch = epoch
+            self.order = list(range(len(self.records)))
             random.Random(f"{self.seed} {epoch}").shuffle(self.order)
         path, ids = self.records[self.order[at]]
         row = Row(self.tokenizer, preprocess_image(open_image(path), self.config.vision.image_size))
@@ -387,8 +395,13 @@ class Steps(torch.utils.data.Dataset):
             raise ValueError(
                 f"a batch of {batch} does not divide into {world} processes x {accumulate} parts"
             )
-        self.source, self.first, self.last, self.batch = source, first, last, batch
-        self.accumulate, self.rank, self.world = accumulate, rank, world
+        self.source = source
+        self.first = first
+        self.last = last
+        self.batch = batch
+        self.accumulate = accumulate
+        self.rank = rank
+        self.world = world
 
     def __len__(self) -> int:
         return self.last - self.first

@@ -85,7 +85,8 @@ def name_of(phrase: str) -> tuple[str, int] | None:
     if understood is None:
         return None
     number, meaning = understood
-    kind, color = meaning["kind"], meaning.get("color")
+    kind = meaning["kind"]
+    color = meaning.get("color")
     name = kind if color is None else f"{color} {kind}"
     return name, 1 if number is None else number
 

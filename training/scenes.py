@@ -71,8 +71,10 @@ PLACES = [
 KINDS = list(DRAWINGS)
 ANYTHING = "thing"  # the word that fits every kind
 
-SMALLEST, LARGEST = 0.12, 0.5  # sizes of things
-LARGE, SMALL = 0.30, 0.20  # sizes in between have no size word
+SMALLEST = 0.12  # sizes of things
+LARGEST = 0.5
+LARGE = 0.30  # sizes in between have no size word
+SMALL = 0.20
 MARGIN = 0.10  # centers closer than this along an axis are neither left nor right, neither above nor below
 NEXT_TO = 0.15  # things side by side with a smaller gap are "next to" each other
 SECOND = 50_000_000  # from a scene's seed to the seed of the other scene in its two-image prompts
@@ -116,8 +118,10 @@ class Thing:
             turned.append(Part(points, part.color))
         x1, y1, x2, y2 = extent(turned)
         scale = self.size / max(x2 - x1, y2 - y1)
-        x_scale, y_scale = scale / math.sqrt(self.aspect), scale * math.sqrt(self.aspect)
-        x_middle, y_middle = (x1 + x2) / 2, (y1 + y2) / 2
+        x_scale = scale / math.sqrt(self.aspect)
+        y_scale = scale * math.sqrt(self.aspect)
+        x_middle = (x1 + x2) / 2
+        y_middle = (y1 + y2) / 2
         cx, cy = self.center
         return [
             Part(
@@ -179,7 +183,8 @@ def extent(parts: list[Part]) -> Box:
 def random_thing(rng: random.Random, others: list[Thing], background: str, aspect: float) -> Thing | None:
     """A thing in a free place; sometimes of the kind or color of an earlier one. None if no place
     was found."""
-    kind, color = rng.choice(KINDS), rng.choice(list(COLORS))
+    kind = rng.choice(KINDS)
+    color = rng.choice(list(COLORS))
     if rng.random() < 0.35:
         kind = rng.choice(list(SHAPES))
     if others and rng.random() < 0.35:
@@ -194,10 +199,12 @@ def random_thing(rng: random.Random, others: list[Thing], background: str, aspec
             kind, None if kind in UNCOLORED else color, (0.5, 0.5), size, rng.getrandbits(30), aspect
         )
         x1, y1, x2, y2 = thing.box
-        half_width, half_height = (x2 - x1) / 2 + 0.01, (y2 - y1) / 2 + 0.01
+        half_width = (x2 - x1) / 2 + 0.01
+        half_height = (y2 - y1) / 2 + 0.01
         if max(half_width, half_height) > 0.5:
             continue
-        x, y = rng.uniform(half_width, 1 - half_width), rng.uniform(half_height, 1 - half_height)
+        x = rng.uniform(half_width, 1 - half_width)
+        y = rng.uniform(half_height, 1 - half_height)
         if background in ("day", "night", "snow") and rng.random() < 0.8 and (y < 0.45) != (kind in AIRBORNE):
             continue
         thing = replace(thing, center=(x, y))
@@ -308,7 +315,8 @@ def joint(groups: list[list[Thing]], i: int, detailed: bool) -> str:
 
 def relation(a: Thing, b: Thing) -> str:
     """How thing a lies to thing b, which is not left of it: above, below, next to or left of it."""
-    across, down = b.center[0] - a.center[0], b.center[1] - a.center[1]
+    across = b.center[0] - a.center[0]
+    down = b.center[1] - a.center[1]
     if abs(down) > across:
         return "above" if down > 0 else "below"
     return "next to" if b.box[0] - a.box[2] < NEXT_TO else "left of"
@@ -379,7 +387,8 @@ def paint_landscape(
         "night": ((22, 28, 66), rng.choice([(30, 56, 44), (214, 222, 240), (44, 40, 60)])),
         "snow": (rng.choice([(196, 212, 232), (60, 74, 116)]), (240, 244, 250)),
     }[name]
-    sky, ground = mix(sky, random_color(rng, 0, 255), 0.08), mix(ground, random_color(rng, 0, 255), 0.08)
+    sky = mix(sky, random_color(rng, 0, 255), 0.08)
+    ground = mix(ground, random_color(rng, 0, 255), 0.08)
     image = Image.new("RGB", (width, height), sky)
     pen = ImageDraw.Draw(image)
     horizon = height * rng.uniform(0.5, 0.8)
@@ -389,7 +398,8 @@ def paint_landscape(
     if name != "day":
         radius = max(1, round(width / 220))
         for _ in range(rng.randint(8, 40)):
-            x, y = rng.uniform(0, width), rng.uniform(0, height if name == "snow" else horizon)
+            x = rng.uniform(0, width)
+            y = rng.uniform(0, height if name == "snow" else horizon)
             pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=(250, 250, 240))
     return image, [sky, ground]
 
@@ -493,7 +503,8 @@ def resolve(expression: str, scene: Scene) -> list[Thing] | None:
             anchors = resolve(rest, scene)
             if not anchors or len(anchors) != 1:
                 return None
-            side, anchor = name, anchors[0]
+            side = name
+            anchor = anchors[0]
     understood = read_words(words)
     if understood is None:
         return None
@@ -572,7 +583,8 @@ def linked_caption(scene: Scene, detailed: bool = False) -> str:
     record = scene.record(detailed)
     groups = [[thing] for thing in scene.things] if detailed else scene.groups()
     spans = dict.fromkeys((row[0], row[1]) for row in record["noun_chunks"])
-    text, done = "", 0
+    text = ""
+    done = 0
     for (start, end), group in zip(spans, groups, strict=True):
         text += record["caption"][done : start - 1] + link(record["caption"][start:end], group)
         done = end
@@ -581,7 +593,8 @@ def linked_caption(scene: Scene, detailed: bool = False) -> str:
 
 def captions(scene: Scene) -> list[Example]:
     """Brief and detailed, grounded and plain."""
-    brief, detailed = linked_caption(scene), linked_caption(scene, detailed=True)
+    brief = linked_caption(scene)
+    detailed = linked_caption(scene, detailed=True)
     start = PROMPTS["plain"]
     describe = PROMPTS["detail"].removeprefix("<grounding>")
     return [
@@ -613,7 +626,8 @@ def grounding(scene: Scene, rng: random.Random) -> list[Example]:
             found.append(Example(task, ground_prompt(phrase), objects(group), tuple(group)))
     absent = random_name(rng)
     if not resolve(absent, scene):
-        (x1, x2), (y1, y2) = sorted(rng.random() for _ in "xx"), sorted(rng.random() for _ in "yy")
+        (x1, x2) = sorted(rng.random() for _ in "xx")
+        (y1, y2) = sorted(rng.random() for _ in "yy")
         box = boxes_to_text([(x1, y1, min(1, x2 + 0.01), min(1, y2 + 0.01))], training=True)
         found.append(Example("ground absent", ground_prompt(f"{article(absent)} {absent}"), box))
     return found
@@ -629,7 +643,8 @@ def referring(scene: Scene, rng: random.Random) -> list[Example]:
     """Referring expressions to boxes (comprehension), and boxes to expressions (generation)."""
     found = []
     for thing in scene.things:
-        by_looks, by_position = names(thing, scene), list(islice(relations(thing, scene, rng), 2))
+        by_looks = names(thing, scene)
+        by_position = list(islice(relations(thing, scene, rng), 2))
         found += [Example("refer", ground_prompt(words), objects([thing]), (thing,)) for words in by_looks]
         found += [
             Example("refer relation", ground_prompt(words), objects([thing]), (thing,))
@@ -657,7 +672,8 @@ def questions(scene: Scene, rng: random.Random) -> list[Example]:
     """Visual question answering about single things."""
     found = []
     for thing in scene.things:
-        a_name, the_name = f"{article(thing.name)} {thing.name}", f"the {thing.name}"
+        a_name = f"{article(thing.name)} {thing.name}"
+        the_name = f"the {thing.name}"
         if thing.color and len(scene.find(thing.kind)) == 1:
             the_kind = link(f"the {thing.kind}", [thing])
             found += ask(
@@ -699,7 +715,8 @@ def questions(scene: Scene, rng: random.Random) -> list[Example]:
 def counting(scene: Scene, rng: random.Random) -> list[Example]:
     """How many there are of a kind or a color, and whether there is one at all."""
     found = []
-    color, kind = rng.choice(list(COLORS)), rng.choice(KINDS)
+    color = rng.choice(list(COLORS))
+    kind = rng.choice(KINDS)
     choices: list[tuple[str, str | None]] = [(ANYTHING, None), (ANYTHING, color), (kind, None)]
     if scene.things:
         some = rng.choice(scene.things)
@@ -738,7 +755,8 @@ def in_context(scene: Scene, rng: random.Random) -> list[Example]:
         lambda thing: thing.clear_place,
     ]
     for say in topics:
-        shown, asked = rng.choice(scene.things), rng.choice(second.things)
+        shown = rng.choice(scene.things)
+        asked = rng.choice(second.things)
         if say(shown) and say(asked):
             prompt = (
                 f"<grounding>{link('It', [shown])} is {say(shown)}.<image><grounding>{link('It', [asked])} is"
@@ -768,7 +786,8 @@ def is_caption(text: str) -> bool:
         if understood is None:
             return False
         number, meaning = understood
-        kind, color = meaning["kind"], meaning.get("color")
+        kind = meaning["kind"]
+        color = meaning.get("color")
         if kind == ANYTHING or (color is None) != (kind in UNCOLORED) or number in (0, 1):
             return False
         if phrase != counted([Thing(kind, color, (0, 0), 0)] * (number or 1)):

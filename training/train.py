@@ -124,7 +124,8 @@ def init_weights(model: Kosmos2, first_location: int, seed: int = 0) -> None:
     for block in [*model.vision.layers, *model.decoder.layers]:
         for last in (block.attn.out_proj, block.mlp.fc2):
             last.weight *= 0.5
-    E, grid = model.config.vision.width, model.config.vision.grid
+    E = model.config.vision.width
+    grid = model.config.vision.grid
     model.vision.class_embedding.normal_(std=E**-0.5)
     model.resampler.dense.weight.normal_(std=1.0)
     model.resampler.latent_query.normal_(std=1.0)
@@ -151,7 +152,8 @@ class Losses(nn.Module):
         self.patch_head = patch_head
 
     def forward(self, pixels, image_mask, tokens, positions, texts, targets, patch_labels=None):
-        model, T = self.model, tokens.shape[1]
+        model = self.model
+        T = tokens.shape[1]
         features = model.vision(pixels)  # (I, N, E)
         patch_loss = features.new_zeros(())
         if self.patch_head is not None:
@@ -207,7 +209,8 @@ class Run:
     """A training run and the files in its folder."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.folder = args, args.out
+        self.args = args
+        self.folder = args.out
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = (
             torch.device("cuda", self.rank % torch.cuda.device_count())
@@ -239,7 +242,8 @@ class Run:
             self.source = Scenes(
                 self.tokenizer, config, args.length, first, without_texts=self.vision_steps * args.batch
             )
-        self.step, self.minutes = 0, 0.0
+        self.step = 0
+        self.minutes = 0.0
         self.log: list[dict] = []
         if (self.folder / "checkpoint.pt").exists():
             self.resume()
@@ -266,7 +270,9 @@ class Run:
             self.patch_head.load_state_dict(state["patch_head"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self.minutes, self.log = state["step"], state["minutes"], state["log"]
+        self.step = state["step"]
+        self.minutes = state["minutes"]
+        self.log = state["log"]
         self.say(f"resuming {self.folder} at step {self.step}\n")
 
     def save(self) -> None:
@@ -304,7 +310,8 @@ class Run:
                 # The processes' gradients are averaged.
                 (losses.sum() * self.world / count + patch_loss / len(micro_batches)).backward()
             targets = batch["targets"][batch["targets"] != -100]
-            place, losses = targets >= self.tokenizer.first_location, losses.detach()
+            place = targets >= self.tokenizer.first_location
+            losses = losses.detach()
             parts = [
                 losses[place].sum(),
                 place.sum(),
@@ -352,11 +359,13 @@ class Run:
             self.world,
         )
         loader = torch.utils.data.DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=8)
-        recent, clock = [], time.perf_counter()
+        recent = []
+        clock = time.perf_counter()
         for micro_batches in loader:
             recent.append(self.train_step(micro_batches))
             now = time.perf_counter()
-            self.minutes, clock = self.minutes + (now - clock) / 60, now
+            self.minutes = self.minutes + (now - clock) / 60
+            clock = now
             last = self.step == self.last_step
             if self.step % args.log_every == 0 or self.step == self.vision_steps or last:
                 means = {name: round(sum(r[name] for r in recent) / len(recent), 4) for name in recent[0]}
