@@ -246,6 +246,7 @@ class LazyTensor(NamedTuple):
 
 
 FLOATS = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # safetensors -> torch
+DTYPES = FLOATS | {"i8": "int8"}
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -266,7 +267,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 part = file.get_slice(name)
                 dtype = part.get_dtype().lower()
-                found[name] = LazyTensor(tuple(part.get_shape()), FLOATS.get(dtype, dtype), reader(name))
+                found[name] = LazyTensor(tuple(part.get_shape()), DTYPES.get(dtype, dtype), reader(name))
     except SafetensorError as error:
         raise ValueError(
             f"{path} is damaged or not a safetensors file ({error}); download it again"
@@ -686,7 +687,7 @@ class Checkpoint:
             scale = self.scales.get(name)
             if scale is not None and scale.shape != shape[:1]:
                 wrong_shape.append(f"{name}{SCALE}: expected {shape[:1]}, got {scale.shape}")
-            types = FLOATS.values() if scale is None else ["i8"]
+            types = FLOATS.values() if scale is None else ["int8"]
             if tensor.dtype not in types:
                 wrong_type.append(f"{name}: {tensor.dtype}")
         found = [
@@ -940,6 +941,8 @@ def save_packed(
 def write_checkpoint(
     state: dict[str, Tensor], config: dict, sentencepiece_file: str | Path, folder: Path, file_name: str
 ) -> None:
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
     others = [name for name in WEIGHT_FILES if name != file_name and (folder / name).exists()]
     if others:

@@ -174,7 +174,7 @@ def save_as(folder, precision, to) -> str:
 def test_a_packed_checkpoint_computes_the_same(small_folder, tmp_path, precision):
     """A checkpoint saved in fp16 or int8 gives the same bits as one packed while it is loaded."""
     report = save_as(small_folder, precision, tmp_path / "saved")
-    assert {"fp16": "float16 x", "int8": "i8 x"}[precision] in report
+    assert {"fp16": "float16 x", "int8": "int8 x"}[precision] in report
     original, tokenizer = load_checkpoint(small_folder, precision)
     saved, _ = load_checkpoint(tmp_path / "saved", precision)
     tokens, image_mask, _ = pad_left([tokenizer.encode_prompt("<grounding> An image of")])
