@@ -8,18 +8,25 @@
 # %%
 from figures import COLORS, ROOT, plt, show, table  # isort: skip
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import load_weights
 from kosmos2 import Kosmos2Config, finish, preprocess_image
 from load_weights import PackedLinear, load_checkpoint, multi_core_linear, quantize
 
 torch.set_grad_enabled(False)
 
+# %% [markdown]
+# All times below are medians of a few rounds.
 
+
+# %%
 def seconds(run, rounds: int = 7) -> float:
     """The median of some rounds, after a warm-up."""
     run()
@@ -48,9 +55,8 @@ big = torch.ones(2**26)  # 256 MB: larger than any cache
 bandwidth = big.numel() * 4 / best(big.sum)
 a, b = torch.randn(512, 2048), torch.randn(2048, 4096)
 compute = 2 * 512 * 2048 * 4096 / best(lambda: a @ b)
-print(
-    f"{torch.get_num_threads()} threads: memory {bandwidth / 1e9:.0f} GB/s, compute {compute / 1e9:.0f} GFLOP/s"
-)
+print(f"{torch.get_num_threads()} threads")
+print(f"memory {bandwidth / 1e9:.0f} GB/s, compute {compute / 1e9:.0f} GFLOP/s")
 print(f"ridge: {compute / bandwidth:.0f} operations per byte use both fully")
 
 # %% [markdown]
@@ -70,28 +76,24 @@ measured = []
 for R in rows:
     x = torch.randn(R, K)
     measured.append(seconds(lambda x=x: [multi_core_linear(x, w) for w in layers], 5) / len(layers))
-table(
-    [(R, f"{1e3 * p:.2f}", f"{1e3 * m:.2f}") for R, p, m in zip(rows, predicted, measured, strict=True)],
-    ("rows", "predicted ms", "measured ms"),
-)
+columns = zip(rows, predicted, measured, strict=True)
+shown = [(R, f"{1e3 * p:.2f}", f"{1e3 * m:.2f}") for R, p, m in columns]
+table(shown, ("rows", "predicted ms", "measured ms"))
 
+# %% [markdown]
+# The same as a figure, on logarithmic scales:
+
+# %%
 fig, axis = plt.subplots(figsize=(6, 3.2))
 axis.plot(rows, [1e3 * v for v in predicted], "--", color="#777777", label="the roofline")
 axis.plot(rows, [1e3 * v for v in measured], "o-", color=COLORS[1], label="measured")
-axis.set(
-    xscale="log",
-    yscale="log",
-    xlabel="rows",
-    ylabel="ms per layer",
-    title="limited by memory, then by arithmetic",
-)
-axis.set(xticks=rows, xticklabels=rows, yticks=(1, 3, 10, 30), yticklabels=(1, 3, 10, 30))
+axis.set(xscale="log", yscale="log", xlabel="rows", ylabel="ms per layer")
+axis.set_title("limited by memory, then by arithmetic")
+axis.set_xticks(rows, rows)
+axis.set_yticks((1, 3, 10, 30), (1, 3, 10, 30))
 axis.minorticks_off()
 axis.legend(frameon=False)
-show(
-    fig,
-    "Time of a layer against the number of rows on logarithmic scales: the predicted line is flat for few rows and then rises; the measured points are near it or above.",
-)
+show(fig, "Time of a layer against the number of rows: the predicted line is flat, then rises.")
 
 # %% [markdown]
 # 16 rows cost much less than 16 times as much as one row: this is why batches pay off.
@@ -108,11 +110,11 @@ assert measured[3] < 12 * measured[0]
 t = Kosmos2Config().text
 weights = t.layers * (4 * t.width**2 + 2 * t.width * t.mlp_width) + t.vocab_size * t.width
 print(f"{weights / 1e9:.2f} billion weights per token")
-table(
-    [(name, f"{weights * size / 1e9:.2f} GB", f"{1e3 * weights * size / bandwidth:.0f} ms", f"{bandwidth / weights / size:.1f}")
-     for name, size in (("fp32", 4), ("fp16", 2), ("int8", 1))],
-    ("weights", "read per token", "at least", "tokens/s at most"),
-)  # fmt: skip
+rows = []
+for name, size in (("fp32", 4), ("fp16", 2), ("int8", 1)):
+    took = weights * size / bandwidth
+    rows.append((name, f"{weights * size / 1e9:.2f} GB", f"{1e3 * took:.0f} ms", f"{1 / took:.1f}"))
+table(rows, ("weights", "read per token", "at least", "tokens per second at most"))
 
 # %% [markdown]
 # `tests/benchmark.py` measures how close the whole model comes to this.
@@ -140,9 +142,9 @@ scale = weight.abs().amax(dim=1) / 127
 q = (weight / scale[:, None]).round().to(torch.int8)
 torch.testing.assert_close(quantize(weight)[0], q)
 step = (weight - q * scale[:, None]).abs().amax(dim=1) / scale
-print(
-    f"rounding is off by at most {step.max():.2f} steps; a step is {float((scale / weight.std(dim=1)).mean()):.3f} standard deviations"
-)
+deviations = float((scale / weight.std(dim=1)).mean())
+print(f"rounding is off by at most {step.max():.2f} steps")
+print(f"a step is {deviations:.3f} standard deviations of the weights")
 
 # %% [markdown]
 # Uniform rounding has a variance of step²/12. So the relative error of a product should be about step / √12, relative
@@ -164,12 +166,15 @@ assert abs((of_weights + of_inputs) ** 0.5 / error - 1) < 0.1
 # %%
 outlier = weight.clone()
 outlier[7, 7] = 20 * weight.std()
-for name, s in (
-    ("one scale for each output", outlier.abs().amax(1, keepdim=True) / 127),
-    ("one for all", outlier.abs().max() / 127),
+errors = {}
+for name, size in (
+    ("one scale for each output", outlier.abs().amax(1, keepdim=True)),
+    ("one scale for all", outlier.abs().max()),
 ):
-    rounded = (outlier / s).round() * s
-    print(f"{name:26} relative error of the weights {float((rounded - outlier).norm() / outlier.norm()):.4f}")
+    rounded = (outlier / size * 127).round() * size / 127
+    errors[name] = float((rounded - outlier).norm() / outlier.norm())
+    print(f"{name:26} relative error of the weights {errors[name]:.4f}")
+assert errors["one scale for all"] > 2 * errors["one scale for each output"]
 
 # %% [markdown]
 # Inputs have one scale per row. With one scale for the batch, rows with small values would be coarse next to a row with
@@ -178,12 +183,13 @@ for name, s in (
 # %%
 x = torch.randn(4, K)
 x[0] *= 20  # a row with large values
-for name, s in (
-    ("one scale for each row", x.abs().amax(1, keepdim=True) / 127),
-    ("one for all", x.abs().max() / 127),
+for name, size in (
+    ("one scale for each row", x.abs().amax(1, keepdim=True)),
+    ("one scale for all", x.abs().max()),
 ):
-    rounded = (x / s).round() * s
-    print(f"{name:26} relative error of the other rows {float((rounded - x)[1:].norm() / x[1:].norm()):.4f}")
+    rounded = (x / size * 127).round() * size / 127
+    error = float((rounded - x)[1:].norm() / x[1:].norm())
+    print(f"{name:26} relative error of the other rows {error:.4f}")
 
 # %% [markdown]
 # ## The cost on the bundled model
@@ -197,22 +203,39 @@ models = {p: load_checkpoint(ROOT / "tiny", p) for p in ("fp32", "fp16", "int8")
 tokenizer = models["fp32"][1]
 pixels = preprocess_image(image, models["fp32"][0].config.vision.image_size)[None]
 ids, mask = tokenizer.encode_prompt("<grounding>An image of")
-rows, exact = [], None
+tokens, image_mask = torch.tensor([ids]), torch.tensor([mask])
+logits = {}
 for name, (model, _) in models.items():
-    logits = model(torch.tensor([ids]), pixels, image_mask=torch.tensor([mask]))
-    exact = logits if exact is None else exact
-    state = model.prefill(torch.tensor([ids]), pixels, image_mask=torch.tensor([mask]), max_new_tokens=100)
+    logits[name] = model(tokens, pixels, image_mask=image_mask)
+
+# %%
+exact = logits["fp32"]
+rows = []
+for name, (model, _) in models.items():
+    error = float((logits[name] - exact).norm() / exact.norm())
+    state = model.prefill(tokens, pixels, image_mask=image_mask, max_new_tokens=100)
     result = finish(state)[0]
     text, entities = tokenizer.parse_output(ids, result.ids, result.probabilities)
-    rows.append(
-        (
-            name,
-            f"{float((logits - exact).norm() / exact.norm()):.1e}",
-            f"{entities[0].scores[0]:.3f}",
-            text[:60],
-        )
-    )
+    rows.append((name, f"{error:.1e}", f"{entities[0].scores[0]:.3f}", text[:60]))
 table(rows, ("weights", "error of logits", "first score", "caption"))
+assert float((logits["int8"] - exact).norm() / exact.norm()) < 0.1
+
+# %% [markdown]
+# ## Quantize once
+#
+# Quantizing reads all weights in their original precision at every start. `python load_weights.py CHECKPOINT --save DIR
+# --precision int8` does it once and stores the int8 matrices with their scales. The outputs are the same to the bit.
+
+# %%
+folder = Path(tempfile.mkdtemp())
+checkpoint = load_weights.Checkpoint(ROOT / "tiny")
+load_weights.save_packed(checkpoint, "int8", tokenizer.model_file, folder)
+before = (ROOT / "tiny" / "model.safetensors").stat().st_size
+after = (folder / "model.int8.safetensors").stat().st_size
+print(f"{before / 1e6:.1f} MB in fp16, {after / 1e6:.1f} MB in int8")
+saved, _ = load_checkpoint(folder, "int8")
+assert torch.equal(saved(tokens, pixels, image_mask=image_mask), logits["int8"])
+assert after < 0.65 * before
 
 # %% [markdown]
 # ## Exercises

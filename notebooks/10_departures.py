@@ -117,7 +117,7 @@ for changed in measured.values():
     color = "#c62828" if counts else "#1565c0"
     axis.errorbar(moved, lost, error, marker="o", color=color)
 axis.set(xscale="log", xlabel="relative change of the logits", ylabel="cost in IoU")
-show(fig, "Points with error bars: the cost in IoU over the change of the logits, for each departure.")
+show(fig, "Points with error bars: each departure, its cost in IoU by the change of the logits.")
 
 # %%
 print(f"{quiet} of {len(measured)} departures cost nothing that 40 scenes can show")

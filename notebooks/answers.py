@@ -318,4 +318,22 @@ assert 15 < error4 / error8 < 21
 # 9.4 1.34 GB of weights, 393,216 bytes of cache per token: from 3,400 tokens on, beyond the context of 2,048.
 assert TextConfig().max_positions < 1_342_000_000 // (2 * 24 * 2048 * 4)
 
+# ----------------------------------------------------------------------------------------------- 10. Departures
+
+# 10.1 Positions from 1 shift all encodings by one place, and attention depends mostly on distances. Without the scale,
+# every token is several times shorter than the position that is added to it.
+# 10.2 Scores that are √hd times as large make the softmax pick a single position. `attention_weights` in kosmos2.py shows
+# the formula; patch `torch.nn.functional.scaled_dot_product_attention` with one that passes scale=1.
+# 10.3 Three standard errors must fit into 0.01. They shrink with the square root of the number of scenes, so with a
+# standard deviation of 0.2 of the differences it takes (3 · 0.2 / 0.01)² scenes:
+assert round((3 * 0.2 / 0.01) ** 2) == 3600
+
+# ----------------------------------------------------------------------------------------------- 11. Fine-tuning
+
+# 11.1 It can learn to describe a ladder by words that the decoder knows, but hardly the word: the embeddings of its
+# pieces and their order are in the decoder, which is frozen.
+# 11.2 Run `python sample.py IMAGE --checkpoint RUN --task ground --text "a ladder"`: captions taught it the word and the
+# look, and grounding needs nothing else.
+# 11.3 Whatever is not in the data is forgotten bit by bit. Mix some of the old tasks into the new data.
+
 print("all answers are correct")
