@@ -1,14 +1,15 @@
 # %% [markdown]
 # # 5. Generation: cache, sampling and constraints
 #
-# The decoder returns a distribution over the next token. This notebook is about the rest: the cache, padding,
-# sampling, beams, and constraints on the output. (Reading time: 35 minutes.)
+# The decoder returns a distribution over the next token. This notebook is about what turns these distributions into
+# text: the cache, padding, sampling, beams, constraints on the output, and guessing ahead. (Reading time: 35 minutes.)
 
 # %%
 from figures import ROOT, plt, reference, show, table  # isort: skip
 import math
 
 import torch
+from data import encode_answer
 from PIL import Image
 
 import kosmos2
@@ -39,7 +40,7 @@ def generate(**options):
 # ## The key-value cache
 #
 # A new token attends to the keys and values of all earlier tokens, and with causal attention these never change.
-# So we keep them. By hand, without a cache: run the whole sequence for every token. The ids must be the same.
+# So they can be kept. Without a cache, the whole sequence is run again for every token. The ids must be the same.
 
 # %%
 sequence, steps = list(ids), 12
@@ -50,8 +51,8 @@ for _ in range(steps):
 assert sequence[T:] == generate()[:steps]
 
 # %% [markdown]
-# With the cache, the loop is: mask the logits, sample, append, step. Here it is without masks and with greedy
-# choice; `decode` in `kosmos2.py` is the whole loop. `prefill` runs the prompt.
+# With the cache, the loop is: mask the logits, sample, append, step. Here it is without masking and with greedy
+# decoding; `decode` in `kosmos2.py` is the whole loop. `prefill` runs the prompt.
 
 # %%
 with torch.inference_mode():
@@ -84,7 +85,7 @@ axis.legend(frameon=False)
 show(fig, "Two curves: with a cache, the work grows linearly, without one quadratically.")
 
 # %% [markdown]
-# It costs memory: 2 tensors x layers x D numbers per position.
+# The cache takes memory: 2 tensors x layers x D numbers per position.
 
 # %%
 state = model.prefill(tokens, image_embeds=image_embeds, image_mask=mask, max_new_tokens=n)
@@ -96,14 +97,14 @@ print(f"{held / 2**20:.2f} MiB for {T + n - 1} positions")
 # %% [markdown]
 # ## Rows of different lengths
 #
-# A batch is a rectangle, so shorter prompts are padded, on the *left*, because every row continues at its right end.
-# Position ids count only real tokens, so the first one of each row is 2, and padding is masked. With both, a row has
-# the same result as alone:
+# A batch is a rectangle, so shorter prompts are padded. The padding goes on the *left*, because every row continues at
+# its right end. Position ids count only real tokens, so the first one of each row is 2, and padding is masked. With
+# both, each row gives the same result as it does alone:
 
 # %%
-longer = "<grounding>Describe this image in detail:"
-shorter = "Question: How many things are there? Answer:"
-asked = [tokenizer.encode_prompt(prompt) for prompt in (longer, shorter)]
+description = "<grounding>Describe this image in detail:"
+question = "Question: How many things are there? Answer:"
+asked = [tokenizer.encode_prompt(prompt) for prompt in (description, question)]
 rows, slots, pads = pad_left(asked)
 print("padding in front:", pads.sum(dim=1).tolist())
 print("first positions:", token_positions(rows, pads)[:, :6].tolist())
@@ -120,8 +121,8 @@ for (i, m), row in zip(asked, both, strict=True):
     torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
 # %% [markdown]
-# What does padding on the right break? Here are both prompts again, padded on the right. The next token follows the last
-# column, and in the shorter row that is padding: its logits say nothing about the prompt.
+# What does padding on the right break? Here are both prompts again, with the padding of the shorter one moved to its
+# end. We compare its logits in the last column with those that the prompt should have.
 
 # %%
 short = int(pads.sum(dim=1).argmax())
@@ -137,11 +138,21 @@ torch.testing.assert_close(logits[-1 - padding], expected, rtol=1e-3, atol=1e-3)
 assert not torch.allclose(logits[-1], expected, atol=1)
 
 # %% [markdown]
-# The logits at the end of the prompt are right, so `forward`, which training uses, accepts either side. `generate`
-# raises an error for padding on the right.
-#
+# In the last column of the shorter row is a padding token, so its logits are not those of the prompt. They are further
+# to the left, at the last token of the prompt, and there they are right. So `forward`, which training uses, accepts
+# padding on either side. Generation continues from the last column, so `generate` raises an error:
+
+# %%
+try:
+    model.generate(right_rows, None, two, right_slots, right_pads)
+    raise AssertionError("padding on the right was accepted")
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
 # transformers 5.23 handles left-padded prompts correctly, but from the first new token on it counts positions from the
-# length of the cache, padding included. So the positions of padded rows jump, and the logits change:
+# length of the cache, padding included. So the positions of padded rows jump. By how much do the logits change?
+# (`reference` of `figures.py` loads the same weights into transformers.)
 
 # %%
 theirs = reference()
@@ -166,13 +177,16 @@ lone_ids, lone_mask = (torch.tensor([v]) for v in asked[short])
 lone = their_logits(lone_ids, lone_mask, torch.zeros_like(lone_mask))
 change = (their_logits(rows, slots, pads) - lone).abs().amax(dim=-1)
 table(list(enumerate(f"{c:.4f}" for c in change.tolist())), ("step", "largest change of a logit"))
+assert change[0] < 1e-2 and change[1] > 10 * change[0]
 
 # %% [markdown]
+# At step 0, the logits of the prompt agree except for rounding. From step 1 on, they do not.
+#
 # ## Choosing: greedy, temperature, top-k, top-p
 #
 # Greedy decoding takes the most likely token. Sampling at temperature τ draws from softmax(logits / τ). Top-p keeps
 # the smallest set of top tokens whose total probability is at least p, *including* the token that crosses p. Without
-# that one, a first token of probability 0.95 would be dropped at top-p 0.9, and nothing would remain.
+# it, at top-p 0.9 a first token of probability 0.95 would be dropped, and nothing would remain.
 #
 # A toy distribution, and how often each token is drawn:
 
@@ -194,7 +208,7 @@ for name, options in choices.items():
 table(rows, ("", *"ABCDE"))
 
 # %% [markdown]
-# With top-p 0.8, A and B together have 0.75, so C crosses and stays:
+# With top-p 0.8, A and B together have 0.75, so C crosses 0.8 and stays:
 
 # %%
 expected = toy.exp()[:3] / toy.exp()[:3].sum()
@@ -203,7 +217,8 @@ assert abs(float(rows[4][1]) - float(expected[0])) < 0.02
 
 # %% [markdown]
 # `sample` inverts the cumulative distribution, with one uniform random number per token. With a seed, all rows of a
-# batch share one random stream, so the result of a row does not depend on the batch.
+# batch share one random stream, so the result of a row does not depend on the batch. The first 150 characters at three
+# temperatures:
 
 # %%
 for name, options in (
@@ -216,10 +231,10 @@ for name, options in (
 # %% [markdown]
 # ## Beams
 #
-# The most likely first token need not begin the most likely text. Beam search keeps the K best beginnings. Texts of
-# different lengths are compared by the mean log-probability of their tokens; a prompt is done when K texts have ended
-# and the best unfinished one is no better than the worst of these. It costs K times the arithmetic and K times the
-# cache, but each step still reads the weights only once.
+# The most likely text does not have to begin with the most likely token. Beam search keeps the K best sequences so far.
+# Finished texts of different lengths are compared by the mean log-probability of their tokens. A prompt is done when K
+# texts have ended and the best unfinished one is no better than the worst of these. This takes K times the arithmetic
+# and K times the cache, but each step still reads the weights only once.
 
 # %%
 rows = []
@@ -231,6 +246,9 @@ for beams in (1, 2, 4):
 table(rows, ("beams", "tokens", "mean log-probability"))
 
 # %% [markdown]
+# More beams often find a text with a higher mean, but this is not guaranteed: the search may drop a sequence early that
+# would have become the best one.
+#
 # ## N-gram blocking
 #
 # The published model is used with a rule: no three tokens in a row may occur twice, prompt included. This prevents
@@ -240,30 +258,67 @@ table(rows, ("beams", "tokens", "mean log-probability"))
 # %%
 told = tokenizer.encode("<grounding> a red star and a red", add_bos=False)
 forbidden = [tokenizer.id_to_token[i] for i in kosmos2.repeated_ngrams(told, 3)]
-print(forbidden)
+print("forbidden:", forbidden)
 assert forbidden == ["▁star"]
 
 # %% [markdown]
-# Tags are tokens like all others. After the second link of a list and a comma, the rule forbids opening another:
+# Tags are tokens like all others. After the second link of a list and a comma, the rule forbids opening another link,
+# because `</object>`, the comma and `<phrase>` would repeat. (`encode_answer` from `training/data.py` returns the tokens
+# that a model generates for a text. `Tokenizer.encode`, for prompts, would put a space before the comma.)
 
 # %%
 star = "<phrase> a red star</phrase><object><patch_index_0661><patch_index_0927></object>"
 moon = "<phrase> a blue moon</phrase><object><patch_index_0546><patch_index_0907></object>"
-listed = f"<grounding>{star},{moon},"
-ending = tokenizer.encode(listed, add_bos=False)
-forbidden = [tokenizer.id_to_token[i] for i in kosmos2.repeated_ngrams(ending, 3)]
-print("after", [tokenizer.id_to_token[i] for i in ending[-2:]], "forbidden:", forbidden)
+listed = encode_answer(tokenizer, f"{star},{moon},")
+forbidden = [tokenizer.id_to_token[i] for i in kosmos2.repeated_ngrams(listed, 3)]
+print("after", [tokenizer.id_to_token[i] for i in listed[-2:]], "forbidden:", forbidden)
 assert forbidden == ["<phrase>"]
+for end in range(len(listed)):  # the rule allows every token up to here
+    assert listed[end] not in kosmos2.repeated_ngrams(listed[:end], 3)
 
 # %% [markdown]
-# Also, no two links can start with the same top-left corner: `</phrase>`, `<object>` and the corner would repeat. The
-# config of the bundled model turns the rule off; `sample.py` uses the setting of the checkpoint.
+# Also, no two links can start with the same top-left corner: `</phrase>`, `<object>` and the corner would repeat. What
+# does this do to the caption of an image with more things?
+
+# %%
+busy = Image.open(ROOT / "tiny" / "busy.png").convert("RGB")
+busy_pixels = preprocess_image(busy, model.config.vision.image_size)[None]
+busy_ids, busy_mask = tokenizer.encode_prompt("<grounding>An image of")
+busy_inputs = {"pixels": busy_pixels, "image_mask": torch.tensor([busy_mask])}
+
+
+def caption(**options):
+    return model.generate(torch.tensor([busy_ids]), max_new_tokens=110, **busy_inputs, **options)[0]
+
+
+def repeats(ids) -> int:
+    """Number of 3-grams that occurred before."""
+    return sum(ids[end] in kosmos2.repeated_ngrams(ids[:end], 3) for end in range(len(ids)))
+
+
+# %%
+free, blocked = caption(), caption(no_repeat_ngram_size=3)
+for name, written in (("without the rule", free), ("with the rule", blocked)):
+    print(f"{name}, {repeats(busy_ids + written)} repeated 3-grams:")
+    print(tokenizer.decode(written))
+assert repeats(busy_ids + free) > 0 and repeats(busy_ids + blocked) == 0
+
+# %%
+pairs = list(zip(free, blocked, strict=False))
+first_change = [a == b for a, b in pairs].index(False)
+assert free[first_change] in kosmos2.repeated_ngrams(busy_ids + free[:first_change], 3)
+print("forbidden:", tokenizer.id_to_token[free[first_change]])
+print("instead:  ", tokenizer.id_to_token[blocked[first_change]])
+
+# %% [markdown]
+# Both texts are the same up to the first repeated 3-gram. There the rule forces another token, and everything after it
+# depends on that token. The config of the bundled model turns the rule off; `sample.py` uses the setting of the checkpoint.
 #
 # ## Complete boxes
 #
-# `Tokenizer.allowed_tokens` returns the tokens that keep the markup valid; it is a constraint for generation. How
-# many tokens are allowed after each part of a link? (Cell 661 is column 21 of row 20: a bottom-right corner is in one
-# of the 12 rows from there on and one of the 11 columns.)
+# `Tokenizer.allowed_tokens` returns the tokens that keep the markup valid; generation accepts it as a constraint. How
+# many tokens are allowed after each part of a link? (Cell 661 is column 21 of row 20, so the bottom-right corner is in
+# one of the 12 rows and one of the 11 columns from there on.)
 
 # %%
 link = "<phrase> a star</phrase><object><patch_index_0661><patch_index_0927></object>"
@@ -280,7 +335,7 @@ table(rows, ("after", "locations", "tags"))
 assert rows[4][1] == 12 * 11
 
 # %% [markdown]
-# The constraint has no effect on output that is already valid. At a high temperature it has:
+# The constraint has no effect on output that is already valid, such as the greedy text. What about a high temperature?
 
 # %%
 assert generate() == generate(constraint=tokenizer.allowed_tokens)
@@ -290,52 +345,81 @@ for seed in (1, 2, 3):
         raw = tokenizer.decode(generate(temperature=2.0, seed=seed, constraint=rule))
         boxes = sum(len(entity.boxes) for entity in parse(raw)[1])
         rows.append((seed, name, raw.count("<object>"), raw.count("</object>"), boxes))
+        if rule is not None:
+            assert raw.count("<object>") == raw.count("</object>") <= boxes
 table(rows, ("seed", "", "<object>", "</object>", "boxes parsed"))
 
 # %% [markdown]
+# Without the constraint, nothing ensures that tags come in pairs. With it, every `<object>` is closed and has at least
+# one box.
+#
 # ## Sharing the prefill of an image
 #
-# Several questions about one image can share its prefill: `prefix` is the state after the image.
+# Several questions about one image can share its prefill: `prefix` is the state after the image, and each question
+# continues from it. How many positions does each question still run?
 
 # %%
-head, head_mask = (torch.tensor([v]) for v in tokenizer.encode_prompt("", 1))
-prefix = model.prefill(head, None, image_embeds, head_mask, max_new_tokens=0)
-shared = 0
-for question in ("How many things are there?", "Is there a fire?", "Where is the snowman?"):
+head_ids, head_mask = tokenizer.encode_prompt("", 1)
+head = torch.tensor([head_ids]), None, image_embeds, torch.tensor([head_mask])
+prefix = model.prefill(*head, max_new_tokens=0)
+questions = ("How many things are there?", "Is there a fire?", "Where is the snowman?")
+
+# %%
+before = after = 0
+for question in questions:
     whole, whole_mask = tokenizer.encode_prompt(f"Question: {question} Answer:")
-    rest = torch.tensor([whole[head.shape[1] :]])
+    rest = torch.tensor([whole[len(head_ids) :]])
     answer = finish(model.prefill(rest, prefix=prefix, max_new_tokens=8))[0]
     inputs = torch.tensor([whole]), None, image_embeds, torch.tensor([whole_mask])
     assert answer.ids == finish(model.prefill(*inputs, max_new_tokens=8))[0].ids
-    shared += head.shape[1]
-    print(f"{question:28}{tokenizer.decode(answer.ids):20}{rest.shape[1]} of {len(whole)}")
-print(f"positions saved: {shared - head.shape[1]}")
+    before += len(whole)
+    after += rest.shape[1]
+    print(f"{question:28}{tokenizer.decode(answer.ids)}")
+    print(f"    {rest.shape[1]} of {len(whole)} positions")
+after += len(head_ids)  # once, for the image
+print(f"prefill of the three questions: {before} positions, with a shared prefix {after}")
+assert after < before / 2
 
 # %% [markdown]
 # ## Guessing ahead
 #
-# Grounded text is predictable in places: after `</phrase>` comes `<object>`, after the second corner of a box usually
-# `</object>`. Decoding is limited by reading the weights, so a pass over two tokens costs about as much as one over
-# one. Therefore: run the sampled token together with a guess of the next one. If the guess turns out to be what is
-# sampled next, its logits are already there, and a pass is saved. If not, the cache is shortened by the guess. The
-# result is the same in both cases.
+# Parts of grounded text are easy to predict: `</phrase>` is usually followed by `<object>`, and the second corner of a
+# box by `</object>`. So each pass can run the token just sampled together with a guess of the next one. Where decoding is
+# limited by reading the weights (notebook 9), a pass over two tokens can take about as long as a pass over one; whether
+# it does depends on the matmul kernel. So we count passes, not seconds. How many are saved?
 #
-# The option `draft` is a function from the ids so far to the guesses; `Tokenizer.likely_next` is such a function.
-# How many passes does it save?
+# The option `draft` is a function from the ids so far to the guessed ids; `Tokenizer.likely_next` is such a function.
+# For comparison, the third row always guesses `</s>`, which is wrong until the text ends. A hook counts the passes
+# through the decoder, including the one over the prompt.
 
 # %%
 passes = []
-model.decoder.register_forward_hook(lambda *_: passes.append(1))
-counts = {}
-for name, draft in (("without", None), ("with draft", tokenizer.likely_next)):
+hook = model.decoder.register_forward_hook(lambda *_: passes.append(1))
+drafts = {
+    "no draft": None,
+    "likely_next": tokenizer.likely_next,
+    "wrong guesses": lambda ids: [kosmos2.EOS],
+}
+results, counts = {}, {}
+for name, draft in drafts.items():
     passes.clear()
-    written = generate(draft=draft)
+    results[name] = caption(draft=draft)
     counts[name] = len(passes)
-    print(f"{name:12}{len(written)} tokens in {len(passes)} passes")
-    assert written == generate()
-assert counts["with draft"] < counts["without"]
+hook.remove()
+table([(name, len(results[name]), counts[name]) for name in drafts], ("draft", "tokens", "passes"))
+
+# %%
+written = results["no draft"]
+assert written == results["likely_next"] == results["wrong guesses"]
+assert counts["no draft"] == counts["wrong guesses"] == len(written)
+assert counts["likely_next"] < counts["no draft"]
 
 # %% [markdown]
+# A pass over two tokens returns two rows of logits: those after the sampled token, and those after the guess. The next
+# token is sampled from the first row as always. If it equals the guess, the second row already has the logits for the
+# token after it, and one pass is saved. If not, the second row is discarded and the KV cache is shortened by one
+# position, as if the guess had never been run. So the ids are the same in both cases, whatever the guesses are.
+#
 # ## Exercises
 #
 # 1. `sample` never returns a token of probability zero. Which line ensures that, and what could go wrong for a random

@@ -1,9 +1,10 @@
 # %% [markdown]
 # # 8. Training
 #
-# The objective, the attention mask and the data; then a small model is trained for less than a minute, and we look at
-# the log of the run that made the bundled model. (Reading time: 30 minutes.) The data comes from `training/data.py`
-# and `training/scenes.py`, the objective from `training/train.py`, the labels of patches from `training/patches.py`.
+# The objective, the attention mask and the data. Then a small model is trained for 60 steps, and we look at the log of
+# the run that made the bundled model. (Reading time: 30 minutes.) The data comes from `training/data.py` and
+# `training/scenes.py`, the objective and the optimizers from `training/train.py`, and the labels of patches from
+# `training/patches.py`.
 
 # %%
 from figures import COLORS, ROOT, plt, show, table  # isort: skip
@@ -14,8 +15,9 @@ from dataclasses import replace
 import torch
 from data import Scenes, collate, encode_record, grit_to_text
 from patches import patch_labels
+from scenes import COLORS as SCENE_COLORS
 from scenes import KINDS, Scene
-from train import CONFIG, Losses, init_weights, learning_rate, make_optimizers
+from train import Losses, init_weights, learning_rate, make_optimizers
 
 from kosmos2 import Kosmos2, preprocess_image
 from load_weights import load_checkpoint
@@ -42,9 +44,9 @@ print(len(encode_record(tokenizer, record)), "tokens")
 # ## The objective and its mask
 #
 # The loss is the mean of -log p(next token). Only answers carry loss, not prompts. (In the original training on GRIT,
-# and in `Grit` of `training/data.py`, all tokens of the text do.) Each row has one image and several texts that do not
-# attend to each other, so the image is encoded once. Here is a part of a row with its targets. In answers, tags and
-# location tokens count like all tokens.
+# and in `Grit` of `training/data.py`, all tokens of the text do.) Each row has one image in front and several texts
+# about it that do not attend to each other, so the image is encoded only once. Here is a part of a row with its
+# targets. In answers, tags and location tokens count like all other tokens.
 
 # %%
 source = Scenes(tokenizer, model.config, length=256, first=5)
@@ -63,17 +65,19 @@ table(shown, ("token", "text", "target"))
 # %%
 counted = sum(y >= 0 for y in row.targets)
 assert all(y < 0 for y in row.targets[: row.prefix - 1])
-print(f"{len(row.tokens)} tokens, {len(set(row.texts)) - 1} texts, {counted} targets")
+texts_in_row = set(row.texts) - {0}  # 0 is the image
+print(f"{len(row.tokens)} tokens, {len(texts_in_row)} texts, {counted} targets")
 
 # %% [markdown]
 # The attention mask: each text attends to the image and to its own earlier tokens. The position ids of each text
-# continue from the image, as if it were the only text.
+# continue from the image, as if it were the only text. (There are two exceptions: a few-shot text brings a second image
+# among its own tokens, and a text without an image, number -1, attends only to itself.)
 
 # %%
 texts = torch.tensor(row.texts)
 same = texts[:, None] == texts[None, :]
-image = (texts[:, None] > 0) & (texts[None, :] == 0)
-mask = (same | image) & torch.ones(len(texts), len(texts), dtype=torch.bool).tril()
+to_image = (texts[:, None] > 0) & (texts[None, :] == 0)
+mask = (same | to_image) & torch.ones(len(texts), len(texts), dtype=torch.bool).tril()
 
 # %%
 fig, axis = plt.subplots(figsize=(4.5, 4.5))
@@ -82,7 +86,11 @@ axis.set(title="attention mask (rows are queries)", xlabel="position", ylabel="p
 show(fig, "The attention mask: a stripe on the left for the image, and a triangle for each text.")
 
 # %% [markdown]
-# The loss by hand, with the bundled model: logits, log-softmax, and the entries of the targets.
+# The stripe on the left is the attention of all texts to the image; each triangle on the diagonal is the attention
+# within one text.
+#
+# The loss by hand, with the bundled model: logits, log-softmax, and the entries of the targets. `Losses` returns the loss
+# of each target and the loss of the patches (see below), which we ignore here.
 
 # %%
 batch = collate([row])
@@ -103,31 +111,61 @@ print(f"uniform over {tokenizer.vocab_size} tokens: {math.log(tokenizer.vocab_si
 # %% [markdown]
 # ## Labels for patches
 #
-# The official model starts from CLIP's ViT, which has seen hundreds of millions of images. Ours has to learn to see from
-# drawings, and texts alone teach it slowly. So in the first steps, a linear layer on the ViT's features predicts for
-# each patch what covers it: kind, color and box. Later this loss stays beside that of the texts. The labels of a scene:
+# The official model starts from CLIP's ViT, which was trained on hundreds of millions of images. The bundled model starts
+# from random weights, and texts alone train a ViT slowly: one caption says little about each of the many patches. So
+# every patch gets labels of its own: the kind, the color and the box of the thing that covers it. A linear layer on the
+# ViT's features predicts them (`PatchHead`). When `training/train.py` trains from scratch, its first steps
+# (`--vision-steps`) train only the ViT, with this loss alone. Later, this loss stays beside those of the texts.
+#
+# `patch_labels` computes the labels from the boxes of a scene. A thing covers a patch if its box covers at least 30% of
+# it. (A very small thing gets at least the patch that it covers most.) Where boxes overlap, the thing in front counts.
+# Which labels are there in a scene with several things?
 
 # %%
+crowded = Scene.random(7)
 grid = model.config.vision.grid
-labels = patch_labels(scene, grid).view(grid, grid, 6)
+labels = patch_labels(crowded, grid)  # (grid * grid, 6)
+distinct, index, counts = labels.unique(dim=0, return_inverse=True, return_counts=True)
+rows = []
+for (kind, color, *box), count in zip(distinct.tolist(), counts.tolist(), strict=True):
+    kind_name = KINDS[int(kind) - 1] if kind > 0 else "background"
+    color_name = list(SCENE_COLORS)[int(color) - 1] if color > 0 else ""
+    rows.append((kind_name, color_name, " ".join(f"{v:.2f}" for v in box), count))
+table(rows, ("kind", "color", "box", "patches"))
+
+# %%
 fig, axes = plt.subplots(1, 2, figsize=(7, 3.4))
 size = model.config.vision.image_size
-axes[0].imshow(scene.draw().resize((size, size)), extent=(0, grid, grid, 0))
-axes[1].imshow(labels[:, :, 0], cmap="tab20", extent=(0, grid, grid, 0))
-axes[1].set_title("kind of each patch")
-show(fig, "Left: the scene. Right: its patches, colored by the kind of the thing that covers them.")
-kinds = {KINDS[int(k) - 1] for k in labels[:, :, 0].unique() if k > 0}
-print(kinds)
-assert kinds == {thing.kind for thing in scene.things}
+axes[0].imshow(crowded.draw().resize((size, size)), extent=(0, grid, grid, 0))
+axes[0].set_title("scene")
+axes[1].imshow(index.view(grid, grid), cmap="tab10", vmax=9, extent=(0, grid, grid, 0))
+axes[1].set_title("labels of its patches")
+show(fig, "Left: a scene. Right: its grid of patches, one color for each distinct label.")
+
+# %% [markdown]
+# Each thing has become a group of patches with the same label. The box in the label is exact, so the ViT also has to
+# learn where within a patch a thing ends. Every kind of thing in the scene is among the labels, and the patch at the
+# center of the thing in front has the labels of that thing:
+
+# %%
+kinds = {KINDS[int(k) - 1] for k in labels[:, 0].unique() if k > 0}
+assert kinds == {thing.kind for thing in crowded.things}
+front = crowded.things[-1]
+x1, y1, x2, y2 = front.box
+column, row_number = int(grid * (x1 + x2) / 2), int(grid * (y1 + y2) / 2)
+label = labels.view(grid, grid, 6)[row_number, column]
+assert KINDS[int(label[0]) - 1] == front.kind
+torch.testing.assert_close(label[2:], torch.tensor(front.box))
 
 # %% [markdown]
 # ## Training for 60 steps
 #
-# From random weights, with two optimizers: AdamW, and Muon for the matrices inside the blocks. What is learned first?
+# A model with fewer layers, from random weights, on texts alone. There are two optimizers: Muon for the matrices inside
+# the blocks, AdamW for everything else. What is learned first, the words or the locations?
 
 # %%
-text = replace(CONFIG.text, vocab_size=tokenizer.vocab_size, layers=2)
-small = replace(CONFIG, text=text, vision=replace(CONFIG.vision, layers=2))
+text = replace(model.config.text, layers=2)
+small = replace(model.config, text=text, vision=replace(model.config.vision, layers=2))
 student = Kosmos2(small)
 init_weights(student, tokenizer.first_location)
 optimizers = make_optimizers(student, "muon", 4e-3)
@@ -136,12 +174,12 @@ lessons = Scenes(tokenizer, small, length=160, first=10_000)
 print(f"{sum(p.numel() for p in student.parameters()) / 1e6:.1f} million parameters")
 
 # %% [markdown]
-# A step: the losses of a batch, their gradient, an update.
+# A step computes the losses of a batch and their gradient, and updates the weights.
 
 
 # %%
 def train_step(step: int, steps: int) -> tuple[float, float]:
-    """The losses of (words, locations), after which the weights are updated."""
+    """Update the weights; returns the mean losses of (words, locations) before the update."""
     batch = collate([lessons.row(8 * step + n) for n in range(8)])
     with torch.autocast("cpu", torch.bfloat16):
         losses, _ = loss_of(**batch)
@@ -159,12 +197,14 @@ def train_step(step: int, steps: int) -> tuple[float, float]:
 curve = torch.tensor([train_step(step, 60) for step in range(60)])
 for name, column in zip(("words", "locations"), curve.T, strict=True):
     print(f"{name}: {column[0]:.1f} at first, {column[-5:].mean():.1f} at the end")
+assert curve[0].min() > math.log(tokenizer.vocab_size)
 assert curve[-5:, 0].mean() < 0.45 * curve[0, 0]
+assert abs(curve[-5:, 1].mean() - math.log(1024)) < 1
 
 # %% [markdown]
-# The loss starts above ln V, because random logits are worse than uniform ones. Text is learned first; the loss of the
-# locations is still near that of a uniform choice among 1,024 cells, ln 1024 = 6.9. What does the model write for two
-# images?
+# The loss starts above ln V, because random logits are worse than uniform ones. Words are learned first. The loss of
+# the locations is still about that of a uniform choice among the 1,024 cells, ln 1024 = 6.9. What does the model write
+# for two images?
 
 # %%
 student.eval()
@@ -178,28 +218,63 @@ for seed in (1, 2):
     print("model:", parse(tokenizer.decode(new))[0])
 
 # %% [markdown]
-# It writes something like captions, without having learned to see: a blind model, as in notebook 2.
+# These are texts in the form of captions. Do they depend on the image? We give each row of a batch the image of another
+# row, and compare the losses.
+
+# %%
+batch = collate([lessons.row(1000 + n) for n in range(8)])
+swapped = batch | {"pixels": batch["pixels"].roll(1, dims=0)}
+increase = {}
+for name, learner in (("after 60 steps", student), ("bundled model", model)):
+    with torch.no_grad():
+        right, wrong = (Losses(learner)(**b)[0].mean().item() for b in (batch, swapped))
+    increase[name] = wrong - right
+    print(f"{name}: loss {right:.2f} with the right images, {wrong:.2f} with others")
+assert abs(increase["after 60 steps"]) < 0.2 and increase["bundled model"] > 0.5
+
+# %% [markdown]
+# After 60 steps, the image makes almost no difference: this is a blind model, as in notebook 2. For the bundled model,
+# the loss rises with the wrong image.
 #
 # ## The bundled model
 #
-# The log of the run that made it; the [model card](../tiny/README.md) has the details. The first steps have no texts.
+# The log of the run that made it, one JSON object per line. Lines of the first steps, in which only the ViT is trained,
+# have no `words` and `locations`; the [model card](../tiny/README.md) has the details of the run. How do the losses and
+# the accuracy develop?
 
 # %%
 log = [json.loads(line) for line in (ROOT / "tiny" / "log.jsonl").read_text().splitlines()]
+curves = {}
+for name in ("patches", "words", "locations"):
+    points = [(entry["step"], entry[name]) for entry in log if entry.get(name)]
+    if points:
+        curves[name] = points
+rows = []
+for name, points in curves.items():
+    (first_step, first_loss), (last_step, last_loss) = points[0], points[-1]
+    rows.append((name, first_step, f"{first_loss:.3f}", last_step, f"{last_loss:.3f}"))
+    assert last_loss < first_loss
+table(rows, ("loss", "first step", "value", "last step", "value"))
+
+# %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.4))
-for name, color in zip(("locations", "words", "patches"), COLORS, strict=False):
-    points = [(entry["step"], entry[name]) for entry in log if name in entry]
+for (name, points), color in zip(curves.items(), COLORS, strict=False):
     axes[0].plot(*zip(*points, strict=True), color=color, label=name)
 axes[0].set(title="loss", xlabel="step", yscale="log")
+measured = [entry for entry in log if "accuracy" in entry]
 for task, color in zip(("ground", "caption", "color", "count"), COLORS, strict=False):
-    points = [(entry["step"], entry["accuracy"][task]) for entry in log if "accuracy" in entry]
-    axes[1].plot(*zip(*points, strict=True), "o-", color=color, label=task)
+    points = [(entry["step"], entry["accuracy"].get(task, math.nan)) for entry in measured]
+    if points:
+        axes[1].plot(*zip(*points, strict=True), "o-", color=color, label=task)
 axes[1].set(title="accuracy on a few held-out scenes", xlabel="step", ylim=(0, 1))
 for axis in axes:
     axis.legend(frameon=False)
 show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on held-out scenes.")
 
 # %% [markdown]
+# Every loss ends below its first value. `train.py` draws new scenes in each step, so these are also losses on unseen
+# data. The accuracy is measured on a few scenes only, so its curves are noisy.
+#
 # ## Exercises
 #
 # 1. A loss of 0.3 nats per location token: how many equally likely cells does that correspond to?

@@ -37,7 +37,7 @@ def test_committed_notebooks(source):
 def test_every_notebook_is_listed_and_has_answers():
     contents = (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
     answers = (ROOT / "notebooks" / "answers.py").read_text(encoding="utf-8")
-    assert len(SOURCES) == 11
+    assert len(SOURCES) == 12
     for source in SOURCES:
         assert f"({source.stem}.ipynb)" in contents
         text = source.read_text(encoding="utf-8")
