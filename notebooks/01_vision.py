@@ -177,8 +177,8 @@ torch.testing.assert_close(features, last / before[..., None])
 weights = seen[f"vision.layers.{config.layers - 1}.attn"][0][0]  # (H, N, N)
 torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
 queries = {
-    "on the snowman": (int(0.7 * G), int(0.36 * G)),
-    "on the fire": (int(0.76 * G), int(0.65 * G)),
+    "on the snowman": (int(0.7 * G), int(0.41 * G)),
+    "on the fire": (int(0.7 * G), int(0.75 * G)),
     "in the sky": (int(0.2 * G), int(0.75 * G)),
 }
 print(queries)

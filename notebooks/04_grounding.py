@@ -145,7 +145,7 @@ for example in examples:
 # The task depends on where the prompt ends. The same function, `generate`, does all of them.
 
 # %%
-location = "<object><patch_index_0529><patch_index_0921></object>"
+location = "<object><patch_index_0467><patch_index_0924></object>"
 prompts = {
     "caption": "<grounding>An image of",
     "find": "<grounding><phrase> a fire</phrase>",

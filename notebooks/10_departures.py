@@ -99,7 +99,7 @@ assert certain(right.overlaps, blocks["no sub-LN at all"].overlaps)
 assert logit_change(right, blocks["tanh GELU in the decoder"]) < 0.05
 
 # %% [markdown]
-# Without sub-LN the model is broken: the output projections were trained on normalized inputs.
+# Without sub-LN the boxes get worse: the output projections were trained on normalized inputs.
 #
 # ## Small changes stay unnoticed
 #

@@ -343,7 +343,7 @@ def plot_calibration(found: list[tuple[float, float, bool]], path: Path, bins: i
     )
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.9), fontsize=9)
+    axes.legend(frameon=False, loc="lower right", fontsize=9)
     fig.savefig(path, dpi=110)
 
 

@@ -824,8 +824,8 @@ def demo_scenes() -> dict[str, Scene]:
             "snow",
             8,
             4 / 3,
-            ("snowman", None, (0.36, 0.55), 0.48, 1),
-            ("fire", None, (0.66, 0.7), 0.34, 2),
+            ("snowman", None, (0.408, 0.526), 0.475, 16),
+            ("fire", None, (0.752, 0.67), 0.363, 21),
         ),
         "busy.png": scene(
             "day",
