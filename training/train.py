@@ -19,6 +19,7 @@ What makes so small a model learn to see in a few hours (each one measured):
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -80,9 +81,10 @@ def train_vocabulary(model_file: Path, scenes: int = 5000) -> None:
             texts.append(strip_tags(example.prompt + " " + example.answer))
     # The trainer only considers pieces that at least two different words share.
     texts += [word + end for word in sorted(set(re.findall(r"\w+", " ".join(texts)))) for end in ".,"]
+    content = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
-        model_prefix=str(model_file.with_suffix("")),
+        model_writer=content,  # a file name would be stored in the model
         vocab_size=480,
         hard_vocab_limit=False,
         model_type="unigram",
@@ -91,6 +93,7 @@ def train_vocabulary(model_file: Path, scenes: int = 5000) -> None:
         num_threads=1,
         minloglevel=2,
     )
+    model_file.write_bytes(content.getvalue())
 
 
 # ----------------------------------------------------------------------------------------------------
