@@ -956,19 +956,17 @@ def html_figure(image: Image.Image | None, answers: list[Answer], title: str = "
                 done = end
             count += 1
         captions += f"<p>{text}{html.escape(answer.text[done:])}</p>"
-    picture = ""
+    shown_image = ""
     if image is not None:
         small = image.copy()
         small.thumbnail((1024, 1024))
         encoded = io.BytesIO()
         small.save(encoded, "JPEG", quality=88)
         source = base64.b64encode(encoded.getvalue()).decode()
-        picture = (
+        shown_image = (
             f'<div class="kosmos2-image"><img alt="" src="data:image/jpeg;base64,{source}">{boxes}</div>'
         )
-    return (
-        f"<figure>{picture}<figcaption>{captions}<small>{html.escape(title)}</small></figcaption></figure>\n"
-    )
+    return f"<figure>{shown_image}<figcaption>{captions}<small>{html.escape(title)}</small></figcaption></figure>\n"
 
 
 class Output:

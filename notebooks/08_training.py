@@ -115,7 +115,7 @@ print(f"uniform over {tokenizer.vocab_size} tokens: {math.log(tokenizer.vocab_si
 # from random weights, and texts alone train a ViT slowly: one caption says little about each of the many patches. So
 # every patch gets labels of its own: the kind, the color and the box of the thing that covers it. A linear layer on the
 # ViT's features predicts them (`PatchHead`). When `training/train.py` trains from scratch, its first steps
-# (`--vision-steps`) train only the ViT, with this loss alone. Later, this loss stays beside those of the texts.
+# (`--vision-steps`) train only the ViT, with this loss alone. Later, this loss is added to those of the texts.
 #
 # `patch_labels` computes the labels from the boxes of a scene. A thing covers a patch if its box covers at least 30% of
 # it. (A very small thing gets at least the patch that it covers most.) Where boxes overlap, the thing in front counts.

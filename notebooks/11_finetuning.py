@@ -134,7 +134,7 @@ assert before[1] == 0  # it has never seen the word
 # %% [markdown]
 # ## The command
 #
-# A low learning rate and few steps: the model should learn something new without forgetting what it knows. AdamW,
+# A low learning rate and few steps: the model should learn something new without forgetting what it has learned. AdamW,
 # because the bundled model's other optimizer, Muon, suits training from scratch.
 
 # %%

@@ -334,7 +334,7 @@ assert round((3 * 0.2 / 0.01) ** 2) == 3600
 
 # ----------------------------------------------------------------------------------------------- 11. Fine-tuning
 
-# 11.1 It can learn to describe a ladder by words that the decoder knows, but hardly the word: the embeddings of its
+# 11.1 It can learn to describe a ladder by words of the decoder, but hardly the word: the embeddings of its
 # pieces and their order are in the decoder, which is frozen.
 # 11.2 Run `python sample.py IMAGE --checkpoint RUN --task ground --text "a ladder"`: captions taught it the word and
 # what a ladder looks like, and grounding needs nothing else.

@@ -48,10 +48,10 @@ def fairseq_state(model: Kosmos2) -> dict:
 
 
 def assert_same(model: Kosmos2, small: Kosmos2, dtype=torch.float32):
-    wanted = small.state_dict()
-    assert model.state_dict().keys() == wanted.keys() and not model.training
+    expected = small.state_dict()
+    assert model.state_dict().keys() == expected.keys() and not model.training
     for name, tensor in model.state_dict().items():
-        assert tensor.dtype == dtype and torch.equal(tensor, wanted[name].to(dtype)), name
+        assert tensor.dtype == dtype and torch.equal(tensor, expected[name].to(dtype)), name
 
 
 # ------------------------------------------------------------------------------------------ accepted forms
@@ -133,14 +133,14 @@ def test_tied_weights_that_differ_are_refused(small_folder, tmp_path):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_stored_and_wanted_type_are_independent(small, small_folder, tmp_path, stored, precision):
+def test_stored_and_expected_type_are_independent(small, small_folder, tmp_path, stored, precision):
     folder = copy(small_folder, tmp_path / "types")
     save_file({name: t.to(stored) for name, t in published(folder).items()}, folder / "model.safetensors")
-    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    expected = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model, _ = load_checkpoint(folder, precision=precision)
     state = small.state_dict()
     for name, tensor in model.state_dict().items():
-        assert tensor.dtype == wanted and torch.equal(tensor, state[name].to(stored).to(wanted))
+        assert tensor.dtype == expected and torch.equal(tensor, state[name].to(stored).to(expected))
 
 
 def test_without_config_the_published_sizes_are_meant(small_folder, tmp_path):

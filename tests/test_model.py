@@ -102,7 +102,7 @@ def test_a_position_sees_only_what_came_before(small, small_tokenizer):
 
 
 def test_several_pictures_and_none(small, small_tokenizer):
-    """Rows with two pictures, one and none in one batch are what each row is alone."""
+    """Rows with two images, one and none in one batch are what each row is alone."""
     prompts = ["<image> a star <image> a heart", "<image> a cross", "a red star and"]
     tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, prompts, [2, 1, 0])
     three = pixels(3)
@@ -164,9 +164,9 @@ def test_what_does_not_fit_is_refused(small, small_tokenizer, change, words):
 
 
 def test_preprocessing_squashes_and_takes_every_mode():
-    picture = Image.radial_gradient("L").resize((64, 20))
+    gradient = Image.radial_gradient("L").resize((64, 20))
     for mode in ("L", "RGB", "CMYK", "RGBA", "P", "1"):
-        assert preprocess_image(picture.convert(mode), 28).shape == (3, 28, 28)
+        assert preprocess_image(gradient.convert(mode), 28).shape == (3, 28, 28)
     white = preprocess_image(Image.new("RGB", (5, 9), "white"), 14)
     torch.testing.assert_close(white[:, 0, 0], torch.tensor([1.93033625, 2.07488384, 2.14589594]))
 
@@ -188,9 +188,9 @@ def test_the_cache_changes_nothing_at_any_step(small, small_tokenizer, left_padd
         with torch.no_grad():
             logits = small(grown, pixels=images, image_mask=grown_mask, pad_mask=grown_pad)[:, -1]
         assert logits.argmax(-1).tolist() == [row[step] for row in new]
-        wanted = logits.softmax(-1).amax(-1)
+        expected = logits.softmax(-1).amax(-1)
         torch.testing.assert_close(
-            torch.tensor([result.probabilities[step] for result in results]), wanted, rtol=1e-4, atol=1e-6
+            torch.tensor([result.probabilities[step] for result in results]), expected, rtol=1e-4, atol=1e-6
         )
         column = torch.tensor([[row[step]] for row in new])
         grown = torch.cat([grown, column], dim=1)

@@ -31,8 +31,8 @@ def some_layer(K=192, N=200, seed=0):
     return weight, torch.randn(N, generator=generator)
 
 
-def error(found, wanted) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+def error(found, expected) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (16, 1), (3, 5), (17, 1)])
@@ -58,10 +58,10 @@ def test_packed_weights(bits):
         elsewhere.setattr("load_weights.INT8_KERNEL", "none of that name")
         without = PackedLinear(packed, bias, scale)
     assert without.packed is None
-    wanted, most = F.linear(x, weight, bias), {8: 0.015, 16: 5e-4}[bits]
+    expected, most = F.linear(x, weight, bias), {8: 0.015, 16: 5e-4}[bits]
     for row in range(20):
         found = with_kernel(x)[:, row], without(x)[:, row]
-        assert error(found[0], wanted[:, row]) < most and error(found[1], wanted[:, row]) < most
+        assert error(found[0], expected[:, row]) < most and error(found[1], expected[:, row]) < most
         assert error(*found) < 1e-3
     if with_kernel.packed is None:
         pytest.skip("this PyTorch has no such kernel")
@@ -132,9 +132,9 @@ def test_packed_models(tiny, precision, most):
     pixels = preprocess_images([Scene.random(seed).draw() for seed in (1, 2)], model.config.vision.image_size)
     tokens, image_mask, pad_mask = pad_left(prompts)
     with torch.inference_mode():
-        wanted = model(tokens, pixels, None, image_mask, pad_mask)[~pad_mask]
+        expected = model(tokens, pixels, None, image_mask, pad_mask)[~pad_mask]
         found = packed(tokens, pixels, None, image_mask, pad_mask)[~pad_mask]
-        assert error(found, wanted) < most
+        assert error(found, expected) < most
         for row, (ids, mask) in enumerate(prompts):
             alone = packed(torch.tensor([ids]), pixels[row : row + 1], None, torch.tensor([mask]))[0, -1]
             assert error(found.split([len(ids) for ids, _ in prompts])[row][-1], alone) < most / 5

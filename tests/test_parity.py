@@ -101,11 +101,11 @@ def test_image_embeddings_logits_and_loss(both):
     def ours():
         return model(tokens, pixels=pixels, image_mask=image_mask, labels=labels)
 
-    wanted, (logits, loss) = theirs(), ours()
+    expected, (logits, loss) = theirs(), ours()
     with torch.no_grad():
-        assert difference(model.encode_image(pixels), wanted.image_embeds) < 2e-5
-    assert difference(logits, wanted.logits) < 2e-5, first_difference(reference, model, theirs, ours)
-    assert loss.item() == pytest.approx(wanted.loss.item(), rel=1e-5)
+        assert difference(model.encode_image(pixels), expected.image_embeds) < 2e-5
+    assert difference(logits, expected.logits) < 2e-5, first_difference(reference, model, theirs, ours)
+    assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -153,10 +153,10 @@ def test_probabilities_at_every_step(both):
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     assert ours.ids == theirs.sequences[0, tokens.shape[1] :].tolist()
-    wanted = [
+    expected = [
         logits[0].softmax(-1)[token].item() for logits, token in zip(theirs.logits, ours.ids, strict=True)
     ]
-    assert ours.probabilities == pytest.approx(wanted, rel=1e-4)
+    assert ours.probabilities == pytest.approx(expected, rel=1e-4)
 
 
 def test_left_padded_rows_decode_like_unpadded_ones(both):
@@ -175,8 +175,8 @@ def test_left_padded_rows_decode_like_unpadded_ones(both):
             image_embeds_position_mask=image_mask[row : row + 1, real].long(),
         )
         with torch.no_grad():
-            wanted = reference(**alone).logits[0]
-        assert difference(logits[row, real], wanted) < 2e-5
+            expected = reference(**alone).logits[0]
+        assert difference(logits[row, real], expected) < 2e-5
         theirs = reference.generate(
             **alone,
             attention_mask=real[None, real].long(),
@@ -287,9 +287,9 @@ def test_pixels():
 
     processor = CLIPImageProcessorPil(size={"height": 224, "width": 224}, do_center_crop=False)
     gradient = Image.radial_gradient("L").resize((301, 97))
-    for picture in (
+    for image in (
         gradient,
         Image.merge("RGB", [gradient, gradient.rotate(90, expand=False), gradient.rotate(180)]),
     ):
-        theirs = processor(picture, return_tensors="pt").pixel_values[0]
-        assert (preprocess_image(picture, 224) - theirs).abs().max() < 1e-5
+        theirs = processor(image, return_tensors="pt").pixel_values[0]
+        assert (preprocess_image(image, 224) - theirs).abs().max() < 1e-5

@@ -15,7 +15,7 @@ What makes so small a model learn to see in a few hours (each one measured):
   smooth functions of their position, so a near miss is already nearly right.
 - Rows of one image and many texts (data.py): encoding an image costs as much as several texts.
 - Muon for the matrices inside the blocks (`make_optimizers`).
-- First the ViT alone, on labels for every patch (patches.py), which stay beside the texts.
+- First the ViT alone, on labels for every patch (patches.py); their loss is then added to that of the texts.
 """
 
 import argparse
