@@ -36,6 +36,12 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """The same random numbers in every run."""
+    torch.manual_seed(0)
+
+
 def rough(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Random weights for which every part matters: norms and biases far from 1 and 0, attention not
     uniform."""
