@@ -1,12 +1,13 @@
 """Measure the speed next to transformers and relative to memory bandwidth. Prints the README's
 table.
 
-    python tests/benchmark.py CHECKPOINT [--rounds 3]
+    python tests/benchmark.py CHECKPOINT [--rounds 3] [--openvino]
 
 CHECKPOINT is a folder in the published layout with the published sizes: the real weights, or random
-ones. The two implementations alternate in one process, each warmed up, and the table has the
-medians of all rounds; ratios are reliable, single times only on an idle machine. Needs
-transformers, 16 GB of memory and about 15 minutes.
+ones. The implementations alternate in one process, each warmed up, and the table has the medians of
+all rounds; ratios are reliable, single times only on an idle machine. Needs transformers, 16 GB of
+memory and about 15 minutes. --openvino adds OpenVINO with 8- and 4-bit weights
+(openvino_peer.py); it needs openvino and nncf, 20 GB and 15 more minutes.
 """
 
 import argparse
@@ -158,6 +159,21 @@ def measure_draft(side: Ours, rounds: int) -> str:
     )
 
 
+def measure_batch(side: Ours, reference: Reference) -> str:
+    """The time for a batch of images."""
+    pixels = torch.randn(BATCH, 3, *[side.model.config.vision.image_size] * 2)
+    times = defaultdict(list)
+    for _ in range(2):
+        for s in (side, reference):
+            times[s.name].append(seconds(lambda s=s: s.caption(pixels, BATCH_TOKENS)))
+    ours = statistics.median(times[side.name])
+    theirs = statistics.median(times[reference.name])
+    return (
+        f"{BATCH} images, {BATCH_TOKENS} tokens each: {reference.name} {theirs:.1f} s; "
+        f"{side.name} {ours:.1f} s ({theirs / ours:.1f}x)"
+    )
+
+
 @torch.inference_mode()
 def logits_error(reference: Reference, side: Ours) -> float:
     """Relative error of the next-token logits at every position of a prompt."""
@@ -183,68 +199,105 @@ def whole_process(*arguments: str) -> tuple[float, float]:
     )
 
 
+def measure_openvino(side: Ours, checkpoint: str, rounds: int, times: dict) -> None:
+    """Time OpenVINO, alternating with one of our sides."""
+    from openvino_peer import OpenVino, convert
+
+    model, tokenizer = load_checkpoint(checkpoint)
+    for bits in (8, 4):
+        graphs = convert(model, bits)
+        # 0 turns dynamic quantization off: later first token, faster steps.
+        peers = [
+            OpenVino(f"OpenVINO, int{bits}", model, tokenizer, graphs),
+            OpenVino(
+                f"OpenVINO, int{bits} (no dynamic quantization)",
+                model,
+                tokenizer,
+                graphs,
+                DYNAMIC_QUANTIZATION_GROUP_SIZE=0,
+            ),
+        ]
+        measure([*peers, side], rounds, times)
+
+
+def print_table(times: dict, weights: int) -> None:
+    """A row for each side: medians, how much faster than transformers, and achieved bandwidth."""
+    median = {key: statistics.median(values) for key, values in times.items()}
+    base = Reference.name
+    print(f"| | first token | {TOKENS} tokens | per token | GB/s | fraction of memory bandwidth |")
+    print("|---|---|---|---|---|---|")
+    for name in dict.fromkeys(name for name, _ in times):
+        cells = [name]
+        for what in ("first token", "whole", "step"):
+            value = median[name, what]
+            shown = f"{value * 1000:.0f} ms" if what == "step" else f"{value:.2f} s"
+            if name != base:
+                shown += f" ({median[base, what] / value:.1f}x)"
+            cells.append(shown)
+        size = 4
+        for label, bytes_per_weight in (("fp16", 2), ("int8", 1), ("int4", 0.5)):
+            if label in name:
+                size = bytes_per_weight
+        achieved = weights * size / median[name, "step"]
+        cells += [f"{achieved / 1e9:.0f}", f"{achieved / median[name, 'bandwidth']:.2f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def measure_start(checkpoint: str) -> list[str]:
+    """Whole runs of the script: from its start to the first token, and their memory."""
+    script = str(ROOT / "sample.py")
+    imports = statistics.median(whole_process("-c", "import torch")[0] for _ in range(3))
+    bundled = statistics.median(whole_process(script)[0] for _ in range(3))
+    stored = Checkpoint(checkpoint).stored.values()
+    read = min(
+        seconds(lambda: [float(s.read().sum()) for s in stored]) for _ in range(2)
+    )  # from the page cache
+    one_token = ["--precision", "int8", "--json", "--max-new-tokens", "1"]
+    start, peak = whole_process(script, "--checkpoint", checkpoint, *one_token)
+    with tempfile.TemporaryDirectory(dir=Path(checkpoint).parent) as folder:
+        save = ["--save", folder, "--precision", "int8"]
+        whole_process(str(ROOT / "load_weights.py"), checkpoint, *save)
+        start_int8, _ = whole_process(script, "--checkpoint", folder, *one_token)
+    return [
+        f"a complete int8 run of sample.py: peak memory {peak:.2f} GB; first token after {start:.1f} s, "
+        f"of which reading the weights once {read:.1f} s, importing torch {imports:.1f} s; "
+        f"from an int8 checkpoint after {start_int8:.1f} s",
+        f"python sample.py with the bundled model: {bundled:.1f} s",
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--openvino", action="store_true", help="also measure OpenVINO")
     args = parser.parse_args()
-    args.checkpoint = str(Path(args.checkpoint).resolve())
-    script = str(ROOT / "sample.py")
-    imports = statistics.median(whole_process("-c", "import torch")[0] for _ in range(3))
-    bundled = statistics.median(whole_process(script)[0] for _ in range(3))
-    checkpoint = Checkpoint(args.checkpoint)
-    read = min(
-        seconds(lambda: [float(s.read().sum()) for s in checkpoint.stored.values()]) for _ in range(2)
-    )  # from the page cache
-    one_token = ["--precision", "int8", "--json", "--max-new-tokens", "1"]
-    start, peak = whole_process(script, "--checkpoint", args.checkpoint, *one_token)
-    with tempfile.TemporaryDirectory(dir=Path(args.checkpoint).parent) as folder:
-        save = ["--save", folder, "--precision", "int8"]
-        whole_process(str(ROOT / "load_weights.py"), args.checkpoint, *save)
-        start_int8, _ = whole_process(script, "--checkpoint", folder, *one_token)
+    checkpoint = str(Path(args.checkpoint).resolve())
+    notes = measure_start(checkpoint)
 
     times: dict = defaultdict(list)
-    reference, errors, drafts = None, {}, []
+    reference = None
+    errors = []
     for precision in ("fp32", "fp16", "int8"):
-        side = Ours(args.checkpoint, precision)
-        reference = reference or Reference(args.checkpoint, side.tokenizer)
+        side = Ours(checkpoint, precision)
+        if reference is None:
+            reference = Reference(checkpoint, side.tokenizer)
         measure([reference, side], args.rounds, times)
-        errors[precision] = logits_error(reference, side)
-        drafts.append(measure_draft(side, args.rounds))
-    pixels = torch.randn(BATCH, 3, *[side.model.config.vision.image_size] * 2)
-    for _ in range(2):
-        for s in (side, reference):
-            times[s.name, "batch"].append(seconds(lambda s=s: s.caption(pixels, BATCH_TOKENS)))
+        errors.append(f"{precision} {logits_error(reference, side):.1e}")
+        notes.append(measure_draft(side, args.rounds))
+    notes.append(f"relative error of the logits: {', '.join(errors)}")
+    notes.append(measure_batch(side, reference))
+    weights = decoder_weights(side.model)
+    if args.openvino:
+        del reference
+        measure_openvino(side, checkpoint, args.rounds, times)
 
-    median = {key: statistics.median(values) for key, values in times.items()}
-    base, weights = reference.name, decoder_weights(side.model)
-    speeds = sorted(speed for (_, what), found in times.items() if what == "bandwidth" for speed in found)
-    print(f"{machine()}; memory bandwidth {speeds[0] / 1e9:.0f} to {speeds[-1] / 1e9:.0f} GB/s\n")
-    print(
-        f"| | first token | {TOKENS} tokens | per token | GB/s | fraction of memory bandwidth |\n|---|---|---|---|---|---|"
-    )
-    for name, size in ((base, 4), ("this, fp32", 4), ("this, fp16", 2), ("this, int8", 1)):
-        row = f"| {name} "
-        for what, unit in (("first token", "s"), ("whole", "s"), ("step", "ms")):
-            value, ratio = median[name, what], median[base, what] / median[name, what]
-            row += f"| {value * (1000 if unit == 'ms' else 1):.{0 if unit == 'ms' else 2}f} {unit}"
-            row += f" ({ratio:.1f}x) " if name != base else " "
-        rate = 1 / median[name, "step"]
-        achieved = rate * weights * size
-        print(f"{row}| {achieved / 1e9:.0f} | {achieved / median[name, 'bandwidth']:.2f} |")
-    print("", *drafts, sep="\n")
-    print(f"\n{BATCH} images, {BATCH_TOKENS} tokens each: transformers, fp32 {median[base, 'batch']:.1f} s; this, int8 "
-          f"{median[side.name, 'batch']:.1f} s ({median[base, 'batch'] / median[side.name, 'batch']:.1f}x)")  # fmt: skip
-    print(
-        "relative error of the logits: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-    )
-    print(f"a complete int8 run of sample.py: peak memory {peak:.2f} GB; first token after {start:.1f} s, of which reading "
-          f"the weights once {read:.1f} s, importing torch {imports:.1f} s; from an int8 checkpoint after {start_int8:.1f} s")  # fmt: skip
-    print(
-        f"python sample.py with the bundled model: {bundled:.1f} s, of which importing torch {imports:.1f} s"
-    )
+    speeds = [speed for (_, what), found in times.items() if what == "bandwidth" for speed in found]
+    print(f"{machine()}; memory bandwidth {min(speeds) / 1e9:.0f} to {max(speeds) / 1e9:.0f} GB/s\n")
+    print_table(times, weights)
+    print("", *notes, sep="\n")
     return 0
 
 

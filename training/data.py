@@ -22,12 +22,12 @@ from tokenizer import GRID, Box, Tokenizer, boxes_to_text
 
 # How many examples of each task a scene contributes at most; a fraction is the chance of one more.
 MIXTURE = {
-    "caption": 1, "detail": 0.8, "plain caption": 0.3, "plain detail": 0.2,
-    "ground": 1.5, "ground several": 2, "ground absent": 0.4, "refer": 2, "refer relation": 2, "describe box": 2,
-    "color": 0.5, "kind": 0.6, "where": 0.5, "relation": 0.5, "count": 0.7, "yes or no": 0.7,
-    "color grounded": 0.5, "kind grounded": 0.6, "where grounded": 0.5, "relation grounded": 0.8,
-    "count grounded": 0.7, "yes or no grounded": 0.7, "color of box": 0.5, "kind in box": 1,
-    "example of a box": 0.5, "text alone": 0.2,
+    "caption": 1, "detail": 0.8, "plain caption": 0.2, "plain detail": 0.2,
+    "ground": 1.5, "ground several": 2, "ground absent": 0.3, "refer": 1.5, "refer relation": 1.7, "describe box": 2.5,
+    "color": 0.3, "kind": 0.5, "where": 0.3, "relation": 0.5, "count": 0.8, "yes or no": 0.5,
+    "color grounded": 0.4, "kind grounded": 0.6, "where grounded": 0.4, "relation grounded": 0.8,
+    "count grounded": 0.8, "yes or no grounded": 0.6, "color of box": 0.3, "kind in box": 0.7,
+    "example of a box": 0.7, "text alone": 0.1,
 }  # fmt: skip
 
 

@@ -187,11 +187,15 @@ def random_thing(rng: random.Random, others: list[Thing], background: str, aspec
     color = rng.choice(list(COLORS))
     if rng.random() < 0.35:
         kind = rng.choice(list(SHAPES))
+    elif rng.random() < 0.15:
+        kind = rng.choice(list(UNCOLORED))
     if others and rng.random() < 0.35:
         twin = rng.choice(others)
-        kind, color = rng.choice(
-            [(twin.kind, twin.color or color), (twin.kind, color), (kind, twin.color or color)]
-        )
+        shared = rng.choice(["kind", "color", "kind and color"])
+        if "kind" in shared and (twin.color or shared == "kind"):
+            kind = twin.kind
+        if "color" in shared and twin.color:
+            color = twin.color
     gap = rng.choice([0.01, 0.01, -0.03])  # one in three may overlap its neighbors a little
     for _ in range(40):
         size = SMALLEST * (LARGEST / SMALLEST) ** rng.random()
