@@ -925,8 +925,10 @@ class DecodeState:
         self.drafted = [(token, logits[:, i]) for i, token in enumerate(draft, start=1)]
 
     def guess_next(self) -> list[int]:
-        """Ids that options.draft expects next. Only for a single sequence: others would guess
-        differently many ids."""
+        """The ids that options.draft expects next.
+
+        Only for a single sequence: the rows of a batch would guess different numbers of ids.
+        """
         options = self.options
         if options.draft is None or options.num_beams > 1 or len(self.rows) > 1 or self.pad_mask is not None:
             return []
@@ -1018,8 +1020,7 @@ def cut_markup(state: DecodeState, i: int, token: int, remaining: int) -> int:
 
 
 def pad_left(rows: list[tuple[list[int], list[bool]]], device=None) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, image_mask) of rows of any lengths -> tokens, image_mask, pad_mask, each (B, T), for
-    `generate`."""
+    """Rows (ids, image_mask) of any lengths -> tokens, image_mask, pad_mask, each (B, T)."""
     T = max(len(ids) for ids, _ in rows)
     tokens = [[PAD] * (T - len(ids)) + list(ids) for ids, _ in rows]
     image_mask = [[False] * (T - len(mask)) + list(mask) for _, mask in rows]

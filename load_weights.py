@@ -199,8 +199,7 @@ def read_config(path: str | Path) -> Kosmos2Config:
 
 
 def find_ngram_size(path: str | Path, published: dict) -> int | None:
-    """no_repeat_ngram_size outside of text_config: at the top of config.json or in
-    generation_config.json."""
+    """no_repeat_ngram_size from the top level of config.json or from generation_config.json."""
     if "no_repeat_ngram_size" in published:
         return published["no_repeat_ngram_size"]
     generation_config = Path(path).with_name("generation_config.json")
@@ -276,8 +275,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 class Inert:
-    """Stands in for objects that were pickled next to the tensors (argparse, omegaconf, ...). It
-    ignores everything."""
+    """Stands in for objects pickled next to the tensors (argparse, omegaconf, ...); ignores everything."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -326,8 +324,7 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
 
 
 def unwrap_state_dict(content, path: Path) -> dict[str, Tensor]:
-    """The state dict in what torch.save stored: the object itself or an entry, such as fairseq's
-    "model"."""
+    """The state dict in what torch.save stored: the object itself, or an entry such as "model"."""
     for _ in range(4):
         if not isinstance(content, dict):
             break
@@ -369,8 +366,7 @@ WEIGHT_FILES = [
 
 
 def read_tensors(file: Path) -> dict[str, LazyTensor]:
-    """The tensors of a file in any supported format; ValueError names the format if it is another
-    one."""
+    """The tensors of a file in any supported format; for others, ValueError names the format."""
     with open(file, "rb") as opened:
         beginning = opened.read(40)
     if beginning.startswith(b"version https://git-lfs"):
@@ -382,8 +378,10 @@ def read_tensors(file: Path) -> dict[str, LazyTensor]:
 
 
 def find_checkpoint(path: str | Path) -> tuple[Path, list[Path]]:
-    """A folder, file or hub id -> (its folder, the files with its weights); FileNotFoundError if
-    there are none."""
+    """A folder, file or hub id -> (its folder, the files with its weights).
+
+    FileNotFoundError if there are none.
+    """
     given = str(path)
     path = Path(path)
     if not path.exists():
@@ -439,9 +437,7 @@ def download(hub_id: str) -> Path:
     files = ["config.json", "generation_config.json", "model*.safetensors*", SENTENCEPIECE]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=files))
-    except (
-        Exception
-    ) as error:  # network, permissions, unknown repository: the library has an exception for each
+    except Exception as error:  # network, permissions, unknown repository: each has its own class
         raise FileNotFoundError(f"could not fetch {hub_id} ({type(error).__name__}); {by_hand}") from None
 
 
@@ -528,8 +524,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedAttention(Attention):
-    """Self-attention with queries, keys and values as one packed matmul, which is faster than
-    three."""
+    """Self-attention with one packed matmul for queries, keys and values: faster than three."""
 
     qkv_proj: PackedLinear
 
@@ -541,8 +536,7 @@ class PackedAttention(Attention):
 
 
 class PackedEmbedding(nn.Module):
-    """`Embedding` in 8 or 16 bits: rows for tokens, and the whole matrix as a PackedLinear for the
-    logits."""
+    """`Embedding` in 8 or 16 bits: rows for tokens, the whole matrix for the logits."""
 
     def __init__(self, weight: Tensor, scale: Tensor | None = None):
         super().__init__()
@@ -569,8 +563,7 @@ def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None):
 
 
 def int8_matmul(x: Tensor, packed, steps: int) -> Tensor:
-    """x (..., in) in -1..1, rounded to `steps` steps on either side of zero, times packed int8
-    weights."""
+    """x (..., in) in -1..1, rounded to `steps` steps on either side of zero, times int8 weights."""
     kernel = getattr(torch.ops.quantized, INT8_KERNEL)
     return kernel(x, 1 / steps, steps + 1, packed)
 
@@ -588,16 +581,17 @@ def input_steps() -> int:
 
 
 def absmax(x: Tensor) -> Tensor:
-    """The largest absolute value of each row, (..., 1), at least 1e-30. (x.abs().amax() would write
-    x once more.)"""
+    """The largest absolute value of each row, (..., 1), at least 1e-30.
+
+    (x.abs().amax() would write x once more.)
+    """
     high = x.amax(dim=-1, keepdim=True)
     low = x.amin(dim=-1, keepdim=True)
     return torch.maximum(high, -low).clamp(min=1e-30)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (out, in) -> int8 (out, in) and scale (out,) such that scale * int8 approximates
-    weight."""
+    """weight (out, in) -> q, int8 (out, in), and scale (out,), so that scale * q is close to weight."""
     scale = absmax(weight)[:, 0] / 127
     quantized = torch.empty(weight.shape, dtype=torch.int8)
     for start in range(0, len(weight), 512):  # parts that stay in the cache
@@ -607,8 +601,10 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def use_multi_core_layers(model: Kosmos2) -> None:
-    """Replace the linear layers and the embedding of a model on the meta device; the names of its
-    tensors stay."""
+    """Replace the linear layers and the embedding of a model on the meta device.
+
+    The names of its tensors stay the same.
+    """
     with torch.device("meta"):
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear:
@@ -782,8 +778,10 @@ def load_checkpoint(
 
 
 def read_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device = "cpu") -> Kosmos2:
-    """All tensors in one dtype, the largest first: a tensor is in memory twice while it is
-    converted."""
+    """All tensors in one dtype.
+
+    The largest come first: a tensor is in memory twice while it is converted.
+    """
     largest_first = sorted(checkpoint.names, key=checkpoint.numel, reverse=True)
     state = {name: checkpoint.tensor(name, dtype, device) for name in largest_first}
     check_tied(checkpoint)
@@ -792,8 +790,10 @@ def read_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.d
 
 
 def read_packed(checkpoint: Checkpoint, precision: str) -> Kosmos2:
-    """The large matrices in 8 or 16 bits, packed as they are read, the rest as float32; for
-    inference only."""
+    """The large matrices in 8 or 16 bits, packed as they are read, the rest as float32.
+
+    For inference only.
+    """
     model = checkpoint.model
     sources = {}  # a packed module -> the modules whose weights it stacks
     for name, module in list(model.named_modules()):
@@ -878,8 +878,7 @@ def listing(names: list[str], most: int = 10) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` at the end, so that no file is left
-    half-written."""
+    """A temporary path to write to, renamed to `path` at the end: no file is left half-written."""
     part = path.with_name(f".{path.name}.part")
     try:
         yield part

@@ -53,8 +53,10 @@ DEFAULT_NEW_TOKENS = 430  # the original demo's limit after a normal prompt; few
 
 
 class Request(NamedTuple):
-    """What to ask about some images. The command line, a folder and --requests are three ways to
-    list requests."""
+    """What to ask about some images.
+
+    The command line, a folder and --requests are three ways to list requests.
+    """
 
     images: tuple[Path, ...]
     prompt: str
@@ -226,8 +228,10 @@ def parse_box(text: str) -> tuple:
 
 
 def task_prompts(task: str, texts: list[str], boxes: list) -> list[str]:
-    """The prompts of a task, one for each text; ValueError for texts or boxes the task does not
-    take."""
+    """The prompts of a task, one for each text.
+
+    ValueError for texts or boxes that the task does not take.
+    """
     texts = [text.strip() for text in texts]
     if task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
@@ -273,8 +277,7 @@ def make_requests(images: tuple[Path, ...], task, texts, prompt, boxes, extra: d
 
 
 def command_line_requests(args: argparse.Namespace) -> list[Request]:
-    """Each image with each prompt, or all images together for a prompt with several <image>
-    tags."""
+    """Each image with each prompt; all images together if the prompt has several <image> tags."""
     paths = find_images(args.images) if args.images else [HERE / "tiny" / "scene.png"]
     groups = [(path,) for path in paths]
     if args.task == "context" or (args.prompt or "").count("<image>") > 1:
@@ -316,8 +319,10 @@ def read_requests(source: str) -> list[Request]:
 
 
 def read_request(row, folder: Path) -> Request:
-    """One line of a requests file. Relative image paths start at the current directory or at the
-    folder of the file."""
+    """One line of a requests file.
+
+    Relative image paths start at the current directory or at the folder of the file.
+    """
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {row!r}")
     for key in ("image", "task", "text", "prompt"):
@@ -369,8 +374,10 @@ def check_box(box) -> None:
 
 
 def normalize_box(box: tuple, size: tuple[int, int]) -> tuple:
-    """A box in 0..1, in pixels of an image of this (width, height), or location indices -> in 0..1,
-    or indices."""
+    """A box in 0..1, in pixels of an image of this (width, height), or as two location indices.
+
+    Returns it in 0..1, or the indices as they are.
+    """
     check_box(box)
     if box is None:
         return None
@@ -404,8 +411,10 @@ def image_endings() -> set[str]:
 
 
 def find_images(given: list[Path]) -> list[Path]:
-    """Files as they are, folders as the images in them, sorted by name; ValueError for a folder
-    without any."""
+    """Files as they are, folders as the images in them, sorted by name.
+
+    ValueError for a folder without images.
+    """
     endings = image_endings()
     found = []
     for path in given:
@@ -602,8 +611,7 @@ class Runner:
             start = end
 
     def begins_with_image(self, row: Row) -> bool:
-        """Whether the prompt has one image, at the beginning: such prompts can share its
-        prefill."""
+        """Whether the prompt has one image, at its beginning: such prompts can share its prefill."""
         count = len(self.image_ids)
         return row.ids[:count] == self.image_ids and len(row.ids) > count and not any(row.image_mask[count:])
 
@@ -634,8 +642,7 @@ class Runner:
             row.answer = Answer(text, raw.strip(), entities)
 
     def row_options(self, rows: list[Row]) -> dict:
-        """The decoding options of some rows, with defaults that depend on the model and the
-        prompts."""
+        """The decoding options of some rows; defaults depend on the model and the prompts."""
         text_config = self.model.config.text
         room = text_config.max_positions - max(len(row.ids) for row in rows)
         defaults = {
@@ -667,8 +674,10 @@ class Runner:
         return state.results
 
     def answer_ids(self, row: Row) -> list[int]:
-        """The ids of the prompt that belong to the answer: those behind the last image, if the
-        answer continues the prompt."""
+        """The ids of the prompt that belong to the answer.
+
+        If the answer continues the prompt, those are the ids after the last image.
+        """
         if not row.request.continued:
             return []
         closing = self.tokenizer.special_ids["</image>"]
@@ -745,8 +754,7 @@ class Results:
         self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
 
     def read(self, file: Path, prompts: set[str]) -> int:
-        """Count the finished requests in a file; returns the length of its complete lines in
-        bytes."""
+        """Count the finished requests in a file; returns the bytes up to the end of its last complete line."""
         length = 0
         for line in file.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):
@@ -855,8 +863,7 @@ PALETTE = [
 
 
 def draw_answers(image: Image.Image, answers: list[Answer]) -> Image.Image:
-    """The image with a box around every entity and its phrase on the box, one color for each
-    entity."""
+    """The image with a box and a label for every entity, one color for each."""
     scale = max(1.0, 480 / max(image.size))  # a thumbnail has no room for text
     width, height = (max(1, round(side * scale)) for side in image.size)
     canvas = Image.new("RGB", (max(width, 240), height), "white")  # wide enough for labels
@@ -886,8 +893,10 @@ def draw_answers(image: Image.Image, answers: list[Answer]) -> Image.Image:
 def draw_label(
     pen, phrase: str, color: str, left, top, bottom, size, font_size: int, placed: list[tuple]
 ) -> tuple:
-    """A phrase above its box, or inside or below it if there is no room; returns the rectangle it
-    takes."""
+    """Draw a phrase above its box, or inside or below it if there is no room.
+
+    Returns the rectangle that the label takes.
+    """
     font = ImageFont.load_default(font_size)
     while pen.textlength(phrase, font=font) + 8 > size[0] and len(phrase) > 2:
         phrase = phrase.removesuffix("…")[:-1] + "…"
@@ -932,8 +941,10 @@ for (const type of ["mouseover", "mouseout", "focusin", "focusout"])
 
 
 def html_figure(image: Image.Image | None, answers: list[Answer], title: str = "") -> str:
-    """An image with its boxes and the captions that link to them, as HTML. Needs HTML_HEAD once per
-    page."""
+    """An image with its boxes and the captions that link to them, as HTML.
+
+    Needs HTML_HEAD once per page.
+    """
     boxes = ""
     captions = ""
     count = 0

@@ -54,9 +54,8 @@ class Entity(NamedTuple):
     phrase: str
     span: tuple[int, int]  # caption[span[0]:span[1]] == phrase; empty for a box without a phrase
     boxes: list[Box]
-    scores: Sequence[
-        float | None
-    ] = ()  # the model's confidence in each box, 0..1; None for boxes in the prompt
+    # The model's confidence in each box, 0..1; None for boxes in the prompt.
+    scores: Sequence[float | None] = ()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -126,8 +125,7 @@ def iou(a: Box, b: Box) -> float:
 
 
 def geometric_mean(pair: Sequence[float | None]) -> float | None:
-    """The score of a box: sqrt(p q) of the probabilities of its two tokens; None if one is
-    unknown."""
+    """The score of a box: the geometric mean of its tokens' probabilities; None if one is unknown."""
     if len(pair) != 2 or None in pair:
         return None
     return math.sqrt(pair[0] * pair[1])
@@ -139,8 +137,10 @@ def location_token(index: int, grid: int = GRID) -> str:
 
 
 def boxes_to_text(boxes, grid: int = GRID, training: bool = False) -> str:
-    """Boxes, each four floats or two location indices -> `<object>...</object>`; ValueError for
-    anything else."""
+    """Boxes, each four floats or two location indices -> `<object>...</object>`.
+
+    ValueError for anything else.
+    """
     pairs = []
     for box in boxes:
         ul, lr = box_indices(box, grid, training)
@@ -276,8 +276,7 @@ class Tokenizer:
         return ids, image_mask
 
     def _checked_prompt(self, prompt: str) -> str:
-        """The prompt with location tokens in their full spelling: <patch_index_44> becomes
-        <patch_index_0044>."""
+        """The prompt with <patch_index_44> spelled out as <patch_index_0044>."""
         if IMAGE_CLOSE in prompt:
             raise ValueError(
                 f"write {IMAGE_OPEN} where an image belongs; {IMAGE_CLOSE} is added automatically"
@@ -300,8 +299,10 @@ class Tokenizer:
     # ---- ids -> text
 
     def decode(self, ids: Sequence[int]) -> str:
-        """ids -> tagged text. Images (<image>, slots, </image>), <s>, </s>, <pad>, <unk> and <mask>
-        are dropped."""
+        """ids -> tagged text.
+
+        Drops images (<image>, slots, </image>), <s>, </s>, <pad>, <unk> and <mask>.
+        """
         ids = [int(i) for i in ids]
         opening = self.special_ids[IMAGE_OPEN]
         closing = self.special_ids[IMAGE_CLOSE]
@@ -414,8 +415,7 @@ class Tokenizer:
 
 
 def open_sentencepiece(model_file: str | Path) -> sentencepiece.SentencePieceProcessor:
-    """FileNotFoundError or ValueError if there is no sentencepiece model with <unk>, <s>, </s> as
-    its first pieces."""
+    """Raise unless this is a sentencepiece model whose first pieces are <unk>, <s>, </s>."""
     if not Path(model_file).is_file():
         raise FileNotFoundError(f"no sentencepiece model at {model_file}")
     with open(model_file, "rb") as file:
@@ -465,8 +465,10 @@ LINK = re.compile(
 
 
 def strip_tags(text: str) -> str:
-    """Tagged text without its tags. (transformers removes everything between any < and >, words
-    included.)"""
+    """Tagged text without its tags.
+
+    (transformers removes everything between any < and >, words included.)
+    """
     return re.sub(ANY_TAG, "", text)
 
 

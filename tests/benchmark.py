@@ -56,8 +56,7 @@ def memory_bandwidth() -> float:
 
 
 def decoder_weights(model: Kosmos2) -> int:
-    """The number of weights read per new token: the matrices of all blocks and the output
-    projection."""
+    """The number of weights read per new token: all blocks and the output projection."""
     text = model.config.text
     return text.layers * (4 * text.width**2 + 2 * text.width * text.mlp_width) + text.vocab_size * text.width
 

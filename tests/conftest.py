@@ -43,8 +43,7 @@ def fixed_seed():
 
 
 def rough(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Random weights for which every part matters: norms and biases far from 1 and 0, attention not
-    uniform."""
+    """Random weights for which every part matters: norms far from 1, biases far from 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

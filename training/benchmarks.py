@@ -72,8 +72,7 @@ BENCHMARKS = {"refcoco": refcoco_requests, "flickr": flickr_requests}
 
 
 def read_requests(benchmark: str, annotation_file: Path, folder: Path) -> list[dict]:
-    """The requests of a benchmark, images next to each other; ValueError for another kind of
-    file."""
+    """The requests of a benchmark, sorted by image; ValueError if the file is of another kind."""
     try:
         content = json.loads(annotation_file.read_text(encoding="utf-8"))
         annotations = defaultdict(list)

@@ -86,8 +86,7 @@ def read_spans(record: dict, key: str = "ref_exps", counts: Counter | None = Non
 
 
 def read_row(row, caption: str) -> tuple[int, int, Box, float]:
-    """One [start, end, x1, y1, x2, y2, score] of a record, checked; ValueError says what is wrong
-    with it."""
+    """One [start, end, x1, y1, x2, y2, score] of a record, checked; ValueError says what is wrong."""
     try:
         start, end, x1, y1, x2, y2, score = (float(value) for value in row)
     except (TypeError, ValueError):
@@ -142,8 +141,7 @@ def span_pieces(tokenizer: Tokenizer, caption: str, span: Span) -> tuple[int, in
 
 
 def insert_tags(tokenizer: Tokenizer, caption: str, tags: list[tuple[int, str]]) -> list[int]:
-    """The ids of a caption with each tag inserted after so many of its pieces; tags must be in
-    order."""
+    """The ids of a caption with each tag inserted after so many pieces; tags must be in order."""
     pieces = tokenizer.encode_words(caption)
     ids: list[int] = []
     done = 0
@@ -170,8 +168,10 @@ def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def grit_to_text(record: dict, key: str = "ref_exps", grid: int = GRID) -> str:
-    """A GRIT record -> tagged text, to look at. Without any box, the caption as it is, without
-    <grounding>."""
+    """A GRIT record -> tagged text, for display.
+
+    Without boxes, the caption as it is, without <grounding>.
+    """
     spans = read_spans(record, key)
     caption = record["caption"]
     text = "<grounding>" if spans else ""
@@ -371,8 +371,10 @@ def read_lines(path: Path) -> list[str]:
 
 
 def check_image(path: Path) -> None:
-    """Raise unless this is an image that Pillow can read. (Reads its header only: a large data set
-    has millions.)"""
+    """Raise unless this is an image that Pillow can read.
+
+    (Reads only the header: a large data set has millions of images.)
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no image at {path}")
     try:

@@ -79,8 +79,7 @@ TABLE = {
 
 
 def name_of(phrase: str) -> tuple[str, int] | None:
-    """The name and number of the things a phrase of a caption stands for: "two red cups" -> ("red
-    cup", 2)."""
+    """What a phrase of a caption names, and how many: "two red cups" -> ("red cup", 2)."""
     understood = read_words(phrase)
     if understood is None:
         return None
@@ -102,8 +101,10 @@ def named(caption: str) -> Counter:
 
 
 def caption_hits(entities: list[Entity], things: tuple[Thing, ...]) -> list[float]:
-    """For each thing, whether some phrase names it and has a box on it. A box counts for one thing
-    only."""
+    """For each thing, whether some phrase names it and has a box on it.
+
+    A box counts for one thing only.
+    """
     boxes = defaultdict(list)
     for entity in entities:
         name = name_of(entity.phrase)
@@ -125,8 +126,10 @@ def found_all(boxes: list[Box], things) -> list[float]:
 
 
 def asked_boxes(example: Example, answer: str) -> list[Box]:
-    """The boxes of the phrase in the prompt; not those of other phrases that the answer may go on
-    to name."""
+    """The boxes of the phrase in the prompt.
+
+    Not those of other phrases that the answer may go on to name.
+    """
     prompt_phrase = strip_tags(example.prompt).strip()
     _, entities = parse(example.prompt + answer)
     return next((entity.boxes for entity in entities if entity.phrase == prompt_phrase), [])
@@ -246,8 +249,7 @@ def generated_boxes(tokenizer: Tokenizer, example: Example, result: Generated) -
 def boxes_kept(
     tokenizer, chosen: Chosen, results: list[Generated], others: list[Generated]
 ) -> tuple[float, int]:
-    """The share of the boxes in `results` that a box of the same answer in `others` overlaps by IoU
-    0.9, and their number."""
+    """The share of boxes in `results` that have IoU >= 0.9 with a box in `others`, and their number."""
     kept = []
     for (_, example), result, other in zip(chosen, results, others, strict=True):
         other_boxes = [box for entity in generated_boxes(tokenizer, example, other) for box in entity.boxes]
@@ -279,8 +281,7 @@ def ranked_accuracy(model: Kosmos2, tokenizer: Tokenizer, chosen: Chosen, counts
 
 
 def first_scores(tokenizer: Tokenizer, chosen: Chosen, results: list[Generated]) -> dict[str, list[float]]:
-    """The score of the first box of every grounding answer, for phrases in the image and for absent
-    ones."""
+    """The score of the first box of every grounding answer, for present and for absent phrases."""
     scores: dict[str, list[float]] = {"ground": [], "ground absent": []}
     for (_, example), result in zip(chosen, results, strict=True):
         if example.task in scores:
@@ -299,8 +300,7 @@ def first_scores(tokenizer: Tokenizer, chosen: Chosen, results: list[Generated])
 
 
 def scored_boxes(model, tokenizer, chosen: Chosen) -> list[tuple[float, float, bool]]:
-    """(score, best IoU with a right box, whether both corners are in the right cells) of every
-    generated box."""
+    """(score, best IoU with a right box, whether both corners are right) of every generated box."""
     found = []
     for (scene, example), result in zip(chosen, answers(model, tokenizer, chosen), strict=True):
         for entity in generated_boxes(tokenizer, example, result):
@@ -400,8 +400,10 @@ def score_results(file: Path, counts=(1, 5, 10)) -> tuple[dict[int, float], int]
 
 
 def boxes_of_phrase(entities: list[dict], phrase: str) -> list[Box]:
-    """The boxes of the entity with this phrase. Answers are normalized (NFKC) like the vocabulary's
-    training texts."""
+    """The boxes of the entity with this phrase.
+
+    Answers are normalized (NFKC), as the training texts of the vocabulary were.
+    """
     asked = " ".join(unicodedata.normalize("NFKC", phrase).split())
     for entity in entities:
         if entity["phrase"] == asked:

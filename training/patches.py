@@ -41,8 +41,10 @@ class PatchHead(nn.Module):
         self.linear = nn.Linear(width, sum(self.sizes))
 
     def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """features (B, N, E) and labels (B, N - 1, 6) -> (loss, share of the covered patches whose
-        kind is right)"""
+        """features (B, N, E) and labels (B, N - 1, 6) -> loss and accuracy.
+
+        The accuracy is the share of the covered patches whose kind is right.
+        """
         x = self.linear(features[:, 1:] * self.width**0.5)  # without [CLS]; features have unit length
         kinds, colors, boxes = x.float().split(self.sizes, dim=-1)
         kind, color = labels[..., 0].long(), labels[..., 1].long()

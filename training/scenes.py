@@ -145,8 +145,7 @@ class Thing:
 
     @property
     def place(self) -> str:
-        """The ninth of the image that its center is in: "at the top left", "on the right", "in the
-        middle"."""
+        """The ninth of the image its center is in: "at the top left", "on the right", "in the middle"."""
         column, row = (min(int(c * 3), 2) for c in self.center)
         return PLACES[row][column]
 
@@ -181,8 +180,10 @@ def extent(parts: list[Part]) -> Box:
 
 
 def random_thing(rng: random.Random, others: list[Thing], background: str, aspect: float) -> Thing | None:
-    """A thing in a free place; sometimes of the kind or color of an earlier one. None if no place
-    was found."""
+    """A thing in a free place; sometimes of the kind or color of an earlier one.
+
+    None if no place was found.
+    """
     kind = rng.choice(KINDS)
     color = rng.choice(list(COLORS))
     if rng.random() < 0.35:
@@ -228,8 +229,7 @@ def overlap(a: Box, b: Box, gap: float) -> bool:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image before it is painted: its things from left to right, its background and its aspect
-    ratio."""
+    """An image before it is drawn: its things from left to right, its background, its aspect ratio."""
 
     things: tuple[Thing, ...]
     background: str
@@ -253,8 +253,10 @@ class Scene:
         return cls(tuple(things), background, seed, aspect)
 
     def draw(self, side: int | None = None) -> Image.Image:
-        """The image; side: sqrt(width * height) in pixels, by default different from scene to
-        scene."""
+        """The image.
+
+        side: sqrt(width * height) in pixels, by default different from scene to scene.
+        """
         rng = random.Random(f"{self.seed} drawing")
         side = side or rng.randint(160, 360)
         smooth = rng.choice([1, 2, 2])  # drawn twice as large, then reduced: antialiased
@@ -306,8 +308,7 @@ class Scene:
 
 
 def joint(groups: list[list[Thing]], i: int, detailed: bool) -> str:
-    """The words between the things i - 1 and i of a caption. Two single things are joined by their
-    relation."""
+    """The words between things i - 1 and i of a caption; two single things are joined by their relation."""
     if i == 0:
         return ""
     if i < len(groups) - 1:
@@ -411,8 +412,10 @@ def paint_landscape(
 def draw_thing(
     image: Image.Image, thing: Thing, background: list[Color], outlined: bool, rng: random.Random
 ) -> None:
-    """Paint a thing: first the lines around all its polygons, then the polygons, so that its
-    silhouette is outlined."""
+    """Draw a thing.
+
+    First the lines around all its polygons, then the polygons, so that only its silhouette is outlined.
+    """
     width, height = image.size
     body = BROWN
     if thing.color is not None:
@@ -478,8 +481,7 @@ MEANINGS = {
 
 
 def read_words(words: str) -> tuple[int | None, dict[str, str]] | None:
-    """ "two large red cups" -> (2, {"size": "large", "color": "red", "kind": "cup"}); None if it is
-    not understood."""
+    """ "two large red cups" -> (2, {"size": "large", "color": "red", "kind": "cup"}), or None."""
     number = None
     meaning: dict[str, str] = {}
     for word in words.split():
@@ -523,8 +525,7 @@ def resolve(expression: str, scene: Scene) -> list[Thing] | None:
 
 
 def names(target: Thing, scene: Scene) -> list[str]:
-    """What singles a thing out by its looks, shortest first: "the star", "the red star", "the small
-    red star"."""
+    """What identifies a thing by its looks, shortest first: "the star", "the small red star"."""
     words = [target.kind]
     if target.color is not None:
         words.append(target.name)
@@ -534,7 +535,7 @@ def names(target: Thing, scene: Scene) -> list[str]:
 
 
 def relations(target: Thing, scene: Scene, rng: random.Random) -> Iterator[str]:
-    """What singles a thing out by its position, in random order: "the star left of the red cup"."""
+    """What identifies a thing by its position, in random order: "the star left of the red cup"."""
     heads = dict.fromkeys([target.kind, ANYTHING, target.name])
     anchors = [
         thing
@@ -770,8 +771,10 @@ def in_context(scene: Scene, rng: random.Random) -> list[Example]:
 
 
 def unseen(scene: Scene) -> Example:
-    """Text alone: the beginning of the caption, without the image. Any ending that makes a caption
-    is right."""
+    """Text alone: the beginning of the caption, without the image.
+
+    Any ending that makes a caption is right.
+    """
     words = scene.record()["caption"].split(" ")
     cut = 3 + scene.seed % (len(words) - 3)
     return Example(
@@ -780,8 +783,7 @@ def unseen(scene: Scene) -> Example:
 
 
 def is_caption(text: str) -> bool:
-    """Whether some scene has this brief caption, with every article, plural and comma in its
-    place."""
+    """Whether some scene has this brief caption, with every article, plural and comma in place."""
     if text == "An image of nothing.":
         return True
     phrases = listed(text)

@@ -71,8 +71,7 @@ PARTS = ["vision", "resampler", "decoder"]
 
 
 def train_vocabulary(model_file: Path, scenes: int = 5000) -> None:
-    """Train a sentencepiece model on texts about scenes; it covers every printable ASCII
-    character."""
+    """Train a sentencepiece model on texts about scenes; it covers all printable ASCII characters."""
     import sentencepiece
 
     texts = []
@@ -102,8 +101,10 @@ def train_vocabulary(model_file: Path, scenes: int = 5000) -> None:
 
 
 def sincos_2d(rows: int, columns: int, width: int) -> torch.Tensor:
-    """(rows * columns, width): sines and cosines of both coordinates, low to high frequency, each
-    row of unit length."""
+    """(rows * columns, width): sines and cosines of both coordinates, each row of unit length.
+
+    Frequencies go from low to high.
+    """
     quarter = width // 4
     frequencies = math.pi * torch.logspace(0, math.log10(min(rows, columns)), quarter) / 2
     y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
@@ -175,8 +176,10 @@ class Losses(nn.Module):
 
 
 def recompute_activations(model: Kosmos2) -> None:
-    """Activation checkpointing: run each block again in the backward pass, which saves memory and
-    costs time."""
+    """Activation checkpointing: run each block again in the backward pass.
+
+    Saves memory and costs time.
+    """
     for block in [*model.vision.layers, *model.decoder.layers]:
         block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
@@ -198,8 +201,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
 
 
 def make_optimizers(model: Kosmos2, name: str, lr: float) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon for the matrices inside the blocks and AdamW for the rest, at one learning
-    rate."""
+    """AdamW; or Muon for the matrices inside the blocks and AdamW for the rest.
+
+    Both use one learning rate.
+    """
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     inside = [p for n, p in trained if name == "muon" and ".layers." in n and p.dim() == 2]
     chosen = {id(p) for p in inside}
