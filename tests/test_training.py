@@ -401,6 +401,27 @@ def test_training_killed_at_any_moment(tmp_path):
     assert steps == sorted(set(steps))
 
 
+UNFIT = [b"not a checkpoint", {"step": 3, "model": {"vision.class_embedding": torch.zeros(7)}}]
+
+
+@pytest.mark.parametrize("content", UNFIT)
+def test_a_checkpoint_that_does_not_fit(content, tmp_path):
+    """One line that names the file, and the file stays as it is."""
+    shutil.copy(TINY / SENTENCEPIECE, tmp_path)
+    file = tmp_path / "checkpoint.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    before = file.read_bytes()
+    command = [sys.executable, str(TRAIN), "--out", str(tmp_path), "--steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"train: cannot resume from {file}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert file.read_bytes() == before
+
+
 def saved_step(folder) -> int:
     """The step of a run's checkpoint; fails if the file exists but does not load."""
     file = folder / "checkpoint.pt"

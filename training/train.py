@@ -23,6 +23,7 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import sys
@@ -272,15 +273,23 @@ class Run:
         return model, tokenizer
 
     def resume(self) -> None:
-        state = torch.load(self.folder / "checkpoint.pt", weights_only=True, map_location=self.device)
-        self.model.load_state_dict(self.model.state_dict() | state["model"])
-        if self.patch_head is not None:
-            self.patch_head.load_state_dict(state["patch_head"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step = state["step"]
-        self.minutes = state["minutes"]
-        self.log = state["log"]
+        """Continue from checkpoint.pt; ValueError if it is damaged or of a run with other settings."""
+        file = self.folder / "checkpoint.pt"
+        try:
+            state = torch.load(file, weights_only=True, map_location=self.device)
+            self.model.load_state_dict(self.model.state_dict() | state["model"])
+            if self.patch_head is not None:
+                self.patch_head.load_state_dict(state["patch_head"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step = state["step"]
+            self.minutes = state["minutes"]
+            self.log = state["log"]
+        except (KeyError, TypeError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            raise ValueError(
+                f"cannot resume from {file} ({reason}); use the settings it was made with, or another --out"
+            ) from None
         self.say(f"resuming {self.folder} at step {self.step}\n")
 
     def save(self) -> None:
