@@ -739,6 +739,27 @@ class Checkpoint:
         return self.stored[name].read(), scale
 
 
+def choose_device(device: str, precision: str) -> torch.device:
+    """A device by name; "auto" is the GPU if there is one, except for int8, which is for CPUs.
+
+    Under torchrun, each process takes its own GPU. ValueError if there is no such device.
+    """
+    has_cuda = torch.cuda.is_available()
+    has_mps = torch.backends.mps.is_available()
+    if device == "auto":
+        device = "cpu"
+        if precision != "int8" and has_mps:
+            device = "mps"
+        if precision != "int8" and has_cuda:
+            device = "cuda"
+    chosen = torch.device(device)
+    if (chosen.type == "cuda" and not has_cuda) or (chosen.type == "mps" and not has_mps):
+        raise ValueError(f"device {device} is not available; use cpu")
+    if chosen.type == "cuda" and chosen.index is None and "LOCAL_RANK" in os.environ:
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return chosen
+
+
 def load_checkpoint(
     path: str | Path,
     precision: str = "fp32",

@@ -35,20 +35,20 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tokenizer import PROMPTS, Entity, strip_tags, tokens_to_box
+from tokenizer import (
+    CONTINUED,
+    TASKS,
+    Entity,
+    check_box,
+    is_box_list,
+    normalize_box,
+    strip_tags,
+    task_prompts,
+    tokens_to_box,
+)
 
 HERE = Path(__file__).resolve().parent
 
-TASKS = [*PROMPTS, "context", "text"]
-CONTINUED = {"caption", "plain", "ground", "refer", "text"}  # the prompt is the beginning of the answer
-TAKES_TEXT = {
-    "ground": "a phrase",
-    "refer": "a referring expression",
-    "vqa": "a question",
-    "answer": "a question",
-    "context": "what to say about each image but the last",
-    "text": "the beginning of a text",
-}
 DEFAULT_NEW_TOKENS = 430  # the original demo's limit after a normal prompt; fewer if the context has no room
 
 
@@ -129,10 +129,16 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "images", nargs="*", type=Path, metavar="IMAGE", help="files or folders; default: the bundled image"
     )
-    p.add_argument(
-        "--checkpoint", default=str(HERE / "tiny"), help="folder, file or hub id (default: bundled model)"
-    )
-    p.add_argument("--tokenizer", help="the sentencepiece model, if it is not next to the weights")
+    add_request_options(p.add_argument_group("what to ask"))
+    decoding = p.add_argument_group("decoding")
+    for name, kind, text in DECODING:
+        decoding.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    add_model_options(p.add_argument_group("the model"))
+    add_output_options(p.add_argument_group("output"))
+    return p
+
+
+def add_request_options(p) -> None:
     p.add_argument("--task", choices=TASKS, help="a published prompt (default: caption)")
     p.add_argument(
         "--text",
@@ -153,9 +159,13 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--requests", metavar="JSONL", help="a request per line: image, task, text, prompt, boxes; - is stdin"
     )
-    decoding = p.add_argument_group("decoding")
-    for name, kind, text in DECODING:
-        decoding.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+
+
+def add_model_options(p) -> None:
+    p.add_argument(
+        "--checkpoint", default=str(HERE / "tiny"), help="folder, file or hub id (default: bundled model)"
+    )
+    p.add_argument("--tokenizer", help="the sentencepiece model, if it is not next to the weights")
     p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps")
     p.add_argument(
         "--precision",
@@ -164,6 +174,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the weights: fp32 (default) is exact, int8 fastest on a CPU",
     )
     p.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests per batch (default: 8)")
+
+
+def add_output_options(p) -> None:
     p.add_argument(
         "--output",
         type=Path,
@@ -177,7 +190,6 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--resume", action="store_true", help="continue a --results file: skip what it already has"
     )
-    return p
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -225,36 +237,6 @@ def parse_box(text: str) -> tuple:
 # ----------------------------------------------------------------------------------------------------
 # Requests
 # ----------------------------------------------------------------------------------------------------
-
-
-def task_prompts(task: str, texts: list[str], boxes: list) -> list[str]:
-    """The prompts of a task, one for each text.
-
-    ValueError for texts or boxes that the task does not take.
-    """
-    texts = [text.strip() for text in texts]
-    if task not in TASKS:
-        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
-    if texts and task not in TAKES_TEXT:
-        raise ValueError(f"task {task} takes no text")
-    if task == "refer" and not texts and not boxes:
-        raise ValueError("task refer needs a box (to describe it) or a text (an expression, to find it)")
-    if task in TAKES_TEXT and not all(texts or [""] * (task != "refer")):
-        raise ValueError(f"task {task} needs a text that is not empty: {TAKES_TEXT[task]}")
-    if texts and boxes and task in ("ground", "refer"):
-        raise ValueError(
-            f"task {task} takes a text (to find its box) or a box, not both; or use your own prompt"
-        )
-    if any("<image>" in text or "</image>" in text for text in texts):
-        raise ValueError("a text cannot contain images; use your own prompt")
-    if task == "context":
-        phrase = "<grounding><phrase> It</phrase> is" if boxes else ""
-        return ["".join(f"<image>{phrase} {text}" for text in texts) + f"<image>{phrase}"]
-    if task == "text":
-        return texts
-    if task == "refer" and texts:
-        task = "ground"
-    return [PROMPTS[task].replace("{text}", text) for text in texts or [""]]
 
 
 def make_requests(images: tuple[Path, ...], task, texts, prompt, boxes, extra: dict) -> list[Request]:
@@ -361,40 +343,6 @@ def as_list(value) -> list:
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
-
-
-def check_box(box) -> None:
-    """ValueError unless this is None, four numbers or two location indices."""
-    if box is None:
-        return
-    is_list = isinstance(box, (list, tuple)) and all(isinstance(v, (int, float)) for v in box)
-    if not is_list or len(box) not in (2, 4):
-        shown = ",".join(str(v) for v in box) if is_list else repr(box)
-        raise ValueError(f"box {shown}: expected four numbers or two location indices")
-
-
-def normalize_box(box: tuple, size: tuple[int, int]) -> tuple:
-    """A box in 0..1, in pixels of an image of this (width, height), or as two location indices.
-
-    Returns it in 0..1, or the indices as they are.
-    """
-    check_box(box)
-    if box is None:
-        return None
-    if len(box) == 2:
-        return tuple(box)
-    typed = ",".join(str(v) for v in box)
-    x1, y1, x2, y2 = box
-    if not (0 <= x1 < x2 and 0 <= y1 < y2):
-        raise ValueError(f"box {typed}: expected 0 <= x1 < x2 and 0 <= y1 < y2")
-    if max(box) <= 1:
-        return box
-    if any(0 < v < 1 for v in box):
-        raise ValueError(f"box {typed} mixes 0..1 and pixels")
-    width, height = size
-    if x2 > width or y2 > height:
-        raise ValueError(f"box {typed} extends beyond the image, which is {width} x {height} pixels")
-    return x1 / width, y1 / height, x2 / width, y2 / height
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -529,7 +477,7 @@ class Runner:
         self.args = args
         self.timings = ""
         self.stream = False  # print the text while it is generated
-        self.device = choose_device(args.device, args.precision)
+        self.device = load_weights.choose_device(args.device, args.precision)
         self.options = {}
         for name, _, _ in DECODING:
             name = name.replace("-", "_")
@@ -701,28 +649,6 @@ class Runner:
         return Answer(text, raw.strip(), [Entity(text, (0, len(text)), boxes, scores)])
 
 
-def is_box_list(box) -> bool:
-    """Whether the boxes of one phrase are a list of boxes rather than a single box."""
-    return isinstance(box, (list, tuple)) and bool(box) and not isinstance(box[0], (int, float))
-
-
-def choose_device(device: str, precision: str) -> "torch.device":
-    has_cuda = torch.cuda.is_available()
-    has_mps = torch.backends.mps.is_available()
-    if device == "auto":
-        device = "cpu"
-        if precision != "int8" and has_mps:
-            device = "mps"
-        if precision != "int8" and has_cuda:
-            device = "cuda"
-    chosen = torch.device(device)
-    if (chosen.type == "cuda" and not has_cuda) or (chosen.type == "mps" and not has_mps):
-        raise ValueError(f"--device {device} is not available; use --device cpu")
-    if chosen.type == "cuda" and chosen.index is None and "LOCAL_RANK" in os.environ:
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return chosen
-
-
 # ----------------------------------------------------------------------------------------------------
 # Results
 # ----------------------------------------------------------------------------------------------------
@@ -778,13 +704,19 @@ class Results:
             self.done[request.key()] += 1
         return length
 
-    def is_done(self, request: Request) -> bool:
-        """Whether the file already has this request; each line counts once."""
-        key = request.key()
-        if self.done[key] == 0:
-            return False
-        self.done[key] -= 1
-        return True
+    def remaining(self, groups: list[list[Request]]) -> list[list[Request]]:
+        """The requests that the file does not have yet; each of its lines counts once."""
+        left = []
+        for group in groups:
+            requests = []
+            for request in group:
+                if self.done[request.key()] > 0:
+                    self.done[request.key()] -= 1
+                else:
+                    requests.append(request)
+            if requests:
+                left.append(requests)
+        return left
 
     def write(self, rows: list[dict]) -> None:
         lines = [json.dumps(row | {"checkpoint": self.checkpoint}, ensure_ascii=False) for row in rows]
@@ -1094,11 +1026,26 @@ def run(args: argparse.Namespace) -> int:
     output = Output(args, groups)
     groups = groups[rank::world]
     if results is not None:
-        groups = [[request for request in group if not results.is_done(request)] for group in groups]
-        groups = [group for group in groups if group]
+        groups = results.remaining(groups)
     runner = Runner(args)
     print(f"loaded {args.checkpoint} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-    progress = Progress(sum(map(len, groups)))
+    total = sum(map(len, groups))
+    failed = answer_groups(groups, Progress(total), runner, output, results)
+    if failed and total > 1:
+        names = dict.fromkeys(str(path) for request in failed for path in request.images[-1:])
+        print(f"sample: {len(failed)} of {total} failed: {', '.join(names)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def answer_groups(
+    groups: list[list[Request]],
+    progress: Progress,
+    runner: Runner,
+    output: Output,
+    results: Results | None,
+) -> list[Request]:
+    """Answer all requests, batch by batch, and write the results; returns the requests that failed."""
+    args = runner.args
     on_terminal = sys.stdout.isatty() and not (args.json or results or args.top_boxes)
     runner.stream = on_terminal and progress.total == 1
     failed = []
@@ -1128,10 +1075,7 @@ def run(args: argparse.Namespace) -> int:
                 results.write(lines)
         count = sum(len(group.rows) for group in batch) + sum(len(requests) for requests, _ in errors)
         progress.update(count, runner.timings)
-    if failed and progress.total > 1:
-        names = dict.fromkeys(str(path) for request in failed for path in request.images[-1:])
-        print(f"sample: {len(failed)} of {progress.total} failed: {', '.join(names)}", file=sys.stderr)
-    return 1 if failed else 0
+    return failed
 
 
 def describe_error(error: Exception, requests: list[Request]) -> str:

@@ -34,17 +34,6 @@ TAGS = [
 ]  # fmt: skip
 CONTROL = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3
 
-# The published prompts (paper, sections 3 and 4); {text} is a phrase, an expression or a question.
-PROMPTS = {
-    "caption": "<grounding>An image of",
-    "detail": "<grounding>Describe this image in detail:",
-    "plain": "An image of",
-    "ground": "<grounding><phrase> {text}</phrase>",
-    "refer": "<grounding><phrase> It</phrase> is",
-    "vqa": "<grounding> Question: {text} Answer:",
-    "answer": "Question: {text} Answer:",
-}
-
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in 0..1 of the image
 
 
@@ -165,6 +154,101 @@ def box_indices(box, grid: int, training: bool) -> tuple[int, int]:
         raise error
     tokens_to_box(ul, lr, grid)  # raises if they are not on the grid
     return ul, lr
+
+
+def check_box(box) -> None:
+    """ValueError unless this is None, four numbers or two location indices."""
+    if box is None:
+        return
+    is_list = isinstance(box, (list, tuple)) and all(isinstance(v, (int, float)) for v in box)
+    if not is_list or len(box) not in (2, 4):
+        shown = ",".join(str(v) for v in box) if is_list else repr(box)
+        raise ValueError(f"box {shown}: expected four numbers or two location indices")
+
+
+def normalize_box(box: tuple, size: tuple[int, int]) -> tuple:
+    """A box in 0..1, in pixels of an image of this (width, height), or as two location indices.
+
+    Returns it in 0..1, or the indices as they are.
+    """
+    check_box(box)
+    if box is None:
+        return None
+    if len(box) == 2:
+        return tuple(box)
+    typed = ",".join(str(v) for v in box)
+    x1, y1, x2, y2 = box
+    if not (0 <= x1 < x2 and 0 <= y1 < y2):
+        raise ValueError(f"box {typed}: expected 0 <= x1 < x2 and 0 <= y1 < y2")
+    if max(box) <= 1:
+        return box
+    if any(0 < v < 1 for v in box):
+        raise ValueError(f"box {typed} mixes 0..1 and pixels")
+    width, height = size
+    if x2 > width or y2 > height:
+        raise ValueError(f"box {typed} extends beyond the image, which is {width} x {height} pixels")
+    return x1 / width, y1 / height, x2 / width, y2 / height
+
+
+def is_box_list(box) -> bool:
+    """Whether the boxes of one phrase are a list of boxes rather than a single box."""
+    return isinstance(box, (list, tuple)) and bool(box) and not isinstance(box[0], (int, float))
+
+
+# ----------------------------------------------------------------------------------------------------
+# The prompts of the tasks  (paper, sections 3 and 4)
+# ----------------------------------------------------------------------------------------------------
+
+# {text} is a phrase, an expression or a question.
+PROMPTS = {
+    "caption": "<grounding>An image of",
+    "detail": "<grounding>Describe this image in detail:",
+    "plain": "An image of",
+    "ground": "<grounding><phrase> {text}</phrase>",
+    "refer": "<grounding><phrase> It</phrase> is",
+    "vqa": "<grounding> Question: {text} Answer:",
+    "answer": "Question: {text} Answer:",
+}
+TASKS = [*PROMPTS, "context", "text"]
+CONTINUED = {"caption", "plain", "ground", "refer", "text"}  # the prompt is the beginning of the answer
+TAKES_TEXT = {
+    "ground": "a phrase",
+    "refer": "a referring expression",
+    "vqa": "a question",
+    "answer": "a question",
+    "context": "what to say about each image but the last",
+    "text": "the beginning of a text",
+}
+
+
+def task_prompts(task: str, texts: list[str], boxes: list) -> list[str]:
+    """The prompts of a task, one for each text.
+
+    ValueError for texts or boxes that the task does not take.
+    """
+    texts = [text.strip() for text in texts]
+    if task not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+    if texts and task not in TAKES_TEXT:
+        raise ValueError(f"task {task} takes no text")
+    if task == "refer" and not texts and not boxes:
+        raise ValueError("task refer needs a box (to describe it) or a text (an expression, to find it)")
+    if task in TAKES_TEXT and not all(texts or [""] * (task != "refer")):
+        raise ValueError(f"task {task} needs a text that is not empty: {TAKES_TEXT[task]}")
+    if texts and boxes and task in ("ground", "refer"):
+        raise ValueError(
+            f"task {task} takes a text (to find its box) or a box, not both; or use your own prompt"
+        )
+    if any("<image>" in text or "</image>" in text for text in texts):
+        raise ValueError("a text cannot contain images; use your own prompt")
+    if task == "context":
+        phrase = "<grounding><phrase> It</phrase> is" if boxes else ""
+        return ["".join(f"<image>{phrase} {text}" for text in texts) + f"<image>{phrase}"]
+    if task == "text":
+        return texts
+    if task == "refer" and texts:
+        task = "ground"
+    return [PROMPTS[task].replace("{text}", text) for text in texts or [""]]
 
 
 # ----------------------------------------------------------------------------------------------------
