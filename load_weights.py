@@ -451,6 +451,7 @@ def download(hub_id: str) -> Path:
 
 FEW_ROWS = 16  # from here on, PyTorch's own kernel uses all cores
 MANY_WEIGHTS = 2**20  # smaller matrices stay in the cache of one core
+MANY_OUTPUTS = 2**14  # packing more outputs at once takes four times as long per output
 
 
 class MultiCoreLinear(nn.Linear):
@@ -542,11 +543,17 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self.weight = weight
         self.scale = scale
-        self.unembed = PackedLinear(weight, None, scale)
+        self.parts = nn.ModuleList()  # of the output projection
+        for start in range(0, len(weight), MANY_OUTPUTS):
+            rows = slice(start, start + MANY_OUTPUTS)
+            self.parts.append(PackedLinear(weight[rows], None, None if scale is None else scale[rows]))
 
     def forward(self, tokens: Tensor) -> Tensor:
         rows = self.weight[tokens].float()  # (B, T, D)
         return rows if self.scale is None else rows * self.scale[tokens][..., None]
+
+    def unembed(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)  # (..., V)
 
 
 INT8_KERNEL = "linear_with_input_q_dq_qweight_dq_output_fp32"
