@@ -3,9 +3,9 @@
 Kosmos-2 (Peng et al. 2023, "Grounding Multimodal Large Language Models to the World", arXiv
 2306.14824) is a decoder-only language model with two additions:
 
-- It sees. A ViT turns the image into a grid of features, a resampler condenses them into a few
+- Images: a ViT turns the image into a grid of features, a resampler condenses them into a few
   dozen vectors, and these replace the placeholder token embeddings in the prompt.
-- It points. The vocabulary has one location token for each cell of a 32 x 32 grid over the image,
+- Boxes: the vocabulary has one location token for each cell of a 32 x 32 grid over the image,
   and a box is written as two of them, so grounding is ordinary next-token prediction:
 
     <phrase> a snowman</phrase><object><patch_index_0044><patch_index_0863></object>
@@ -25,7 +25,7 @@ Dimension legend:
     D width           H heads            hd = D / H head width
     E vision width    N image positions  Q latent queries               I images in a batch
 
-Where it differs from a textbook transformer:
+Where it differs most from a textbook transformer (notebooks/10_departures has the whole list):
 - sub-LN: a second LayerNorm inside attention and MLP (`Block`)
 - ViT features of unit length (`VisionTransformer`)
 - latents appended to the keys and values (`Resampler`)
@@ -276,8 +276,8 @@ class Block(nn.Module):
     """A pre-norm transformer block: plain in the ViT, with sub-LN in the decoder.
 
     With pre-norm alone, the scale of what each layer adds drifts with depth. Sub-LN (MAGNETO, arXiv
-    2210.06423, section 2) adds a LayerNorm before the last projection of attention and MLP, so both
-    project inputs of one scale.
+    2210.06423, section 2) adds a LayerNorm before the last projection of attention and MLP, so the
+    inputs of both have the same scale.
     """
 
     def __init__(self, width: int, heads: int, mlp_width: int, activation, sub_ln: bool, eps: float):
@@ -305,9 +305,9 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 def preprocess_image(image: Image.Image, image_size: int) -> Tensor:
     """An image of any size and mode -> pixels (3, image_size, image_size), float32.
 
-    The whole image is squashed to a square (aspect ratio is not preserved), so a box in 0..1 of the
-    square is the same box in 0..1 of the image. ValueError for pixel values whose brightness is
-    unknown: see `to_rgb`.
+    The whole image is squashed to a square (aspect ratio is not preserved), so coordinates in
+    0..1 are the same in the square and in the image. ValueError for pixel values out of range: see
+    `to_rgb`.
     """
     image = to_rgb(image).resize((image_size, image_size), Image.Resampling.BICUBIC)
     pixels = np.asarray(image, dtype=np.float32) / 255  # (image_size, image_size, 3)
@@ -320,7 +320,7 @@ def preprocess_images(images: list[Image.Image], image_size: int) -> Tensor:
     return torch.stack([preprocess_image(image, image_size) for image in images])
 
 
-# The Orientation tag of EXIF -> what makes the image upright.
+# The Orientation tag of EXIF -> the operation that turns the image upright.
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -540,9 +540,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Embeddings x (B, T, D) and position ids (B, T) -> x (B, T, D) after the last norm.
 
-        The sqrt(D) makes embeddings of about unit length as large as the position encodings. Image
-        embeddings are scaled and given positions like any token, because they were inserted
-        earlier.
+        The factor sqrt(D) brings token embeddings, which are stored with a length of about one, to
+        the scale of the position encodings. Image embeddings are inserted before, so they are scaled
+        and given positions like any token.
         """
         x = x * math.sqrt(x.shape[-1]) + sinusoidal_positions(positions, x.shape[-1]).to(x.dtype)
         for i, layer in enumerate(self.layers):
@@ -625,7 +625,7 @@ class Kosmos2(nn.Module):
         pixels      (I, 3, image_size, image_size) or image_embeds (I, Q, D): all images, in reading order
         image_mask  (B, T) bool, True on the I x Q image slots
         pad_mask    (B, T) bool, True on padding, on either side
-        labels      (B, T) ids, shifted by one in here; -100 is ignored
+        labels      (B, T) ids, one per token (shifted by one in this function); -100 is ignored
         Returns logits (B, T, V), or (logits, mean cross-entropy).
         Raises ValueError for shapes that do not fit and for rows longer than the context.
         """
@@ -797,19 +797,19 @@ class GenerationOptions:
 
     # Upper limit; prompt and new tokens must fit the context. 430 is the original demo's limit.
     max_new_tokens: int = 430
-    min_new_tokens: int = 0  # </s> is forbidden before
+    min_new_tokens: int = 0  # no </s> before this many
     temperature: float = 0.0  # 0 takes the most likely token, 1 samples from the model's distribution
     top_k: int | None = None  # sample among the k most likely tokens
     top_p: float | None = None  # sample among the most likely tokens that together reach probability p
-    num_beams: int = 1  # above 1: beam search, which does not sample
+    num_beams: int = 1  # above 1: beam search; excludes sampling
     # Forbid repeating any n-gram, prompt and image slots included. The published model is used with
     # 3 (config.text.no_repeat_ngram_size); transformers 5.23 loses that setting while loading.
     no_repeat_ngram_size: int = 0
     seed: int | None = None  # all rows share one random stream, so batching does not change results
     constraint: Constraint | None = None  # such as Tokenizer.allowed_tokens, which keeps boxes complete
-    # Ids so far -> ids that probably follow, such as Tokenizer.likely_next. They are run together with
-    # the last token, which in fp16 and int8 takes no longer, because decoding is memory-bound. A right
-    # guess saves a step; the result stays the same.
+    # Ids so far -> ids that probably follow, such as Tokenizer.likely_next. They are run in the same pass
+    # as the last token, which costs little where reading the weights is the limit. A right guess saves
+    # a pass; the result stays the same. Ignored for batches and beam search.
     draft: Callable[[list[int]], list[int]] | None = None
 
     def __post_init__(self):
@@ -854,8 +854,8 @@ class Generated:
 class DecodeState:
     """Decoding state of a batch: sequences, KV caches and next-token logits.
 
-    Sequence i continues prompts[rows[i]]. At first there is one for each prompt; finished ones
-    leave the batch, and a beam search has several for each.
+    Sequence i continues prompts[rows[i]]. At first there is one for each prompt. Finished sequences
+    leave the batch; beam search keeps several for each prompt.
     """
 
     model: Kosmos2
@@ -890,7 +890,8 @@ class DecodeState:
         """Continue with these sequences only, made by `append`: run their last tokens through the
         decoder.
 
-        parents: what each sequence was made from. A parent may repeat; all others leave the batch.
+        parents: for each sequence, the index of the one it extends. An index may repeat;
+        sequences that are not listed leave the batch.
         """
         device = self.next_position.device
         if parents != list(range(len(self.rows))):
@@ -942,7 +943,7 @@ def decode(state: DecodeState) -> Iterator[list[int | None]]:
     """The decoding loop. Yields, after each step, the new id of every prompt, None for those that
     have ended.
 
-    `state.results` holds what has been generated so far. A state is decoded only once.
+    `state.results` holds what has been generated so far. A state can be decoded only once.
     """
     options = state.options
     if any(result.ids for result in state.results):
@@ -983,7 +984,7 @@ def finish(state: DecodeState) -> list[Generated]:
 def mask_logits(scores: Tensor, state: DecodeState) -> Tensor:
     """Next-token logits or log-probabilities (B, V), with -inf for tokens that may not come next.
 
-    A rule that would leave no token is skipped; earlier rules take precedence.
+    Rules apply in order; a rule that would forbid all remaining tokens is skipped.
     """
     options = state.options
     scores = scores.clone()
@@ -1008,8 +1009,11 @@ def mask_logits(scores: Tensor, state: DecodeState) -> Tensor:
 
 
 def cut_markup(state: DecodeState, i: int, token: int, remaining: int) -> int:
-    """The token, unless it is markup that can no longer be completed. Then </s>, or the tag that
-    closes what is open: the length limit cuts a text short, but never changes it."""
+    """The token, or a replacement if it is markup that no longer fits into the length limit.
+
+    The replacement is </s>, or the tag that closes what is open. So the limit can shorten a text,
+    but changes nothing before the cut.
+    """
     if state.options.constraint is None:
         return token
     ids = state.prompts[state.rows[i]] + state.sequences[i].ids
@@ -1130,7 +1134,7 @@ def best_continuations(state: DecodeState, scores: Tensor, beams: list[int], rem
     return running[:num_beams], ended
 
 
-MOST_CANDIDATES = 2000  # boxes that `rank_boxes` looks at; most are neighbors of one another
+MOST_CANDIDATES = 2000  # boxes that `rank_boxes` considers; most overlap one another
 
 
 @torch.inference_mode()

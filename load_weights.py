@@ -2,7 +2,7 @@
 
     python load_weights.py CHECKPOINT               report what is in it and whether it is complete
     python load_weights.py CHECKPOINT --save DIR    rewrite it in the published layout
-    python load_weights.py CHECKPOINT --save DIR --precision int8    a quarter of the size, loads faster
+    python load_weights.py CHECKPOINT --save DIR --precision int8    a quarter of the size of fp32, loads faster
 
 CHECKPOINT is a folder in the published layout (config.json, sentencepiece.bpe.model, and
 model.safetensors or shards with an index), a .safetensors file, a Hugging Face pytorch_model.bin,
@@ -51,8 +51,8 @@ from tokenizer import GRID, TAGS, Tokenizer, open_sentencepiece
 
 SENTENCEPIECE = "sentencepiece.bpe.model"
 
-# The dtype of all weights and activations. On a CPU, fp16 and int8 are the storage format of the
-# large matrices only (`PackedLinear`); everything else is float32 there.
+# The dtype of weights and activations. On a CPU, fp16 and int8 apply to the large matrices only
+# (`PackedLinear`; int8 also rounds their inputs); everything else is float32 there.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
 PACKED = ("fp16", "int8")
 
@@ -353,7 +353,7 @@ OTHER_FORMATS = [
     (None, ".msgpack", "a Flax file"),
     (None, ".tflite", "a TensorFlow Lite file"),
 ]
-# Our own int8 layout. Under the usual name, transformers would load it, without the scales.
+# Our int8 layout has its own name: transformers would load model.safetensors and ignore the scales.
 INT8_FILE = "model.int8.safetensors"
 WEIGHT_FILES = [
     "model.safetensors",
@@ -449,7 +449,7 @@ def download(hub_id: str) -> Path:
 # replaces its layers by these.
 # ----------------------------------------------------------------------------------------------------
 
-FEW_ROWS = 16  # from here on, PyTorch's own kernel uses all cores
+FEW_ROWS = 16  # with more rows than this, PyTorch's own kernel uses all cores
 MANY_WEIGHTS = 2**20  # smaller matrices stay in the cache of one core
 MANY_OUTPUTS = 2**14  # packing more outputs at once takes four times as long per output
 
@@ -489,9 +489,9 @@ class PackedLinear(nn.Module):
     """A linear layer with 8- or 16-bit weights, for CPUs; inputs and outputs are float32.
 
     In int8, the weights of output n are scale[n] * q[n] with q in -127..127. Each row of x is
-    rounded the same way, with a scale of its own, so rows are independent of each other; sums are
-    exact. Uses PyTorch's fbgemm kernels where they are available. Elsewhere (ARM) plain arithmetic
-    gives the same numbers and saves memory, but no time.
+    rounded the same way, to 127 steps (63 on CPUs without VNNI: see `input_steps`), with a scale of
+    its own, so rows are independent of each other; sums are exact. Uses PyTorch's fbgemm kernels
+    where they are available. Elsewhere (ARM), plain arithmetic saves memory, but no time.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None):
@@ -590,7 +590,7 @@ def input_steps() -> int:
 def absmax(x: Tensor) -> Tensor:
     """The largest absolute value of each row, (..., 1), at least 1e-30.
 
-    (x.abs().amax() would write x once more.)
+    (x.abs() would allocate a copy of x.)
     """
     high = x.amax(dim=-1, keepdim=True)
     low = x.amin(dim=-1, keepdim=True)
@@ -648,7 +648,7 @@ class Checkpoint:
             found = read_tensors(file)
             repeated = sorted(found.keys() & stored.keys())
             if repeated:
-                raise ValueError(f"{file} has tensors that another shard has, too: {listing(repeated)}")
+                raise ValueError(f"{file} repeats tensors of another shard: {listing(repeated)}")
             stored |= found
         for name in stored:
             if not name.isprintable():
@@ -699,7 +699,11 @@ class Checkpoint:
             ("of the wrong shape", wrong_shape),
             ("not floating point (quantized weights without scales?)", wrong_type),
         ]
-        problems = [f"{len(names)} {what}: {listing(names)}" for what, names in found if names]
+        problems = []
+        for what, names in found:
+            if names:
+                count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+                problems.append(f"{count} {what}: {listing(names)}")
         if problems and not self.has_config:
             problems.append(
                 "there is no config.json next to the weights, so the published sizes were expected"
@@ -778,9 +782,9 @@ def load_checkpoint(
     path: see the module docstring. config.json next to the weights is used if present, otherwise
     the published sizes. The sentencepiece model is taken from next to the weights, or from
     `tokenizer`. precision: fp32 (exact, the default), bf16 (half the memory), fp16 (for GPUs; on a
-    CPU for the weights only, twice as fast), int8 (for CPUs, faster still); independent of the
-    stored dtype. Needs little more memory than the weights in that precision; int8 half as much
-    again.
+    CPU for the large matrices only, 1.7 times as fast), int8 (for CPUs, faster still); independent of the
+    stored dtype. Peak memory is little more than the weights in that precision, 1.5 times as
+    much for int8.
 
     Raises FileNotFoundError for missing files; ValueError for a checkpoint with tensors that are
     missing, unexpected, of the wrong shape or type, or not finite, each listed by name, and for a
@@ -794,7 +798,7 @@ def load_checkpoint(
     checkpoint = Checkpoint(path)
     problems = checkpoint.problems()
     if problems:
-        raise ValueError(f"{path} is not a complete Kosmos-2 of these sizes; tensors " + "; ".join(problems))
+        raise ValueError(f"{path} is not a complete Kosmos-2 of these sizes: " + "; ".join(problems))
     for note in checkpoint.notes():
         warnings.warn(note, stacklevel=2)
     found_tokenizer = find_tokenizer(checkpoint, tokenizer)
@@ -1026,7 +1030,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Show what is in a Kosmos-2 checkpoint, or rewrite it.")
     parser.add_argument("checkpoint", help="folder, .safetensors, .bin, .pt or hub id")
     parser.add_argument("--save", metavar="DIR", type=Path, help="write it to DIR in the published layout")
-    parser.add_argument("--precision", choices=PRECISIONS, help="of --save (default: as stored)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="precision to save in (default: as stored)")
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="the sentencepiece model, if it is not next to the weights"
     )
@@ -1038,7 +1042,7 @@ def main(argv=None) -> int:
         print(report(checkpoint))
         problems = checkpoint.problems()
         if problems:
-            print("NOT complete: tensors " + "; ".join(problems))
+            print("NOT complete: " + "; ".join(problems))
             return 1
         print("complete")
         if args.save:

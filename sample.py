@@ -2,9 +2,9 @@
 
     python sample.py                                          the bundled image and the bundled small model
     python sample.py photo.jpg --checkpoint microsoft/kosmos-2-patch14-224
-    python sample.py photo.jpg --task ground --text "a snowman"
-    python sample.py photo.jpg --task vqa --text "What is special about this image?"
-    python sample.py photo.jpg --task refer --box 120,40,380,300
+    python sample.py tiny/scene.png --task ground --text "a snowman"
+    python sample.py tiny/busy.png --task vqa --text "What color is the car?"
+    python sample.py tiny/scene.png --task refer --box 140,80,255,295
     python sample.py folder --results captions.jsonl          a folder; --resume continues an interrupted run
     python sample.py folder --output page.html                one page with all images, captions and boxes
     python sample.py --requests requests.jsonl --json         a request per line: image, task, text, prompt
@@ -55,7 +55,7 @@ DEFAULT_NEW_TOKENS = 430  # the original demo's limit after a normal prompt; few
 class Request(NamedTuple):
     """What to ask about some images.
 
-    The command line, a folder and --requests are three ways to list requests.
+    Requests come from the command line, from folders or from --requests.
     """
 
     images: tuple[Path, ...]
@@ -75,7 +75,7 @@ class Answer(NamedTuple):
     """The answer to a request."""
 
     text: str
-    raw: str  # the tagged text as the model wrote it
+    raw: str  # prompt and answer as tagged text
     entities: list[Entity]
 
 
@@ -108,7 +108,7 @@ class Group:
 # Decoding options: name, type, help. The library checks their values (kosmos2.GenerationOptions).
 DECODING = [
     ("max-new-tokens", int, f"upper limit (default: {DEFAULT_NEW_TOKENS}, or what fits the context)"),
-    ("min-new-tokens", int, "no end before this many"),
+    ("min-new-tokens", int, "do not end before this many tokens"),
     (
         "temperature",
         float,
@@ -139,7 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_request_options(p) -> None:
-    p.add_argument("--task", choices=TASKS, help="a published prompt (default: caption)")
+    p.add_argument("--task", choices=TASKS, help="use the published prompt of this task (default: caption)")
     p.add_argument(
         "--text",
         action="append",
@@ -171,7 +171,7 @@ def add_model_options(p) -> None:
         "--precision",
         choices=["fp32", "bf16", "fp16", "int8"],
         default="fp32",
-        help="of the weights: fp32 (default) is exact, int8 fastest on a CPU",
+        help="of the weights: fp32 (default) is exact, int8 is fastest on a CPU, bf16 is for GPUs",
     )
     p.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests per batch (default: 8)")
 
@@ -188,7 +188,9 @@ def add_output_options(p) -> None:
         "--results", type=Path, metavar="JSONL", help="write the JSON lines to a file, each as it is done"
     )
     p.add_argument(
-        "--resume", action="store_true", help="continue a --results file: skip what it already has"
+        "--resume",
+        action="store_true",
+        help="continue a --results file: skip the requests it already answers",
     )
 
 
@@ -461,8 +463,11 @@ def batched(groups: list[list[Request]], batch_size: int) -> Iterator[list[list[
 
 
 def import_model_code() -> None:
-    """Import PyTorch and the model. Not at the top of the file, because that takes two seconds,
-    which --help and usage errors should not cost."""
+    """Import PyTorch and the model.
+
+    Done here and not at the top of the file, so that --help and usage errors do not wait two
+    seconds for PyTorch.
+    """
     global torch, kosmos2, load_weights
     import torch
 
@@ -568,7 +573,7 @@ class Runner:
         return self.model.prefill(tokens, image_embeds=image_embeds, image_mask=image_mask, max_new_tokens=0)
 
     def generate(self, rows: list[Row], prefix: "kosmos2.DecodeState | None" = None) -> None:
-        """Generate the answers of some rows as one batch. prefix: the state behind their image."""
+        """Generate the answers of some rows as one batch. prefix: the state after their image."""
         started = time.perf_counter()
         past = 0 if prefix is None else len(self.image_ids)
         prompts = [(row.ids[past:], row.image_mask[past:]) for row in rows]

@@ -55,8 +55,9 @@ class Entity(NamedTuple):
 def box_to_tokens(box: Box, grid: int = GRID, training: bool = False) -> tuple[int, int]:
     """A box in 0..1 -> the location indices of its top-left and bottom-right cell.
 
-    A bottom-right coordinate exactly on a cell boundary is assigned to the inner cell. (The
-    original data loader, training=True, used the outer one; elsewhere the two agree.) ValueError
+    A bottom-right coordinate exactly on a cell boundary is assigned to the inner cell.
+    (training=True follows the original data loader, which used the outer cell; otherwise the two
+    agree.) ValueError
     for a box that is empty, reversed or outside the image.
     """
     x1, y1, x2, y2 = (float(v) for v in box)
@@ -210,7 +211,7 @@ PROMPTS = {
     "answer": "Question: {text} Answer:",
 }
 TASKS = [*PROMPTS, "context", "text"]
-CONTINUED = {"caption", "plain", "ground", "refer", "text"}  # the prompt is the beginning of the answer
+CONTINUED = {"caption", "plain", "ground", "refer", "text"}  # the answer continues the sentence of the prompt
 TAKES_TEXT = {
     "ground": "a phrase",
     "refer": "a referring expression",
@@ -240,7 +241,7 @@ def task_prompts(task: str, texts: list[str], boxes: list) -> list[str]:
             f"task {task} takes a text (to find its box) or a box, not both; or use your own prompt"
         )
     if any("<image>" in text or "</image>" in text for text in texts):
-        raise ValueError("a text cannot contain images; use your own prompt")
+        raise ValueError("a text must not contain <image>; write your own prompt instead")
     if task == "context":
         phrase = "<grounding><phrase> It</phrase> is" if boxes else ""
         return ["".join(f"<image>{phrase} {text}" for text in texts) + f"<image>{phrase}"]
@@ -261,8 +262,8 @@ class Tokenizer:
 
     ids 0..3 are CONTROL. The pieces of the model follow (id = sentencepiece id + 1, because fairseq
     put <pad> among the control symbols and sentencepiece has none), then <mask>, the TAGS and the
-    location tokens. The published model has 64,000 pieces and therefore 65,037 ids; any other
-    number works the same way.
+    location tokens. The published sentencepiece model has 64,000 entries, three of them control
+    symbols, which makes 65,037 ids; any other number works the same way.
     """
 
     def __init__(self, model_file: str | Path, num_image_tokens: int = 64, grid: int = GRID):
@@ -288,7 +289,7 @@ class Tokenizer:
             )
 
     def _free_text(self) -> np.ndarray:
-        """Tokens that may stand outside of markup, bool (V,)."""
+        """Tokens allowed outside of phrases and boxes, bool (V,)."""
         allowed = np.ones(self.vocab_size, dtype=bool)
         allowed[self.first_location :] = False
         for tag in (

@@ -7,10 +7,10 @@
 #
 # ![The parts of Kosmos-2: vision transformer, resampler, the row of tokens with its image slots, the decoder and the choice of the next token](overview.svg)
 #
-# (The sizes in the diagram are those of the published model.) The notebooks use the real architecture with
-# the bundled weights: a small model trained on drawings. Only the sizes differ from the published model, and
-# the code takes them from the configuration. `figures.py`, next to the notebooks, has the helpers for figures
-# and tables, and it puts the project's modules on the import path.
+# (The sizes in the diagram are those of the published model.) The notebooks use the real architecture with the
+# bundled weights: a small model trained on drawings. Only the sizes, the vocabulary and the setting for n-grams
+# differ from the published model, and the code takes them from the checkpoint. `figures.py`, next to the notebooks,
+# has the helpers for figures and tables, and it puts the project's modules on the import path.
 
 # %%
 from figures import ROOT, plt, reference, show, show_answers, show_image, table  # isort: skip
@@ -98,8 +98,7 @@ torch.testing.assert_close(features.norm(dim=-1), torch.ones(1, N))
 # The prompt has Q slots between `<image>` and `</image>`. The image embeddings replace the token embeddings
 # of these slots, so the ids in them are only placeholders.
 #
-# `<grounding>` at the beginning of the text switches boxes on: in training, texts with boxes began with it, and
-# texts without boxes did not.
+# `<grounding>` at the beginning of the text asks for boxes: in training, only texts with boxes began with it.
 
 # %%
 ids, image_mask = tokenizer.encode_prompt("<grounding>An image of")
@@ -118,8 +117,8 @@ assert len(ids) == 3 + Q + len(tokenizer.encode("<grounding>An image of", add_bo
 # the text, only the last position matters. The ViT and the resampler use no mask; in the decoder, each position
 # attends to itself and to earlier ones only.
 #
-# Position ids start at 2 (fairseq reserves 0 and 1): `<s>` has 2, `<image>` has 3, and the Q slots have 4 to
-# Q + 3. `</image>` has Q + 4, and the first token of the text has Q + 5. (For Q = 64 that is 69.)
+# Position ids start at 2 (fairseq reserves 1 for padding, and 0 is unused): `<s>` has 2, `<image>` has 3, and the Q
+# slots have 4 to Q + 3. `</image>` has Q + 4, and the first token of the text has Q + 5. (For Q = 64 that is 69.)
 
 # %%
 tokens, mask = torch.tensor([ids]), torch.tensor([image_mask])

@@ -72,11 +72,11 @@ show(fig, f"16 small color images of {P} by {P} pixels, ordered by singular valu
 # %% [markdown]
 # ## [CLS] and the positions
 #
-# [CLS], a learned vector that belongs to no patch, comes before the patches. CLIP uses only its output, to describe
-# the whole image. Kosmos-2 passes on *all* N = G² + 1 positions: 16² + 1 = 257 in the published model.
+# A learned vector that belongs to no patch, [CLS], is put in front of the patches. CLIP uses only its output, to
+# describe the whole image. Kosmos-2 passes on *all* N = G² + 1 positions: 16² + 1 = 257 in the published model.
 #
-# Attention treats its inputs as a set. The position of a patch comes from a learned vector that is added to
-# it. One more LayerNorm follows, before the first block. CLIP has it and most ViTs do not.
+# Attention treats its inputs as a set, so a learned position vector is added to each patch. As in CLIP, but not in
+# most ViTs, one more LayerNorm follows before the first block.
 
 # %%
 x = torch.cat([vit.class_embedding.view(1, 1, E), embedded], dim=1) + vit.position_embedding
@@ -145,8 +145,8 @@ print(f"QuickGELU and GELU differ by up to {difference:.3f}")
 # %% [markdown]
 # ## The whole ViT, and its last step
 #
-# After the last block comes a LayerNorm. Then each position is divided by its length, which CLIP does not do here.
-# Features of unit length have values of about 1/√E, so the layer that follows must expect small inputs:
+# After the last block comes a LayerNorm. Then each position is divided by its length, which CLIP does not do at this
+# point. Features of unit length have values of about 1/√E, so the layer that follows must expect small inputs:
 # notebook 2 shows what happens if it does not.
 
 # %%

@@ -3,7 +3,8 @@
 #
 # The 256 patches of the published model would take 256 positions of the prompt, and the decoder's cost grows with
 # each. The resampler condenses them into Q vectors with Q learned queries, 64 in the published model. It is a
-# single attention layer, unusual in what it leaves out and in one thing it adds. (Reading time: 25 minutes.)
+# single attention layer without LayerNorm, residual or MLP, and its queries are also among its keys.
+# (Reading time: 25 minutes.)
 #
 # Three helpers come from `training/`: `Scene` draws random scenes, scenes from the seed `HELD_OUT` on were not used
 # in training, and `init_weights` initializes a model before training.
@@ -30,7 +31,7 @@ resampler, config = model.resampler, model.config
 # The resampler's input is the features of an image (notebook 1).
 
 # %%
-Q, D = config.latent_query_num, config.text.width
+E, Q, D = config.vision.width, config.latent_query_num, config.text.width
 image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
 pixels = preprocess_image(image, config.vision.image_size)[None]
 features = model.vision(pixels)
@@ -81,10 +82,11 @@ alt = "Copies of the image, one per head and latent, brighter where the attentio
 show(fig, alt)
 
 # %% [markdown]
-# ## Latents among their own keys
+# ## The latents as keys
 #
 # Attention weights sum to one. Without the latents among the keys, each head would have to spend all of its
-# attention on the image. Attention to a latent is attention to a constant. How much of it is there?
+# attention on the image. The keys and values of the latents do not depend on the image, so
+# attention to them adds a constant. How large is its share?
 
 # %%
 on_latents = weights[0, :, :, N:].sum(-1)  # (H, Q)
@@ -136,10 +138,10 @@ shuffled = resampler(features[:, order])
 torch.testing.assert_close(shuffled, resampler(features), rtol=1e-4, atol=1e-4)
 
 # %% [markdown]
-# ## Why unit length matters: the blind model
+# ## Why unit length matters: models that ignore the image
 #
 # Features have unit length, so their values are about 1/√E. The latents start with standard deviation one, in
-# the published model as well. If `dense` starts with small weights (0.02 in transformers, 1/√D as a usual rule),
+# the published model as well. If `dense` starts with small weights (0.02 in transformers, 1/√E as a usual rule),
 # the embeddings of all images are nearly the same. We measure this on untrained models: how far are the embeddings
 # of eight images from their mean? And what if the latents start small, too?
 
@@ -155,7 +157,7 @@ def spread(model) -> float:
 
 untrained = Kosmos2(replace(config, text=replace(config.text, layers=1))).eval()
 spreads = {}
-for std, scale in ((1, 1), (0.3, 1), (D**-0.5, 1), (0.02, 1), (1, 0.02), (0.02, 0.02)):
+for std, scale in ((1, 1), (0.3, 1), (E**-0.5, 1), (0.02, 1), (1, 0.02), (0.02, 0.02)):
     init_weights(untrained, tokenizer.first_location)
     untrained.resampler.dense.weight.normal_(std=std, generator=torch.Generator().manual_seed(0))
     untrained.resampler.latent_query.mul_(scale)
@@ -168,8 +170,8 @@ for std, scale in ((1, 1), (0.3, 1), (D**-0.5, 1), (0.02, 1), (1, 0.02), (0.02, 
 rows = [(f"{std:.2f}", f"{scale:.2f}", f"{s:.3f}") for (std, scale), s in spreads.items()]
 rows.append(("trained", "", f"{spread(model):.3f}"))
 table(rows, ("std of dense", "of the latents", "spread over images"))
-assert spreads[0.02, 1] < 0.6 * spreads[D**-0.5, 1]
-assert spreads[D**-0.5, 1] < 0.6 * spreads[1, 1]
+assert spreads[0.02, 1] < 0.6 * spreads[E**-0.5, 1]
+assert spreads[E**-0.5, 1] < 0.6 * spreads[1, 1]
 assert spreads[0.02, 0.02] > 0.7 * spreads[1, 1]
 
 # %% [markdown]
@@ -177,8 +179,8 @@ assert spreads[0.02, 0.02] > 0.7 * spreads[1, 1]
 # `dense`, the spread is large again, so the two scales have to fit together. The bundled model starts both with
 # standard deviation one (`init_weights` in `training/train.py`).
 #
-# What does a blind model do? We give the trained model the average of the embeddings of the eight images, which
-# do not include this scene:
+# What does a model write if it ignores the image (a *blind* model)? We give the trained model the average of the
+# embeddings of the eight images, which do not include this scene:
 
 # %%
 scene = Scene.random(HELD_OUT + 8)

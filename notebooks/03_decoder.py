@@ -4,8 +4,8 @@
 # A causal transformer that continues a sequence of tokens. Most of it is the textbook transformer, including the
 # factor √D for the embeddings ("Attention Is All You Need", section 3.4). Not in the textbook: position ids that
 # start at 2, a table with all sines before the cosines, sub-LN, and image embeddings that are inserted *before*
-# the scale. We write the decoder by hand; [10_departures](10_departures.ipynb) measures what each of these things
-# is worth. (Reading time: 30 minutes.)
+# the scale. We write the decoder by hand; [10_departures](10_departures.ipynb) measures how much each of them
+# matters. (Reading time: 30 minutes.)
 
 # %%
 from figures import ROOT, plt, reference, show, table  # isort: skip
@@ -50,18 +50,21 @@ lengths = {
     "image embeddings": model.encode_image(pixels)[0].norm(dim=-1).mean().item(),
     "positions": positions.norm(dim=-1).mean().item(),
 }
-rows = [(name, f"{length:.1f}", f"{math.sqrt(D) * length:.1f}") for name, length in lengths.items()]
+rows = []
+for name, length in lengths.items():
+    scaled = "" if name == "positions" else f"{math.sqrt(D) * length:.1f}"
+    rows.append((name, f"{length:.1f}", scaled))
 table(rows, ("mean length", "as stored", "times √D"))
 assert math.isclose(lengths["positions"], math.sqrt(D / 2), rel_tol=1e-3)
 assert lengths["tokens"] < lengths["positions"] < math.sqrt(D) * lengths["tokens"]
-assert lengths["image embeddings"] > 5 * lengths["tokens"]
+assert lengths["image embeddings"] > 10 * lengths["tokens"]
 
 # %% [markdown]
 # Stored token embeddings are shorter than the position encodings; with the factor √D they are longer. Image
-# embeddings are several times as long as token embeddings. They are inserted *before* the scale, so they are
+# embeddings are more than ten times as long as token embeddings. They are inserted *before* the scale, so they are
 # scaled and given positions like tokens. If they were inserted after it, they would be √D times shorter than in
-# training, but the first LayerNorm of each block divides by the length, so most of this difference disappears
-# wherever the image embedding is large compared with the position that is added to it. By hand:
+# training, and the position encodings, which have no factor, would weigh √D times as much against them. Notebook 10
+# measures what that costs. By hand:
 
 # %%
 x = embeds.clone()
@@ -73,8 +76,8 @@ x = x * math.sqrt(D) + positions
 # ## The position table, and why it starts at 2
 #
 # Sines of growing wavelength in the first half, cosines in the second; the textbook interleaves them. The longest
-# wavelength is 2π · 10,000 positions. (Frequency i of n is 10,000 to the power of -i / (n - 1); the textbook divides
-# by n.)
+# wavelength is 2π · 10,000 positions. (With n = D/2 frequencies, frequency i is 10,000 to the power of -i / (n - 1);
+# the textbook divides by n.)
 #
 # fairseq, in which the model was trained, reserves position 1 for padding, so the first token has position 2.
 
@@ -98,7 +101,10 @@ axes[0].set(title="the table: sines, then cosines", xlabel="D", ylabel="position
 long = sinusoidal_positions(torch.arange(2, 302)[None], D)[0]
 axes[1].plot(long @ long[100] / (D / 2))
 axes[1].set(title="similarity of position 102 to others", xlabel="position - 2")
-show(fig, "Left: the position table as colored stripes. Right: a curve with its peak at 102.")
+show(
+    fig,
+    "Left: the position table as colored stripes. Right: a curve with its peak at 100, which is position 102.",
+)
 assert (long @ long[100]).argmax() == 100
 
 # %% [markdown]

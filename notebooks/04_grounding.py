@@ -2,8 +2,8 @@
 # # 4. Grounding: boxes as tokens
 #
 # The decoder has no special code for boxes. A box is two tokens of the vocabulary, and a grounded caption is
-# text. So grounding is next-token prediction, with probabilities, sampling, and prompts that contain boxes. This
-# notebook explains that text. (Reading time: 25 minutes.)
+# text. So grounding is next-token prediction: boxes have probabilities, can be sampled, and can be part of a
+# prompt. This notebook explains the format of such texts. (Reading time: 25 minutes.)
 #
 # `grit_to_text` and `encode_record` are helpers from `training/data.py`; they prepare training texts.
 
@@ -48,11 +48,11 @@ assert tokenizer.id_to_token[first - 12] == "<mask>"
 # %% [markdown]
 # ## A box and its two tokens
 #
-# Cells are numbered row by row from zero: cell 44 is column 12 of row 1. A box is written as the cell of its top-left
-# corner and the cell of its bottom-right corner. (In spite of the name `patch_index`, cells are not the patches of the
-# ViT: the published model has 16 x 16 patches.) Decoded, the corners are the *centers* of these cells, so they are
-# off by at most half a cell in each direction. If both cells are in one row or column, a box from center to center
-# would be empty, so it covers the cells entirely.
+# Cells are numbered row by row from zero: cell 44 is column 12 of row 1. A box is written as the cell of its
+# top-left corner and the cell of its bottom-right corner. (In spite of the name `patch_index`, cells are not the
+# patches of the ViT: the published model has 16 x 16 patches.) Decoded, the corners are the *centers* of these
+# cells, so they are off by at most half a cell in each direction. If both cells are in one row or column, a box from
+# center to center would be empty, so it covers the cells entirely.
 
 # %%
 box = (0.39, 0.05, 0.99, 0.82)

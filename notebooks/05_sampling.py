@@ -2,7 +2,8 @@
 # # 5. Generation: cache, sampling and constraints
 #
 # The decoder returns a distribution over the next token. This notebook is about what turns these distributions into
-# text: the cache, padding, sampling, beams, constraints on the output, and guessing ahead. (Reading time: 35 minutes.)
+# text: the cache, padding, sampling, beams, constraints on the output, and guessing ahead. (Reading time: 35
+# minutes.)
 
 # %%
 from figures import ROOT, plt, reference, show, table  # isort: skip
@@ -97,9 +98,9 @@ print(f"{held / 2**20:.2f} MiB for {T + n - 1} positions")
 # %% [markdown]
 # ## Rows of different lengths
 #
-# A batch is a rectangle, so shorter prompts are padded. The padding goes on the *left*, because every row continues at
-# its right end. Position ids count only real tokens, so the first one of each row is 2, and padding is masked. With
-# both, each row gives the same result as it does alone:
+# A batch is a rectangle, so shorter prompts are padded. The padding goes on the *left*, because every row continues
+# at its right end. Position ids count only real tokens, so the first one of each row is 2, and padding is masked.
+# With both, each row gives the same result as it does alone:
 
 # %%
 description = "<grounding>Describe this image in detail:"
@@ -138,8 +139,8 @@ torch.testing.assert_close(logits[-1 - padding], expected, rtol=1e-3, atol=1e-3)
 assert not torch.allclose(logits[-1], expected, atol=1)
 
 # %% [markdown]
-# In the last column of the shorter row is a padding token, so its logits are not those of the prompt. They are further
-# to the left, at the last token of the prompt, and there they are right. So `forward`, which training uses, accepts
+# The last column of the shorter row holds a padding token. The logits of its prompt are further to the left, at its
+# last token, and they are correct there. So `forward`, which training uses, accepts
 # padding on either side. Generation continues from the last column, so `generate` raises an error:
 
 # %%
@@ -150,8 +151,8 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# transformers 5.23 handles left-padded prompts correctly, but from the first new token on it counts positions from the
-# length of the cache, padding included. So the positions of padded rows jump. By how much do the logits change?
+# transformers 5.23 handles left-padded prompts correctly, but from the first new token on it counts positions from
+# the length of the cache, padding included. So the positions of padded rows jump. By how much do the logits change?
 # (`reference` of `figures.py` loads the same weights into transformers.)
 
 # %%
@@ -180,7 +181,7 @@ table(list(enumerate(f"{c:.4f}" for c in change.tolist())), ("step", "largest ch
 assert change[0] < 1e-2 and change[1] > 10 * change[0]
 
 # %% [markdown]
-# At step 0, the logits of the prompt agree except for rounding. From step 1 on, they do not.
+# At step 0, the logits agree up to rounding. From step 1 on, they differ.
 #
 # ## Choosing: greedy, temperature, top-k, top-p
 #
@@ -217,8 +218,8 @@ assert abs(float(rows[4][1]) - float(expected[0])) < 0.02
 
 # %% [markdown]
 # `sample` inverts the cumulative distribution, with one uniform random number per token. With a seed, all rows of a
-# batch share one random stream, so the result of a row does not depend on the batch. The first 150 characters at three
-# temperatures:
+# batch share one random stream, so the result of a row does not depend on the batch. The first 150 characters at
+# three temperatures:
 
 # %%
 for name, options in (
@@ -231,10 +232,10 @@ for name, options in (
 # %% [markdown]
 # ## Beams
 #
-# The most likely text does not have to begin with the most likely token. Beam search keeps the K best sequences so far.
-# Finished texts of different lengths are compared by the mean log-probability of their tokens. A prompt is done when K
-# texts have ended and the best unfinished one is no better than the worst of these. This takes K times the arithmetic
-# and K times the cache, but each step still reads the weights only once.
+# The most likely text does not have to begin with the most likely token. Beam search keeps the K best sequences so
+# far. Finished texts of different lengths are compared by the mean log-probability of their tokens. A prompt is done
+# when K texts have ended and the best unfinished one is no better than the worst of these. This takes K times the
+# arithmetic and K times the cache, but each step still reads the weights only once.
 
 # %%
 rows = []
@@ -246,8 +247,8 @@ for beams in (1, 2, 4):
 table(rows, ("beams", "tokens", "mean log-probability"))
 
 # %% [markdown]
-# More beams often find a text with a higher mean, but this is not guaranteed: the search may drop a sequence early that
-# would have become the best one.
+# More beams often find a text with a higher mean, but this is not guaranteed: the search may drop a sequence early
+# that would have become the best one.
 #
 # ## N-gram blocking
 #
@@ -262,9 +263,9 @@ print("forbidden:", forbidden)
 assert forbidden == ["▁star"]
 
 # %% [markdown]
-# Tags are tokens like all others. After the second link of a list and a comma, the rule forbids opening another link,
-# because `</object>`, the comma and `<phrase>` would repeat. (`encode_answer` from `training/data.py` returns the tokens
-# that a model generates for a text. `Tokenizer.encode`, for prompts, would put a space before the comma.)
+# Tags are tokens like all others. After the second link of a list and a comma, the rule forbids opening another
+# link, because `</object>`, the comma and `<phrase>` would repeat. (`encode_answer` from `training/data.py` returns
+# the tokens that a model generates for a text. `Tokenizer.encode`, for prompts, would put a space before the comma.)
 
 # %%
 star = "<phrase> a red star</phrase><object><patch_index_0661><patch_index_0927></object>"
@@ -277,8 +278,8 @@ for end in range(len(listed)):  # the rule allows every token up to here
     assert listed[end] not in kosmos2.repeated_ngrams(listed[:end], 3)
 
 # %% [markdown]
-# Also, no two links can start with the same top-left corner: `</phrase>`, `<object>` and the corner would repeat. What
-# does this do to the caption of an image with more things?
+# Also, no two links can start with the same top-left corner: `</phrase>`, `<object>` and the corner would repeat.
+# What does this do to the caption of an image with more things?
 
 # %%
 busy = Image.open(ROOT / "tiny" / "busy.png").convert("RGB")
@@ -311,14 +312,15 @@ print("forbidden:", tokenizer.id_to_token[free[first_change]])
 print("instead:  ", tokenizer.id_to_token[blocked[first_change]])
 
 # %% [markdown]
-# Both texts are the same up to the first repeated 3-gram. There the rule forces another token, and everything after it
-# depends on that token. The config of the bundled model turns the rule off; `sample.py` uses the setting of the checkpoint.
+# Both texts are the same up to the first repeated 3-gram. There the rule forces another token, and everything after
+# it depends on that token. The config of the bundled model turns the rule off; `sample.py` uses the setting of the
+# checkpoint.
 #
 # ## Complete boxes
 #
-# `Tokenizer.allowed_tokens` returns the tokens that keep the markup valid; generation accepts it as a constraint. How
-# many tokens are allowed after each part of a link? (Cell 661 is column 21 of row 20, so the bottom-right corner is in
-# one of the 12 rows and one of the 11 columns from there on.)
+# `Tokenizer.allowed_tokens` returns the tokens that keep the markup valid; generation accepts it as a constraint.
+# How many tokens are allowed after each part of a link? (Cell 661 is column 21 of row 20, so the bottom-right corner
+# is in one of the 12 rows and one of the 11 columns from there on.)
 
 # %%
 link = "<phrase> a star</phrase><object><patch_index_0661><patch_index_0927></object>"
@@ -335,7 +337,8 @@ table(rows, ("after", "locations", "tags"))
 assert rows[4][1] == 12 * 11
 
 # %% [markdown]
-# The constraint has no effect on output that is already valid, such as the greedy text. What about a high temperature?
+# The constraint has no effect on output that is already valid, such as the greedy text. What about a high
+# temperature?
 
 # %%
 assert generate() == generate(constraint=tokenizer.allowed_tokens)
@@ -350,8 +353,8 @@ for seed in (1, 2, 3):
 table(rows, ("seed", "", "<object>", "</object>", "boxes parsed"))
 
 # %% [markdown]
-# Without the constraint, nothing ensures that tags come in pairs. With it, every `<object>` is closed and has at least
-# one box.
+# Without the constraint, nothing ensures that tags come in pairs. With it, every `<object>` is closed and has at
+# least one box.
 #
 # ## Sharing the prefill of an image
 #
@@ -381,12 +384,12 @@ print(f"prefill of the three questions: {before} positions, with a shared prefix
 assert after < before / 2
 
 # %% [markdown]
-# ## Guessing ahead
+# ## Guessing ahead (speculative decoding)
 #
-# Parts of grounded text are easy to predict: `</phrase>` is usually followed by `<object>`, and the second corner of a
-# box by `</object>`. So each pass can run the token just sampled together with a guess of the next one. Where decoding is
-# limited by reading the weights (notebook 9), a pass over two tokens can take about as long as a pass over one; whether
-# it does depends on the matmul kernel. So we count passes, not seconds. How many are saved?
+# Parts of grounded text are easy to predict: `</phrase>` is usually followed by `<object>`, and the second corner of
+# a box by `</object>`. So each pass can run the token just sampled together with a guess of the next one. Where
+# decoding is limited by reading the weights (notebook 9), a pass over two tokens can take about as long as a pass
+# over one; whether it does depends on the matmul kernel. So we count passes, not seconds. How many are saved?
 #
 # The option `draft` is a function from the ids so far to the guessed ids; `Tokenizer.likely_next` is such a function.
 # For comparison, the third row always guesses `</s>`, which is wrong until the text ends. A hook counts the passes
@@ -415,10 +418,10 @@ assert counts["no draft"] == counts["wrong guesses"] == len(written)
 assert counts["likely_next"] < counts["no draft"]
 
 # %% [markdown]
-# A pass over two tokens returns two rows of logits: those after the sampled token, and those after the guess. The next
-# token is sampled from the first row as always. If it equals the guess, the second row already has the logits for the
-# token after it, and one pass is saved. If not, the second row is discarded and the KV cache is shortened by one
-# position, as if the guess had never been run. So the ids are the same in both cases, whatever the guesses are.
+# A pass over two tokens returns two rows of logits: those after the sampled token, and those after the guess. The
+# next token is sampled from the first row as always. If it equals the guess, the second row already has the logits
+# for the token after it, and one pass is saved. If not, the second row is discarded and the KV cache is shortened by
+# one position, as if the guess had never been run. So the ids are the same in both cases, whatever the guesses are.
 #
 # ## Exercises
 #

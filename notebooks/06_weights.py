@@ -71,7 +71,7 @@ for part in colors:
     print(part, sum(row[0].startswith(part) for row in NAMES), "prefixes")
 
 # %% [markdown]
-# The drawing:
+# The same map as a drawing:
 
 # %%
 fig, axis = plt.subplots(figsize=(12, 4.8))
@@ -166,7 +166,7 @@ for name, size in (("fp32", 4), ("fp16 or bf16", 2), ("int8", 1)):
     print(f"{total:,} parameters in {name}: {total * size / 1e9:.2f} GB")
 
 # %% [markdown]
-# In int8, the scales add a little. As a bar:
+# In int8, the scales add a little. The same shares as a bar chart:
 
 # %%
 fig, axis = plt.subplots(figsize=(9, 1.5))
@@ -321,8 +321,8 @@ assert losses["mean of four"] < losses["random"] - 1
 
 # %% [markdown]
 # With random embeddings the model is worse than a uniform choice; with the mean of four it is much
-# better before any training. A mean of four embeddings is useful only if they are similar. Are
-# they?
+# better before any training. The mean of four embeddings is only useful if they are similar, so
+# we check that.
 
 # %%
 cells = torch.nn.functional.normalize(embedding[first:], dim=1).view(32, 32, D)
@@ -332,7 +332,7 @@ print(f"cosine similarity of neighbors {neighbors:.2f}, of cells half an image a
 assert neighbors > others + 0.2
 
 # %% [markdown]
-# They are. The changed model is saved like any other. The loader computes the grid from the size of
+# The changed model is saved like any other. The loader computes the grid from the size of
 # the vocabulary, so nothing else has to be stored.
 
 # %%
@@ -344,8 +344,9 @@ assert torch.equal(saved.decoder.embed_tokens.weight, changed.decoder.embed_toke
 print(f"vocabulary {tokenizer.vocab_size} -> {saved.config.text.vocab_size}, grid 16 x 16")
 
 # %% [markdown]
-# With such a folder, `python training/train.py --checkpoint FOLDER --out NEW --steps 300 --batch 16
-# --lr 3e-4` would train the model further on texts with the new grid.
+# With such a folder, `python training/train.py --checkpoint FOLDER --data grit.jsonl --out NEW
+# --optimizer adamw --lr 3e-4 --steps 300 --batch 16` would train the model further on your own
+# boxes, with the new grid. (The texts about scenes are written for a grid of 32 x 32 cells.)
 #
 # ## Exercises
 #

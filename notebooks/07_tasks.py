@@ -118,7 +118,7 @@ table(rows, ("thing", "expression for its box", "fits only this", "IoU of its bo
 
 # %% [markdown]
 # The cats have the same name, so a good expression for them needs a relation ("the cat left of
-# ..."). Where the third column says no, the last one has little meaning.
+# ..."). Where the third column says no, ignore the last one.
 #
 # ## Ranked boxes
 #
@@ -146,7 +146,7 @@ assert ranked == sorted(ranked, reverse=True)
 # The score is the square root of the product of both probabilities, so it can be read like the
 # score of a generated box. The list is sorted by it.
 #
-# ## Few-shot: the example defines the task
+# ## Few-shot prompts
 #
 # A prompt can contain several images. In the text, each `<image>` stands for one; in the tokens it
 # is followed by Q slots and `</image>`. The images are given in the order of their tags.
@@ -158,8 +158,8 @@ table([(t, tokenizer.id_to_token[i]) for t, i in visible], ("position", "token")
 assert sum(mask) == 2 * tokenizer.num_image_tokens
 
 # %% [markdown]
-# The prompt below does not say what to tell about the second image: its color or its kind? Only the
-# example, a sentence about a box in the first image, shows it. (The bundled model was trained on
+# The prompt below does not say whether to name the color or the kind of the thing. Only the example,
+# a sentence about a box in the first image, shows it. (The bundled model was trained on
 # such prompts with boxes, and only on those: without boxes, few-shot prompts do not work with it.
 # The published model was trained on web pages with many images.)
 

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 8. Training
 #
-# The objective, the attention mask and the data. Then a small model is trained for 60 steps, and we look at the log of
-# the run that made the bundled model. (Reading time: 30 minutes.) The data comes from `training/data.py` and
+# The objective, the attention mask and the data. Then a small model is trained for 60 steps, and we look at the log
+# of the run that made the bundled model. (Reading time: 30 minutes.) The data comes from `training/data.py` and
 # `training/scenes.py`, the objective and the optimizers from `training/train.py`, and the labels of patches from
 # `training/patches.py`.
 
@@ -70,8 +70,8 @@ print(f"{len(row.tokens)} tokens, {len(texts_in_row)} texts, {counted} targets")
 
 # %% [markdown]
 # The attention mask: each text attends to the image and to its own earlier tokens. The position ids of each text
-# continue from the image, as if it were the only text. (There are two exceptions: a few-shot text brings a second image
-# among its own tokens, and a text without an image, number -1, attends only to itself.)
+# continue from the image, as if it were the only text. (There are two exceptions: a few-shot text brings a second
+# image among its own tokens, and a text without an image, number -1, attends only to itself.)
 
 # %%
 texts = torch.tensor(row.texts)
@@ -89,8 +89,8 @@ show(fig, "The attention mask: a stripe on the left for the image, and a triangl
 # The stripe on the left is the attention of all texts to the image; each triangle on the diagonal is the attention
 # within one text.
 #
-# The loss by hand, with the bundled model: logits, log-softmax, and the entries of the targets. `Losses` returns the loss
-# of each target and the loss of the patches (see below), which we ignore here.
+# The loss by hand, with the bundled model: logits, log-softmax, and the entries of the targets. `Losses` returns the
+# loss of each target and the loss of the patches (see below), which we ignore here.
 
 # %%
 batch = collate([row])
@@ -111,15 +111,15 @@ print(f"uniform over {tokenizer.vocab_size} tokens: {math.log(tokenizer.vocab_si
 # %% [markdown]
 # ## Labels for patches
 #
-# The official model starts from CLIP's ViT, which was trained on hundreds of millions of images. The bundled model starts
-# from random weights, and texts alone train a ViT slowly: one caption says little about each of the many patches. So
-# every patch gets labels of its own: the kind, the color and the box of the thing that covers it. A linear layer on the
-# ViT's features predicts them (`PatchHead`). When `training/train.py` trains from scratch, its first steps
-# (`--vision-steps`) train only the ViT, with this loss alone. Later, this loss is added to those of the texts.
+# The official model starts from CLIP's ViT, which was trained on hundreds of millions of images. The bundled model
+# starts from random weights, and texts alone train a ViT slowly: a caption has little information about any single
+# patch. So every patch gets labels of its own: the kind, the color and the box of the thing that covers it. A linear
+# layer on the ViT's features predicts them (`PatchHead`). When `training/train.py` trains from scratch, its first
+# steps (`--vision-steps`) train only the ViT, with this loss alone. Later, this loss is added to those of the texts.
 #
-# `patch_labels` computes the labels from the boxes of a scene. A thing covers a patch if its box covers at least 30% of
-# it. (A very small thing gets at least the patch that it covers most.) Where boxes overlap, the thing in front counts.
-# Which labels are there in a scene with several things?
+# `patch_labels` computes the labels from the boxes of a scene. A thing covers a patch if its box covers at least 30%
+# of it. (A very small thing gets at least the patch that it covers most.) Where boxes overlap, the thing in front
+# counts. Which labels are there in a scene with several things?
 
 # %%
 crowded = Scene.random(7)
@@ -160,8 +160,8 @@ torch.testing.assert_close(label[2:], torch.tensor(front.box))
 # %% [markdown]
 # ## Training for 60 steps
 #
-# A model with fewer layers, from random weights, on texts alone. There are two optimizers: Muon for the matrices inside
-# the blocks, AdamW for everything else. What is learned first, the words or the locations?
+# We train a model with fewer layers from random weights, on texts only. There are two optimizers: Muon for the
+# matrices inside the blocks, AdamW for everything else. What is learned first, the words or the locations?
 
 # %%
 text = replace(model.config.text, layers=2)
@@ -203,8 +203,8 @@ assert abs(curve[-5:, 1].mean() - math.log(1024)) < 1
 
 # %% [markdown]
 # The loss starts above ln V, because random logits are worse than uniform ones. Words are learned first. The loss of
-# the locations is still about that of a uniform choice among the 1,024 cells, ln 1024 = 6.9. What does the model write
-# for two images?
+# the locations is still about that of a uniform choice among the 1,024 cells, ln 1024 = 6.9. What does the model
+# write for two images?
 
 # %%
 student.eval()
@@ -218,8 +218,8 @@ for seed in (1, 2):
     print("model:", parse(tokenizer.decode(new))[0])
 
 # %% [markdown]
-# These are texts in the form of captions. Do they depend on the image? We give each row of a batch the image of another
-# row, and compare the losses.
+# These are texts in the form of captions. Do they depend on the image? We give each row of a batch the image of
+# another row, and compare the losses.
 
 # %%
 batch = collate([lessons.row(1000 + n) for n in range(8)])
@@ -233,14 +233,14 @@ for name, learner in (("after 60 steps", student), ("bundled model", model)):
 assert abs(increase["after 60 steps"]) < 0.2 and increase["bundled model"] > 0.5
 
 # %% [markdown]
-# After 60 steps, the image makes almost no difference: this is a blind model, as in notebook 2. For the bundled model,
-# the loss rises with the wrong image.
+# After 60 steps, the image makes almost no difference: this is a blind model, as in notebook 2. For the bundled
+# model, the loss rises with the wrong image.
 #
 # ## The bundled model
 #
-# The log of the run that made it, one JSON object per line. Lines of the first steps, in which only the ViT is trained,
-# have no `words` and `locations`; the [model card](../tiny/README.md) has the details of the run. How do the losses and
-# the accuracy develop?
+# The log of the run that made it, one JSON object per line. Lines of the first steps, in which only the ViT is
+# trained, have no `words` and `locations`; the [model card](../tiny/README.md) has the details of the run. How do
+# the losses and the accuracy develop?
 
 # %%
 log = [json.loads(line) for line in (ROOT / "tiny" / "log.jsonl").read_text().splitlines()]

@@ -2,8 +2,8 @@
 # # 9. Speed: what a token costs
 #
 # How fast can a model generate on this machine? For one image at a time, this hardly depends on the speed of the
-# arithmetic: each token needs every weight of the decoder once, so memory bandwidth is the limit. We predict times from
-# that, measure them, and then make the weights smaller. (Reading time: 25 minutes.)
+# arithmetic: each token needs every weight of the decoder once, so memory bandwidth is the limit. We predict times
+# from that, measure them, and then make the weights smaller. (Reading time: 25 minutes.)
 
 # %%
 from figures import COLORS, ROOT, plt, show, table  # isort: skip
@@ -39,7 +39,7 @@ def best(run, rounds: int = 12) -> float:
 
 
 # %% [markdown]
-# ## Two numbers of your machine
+# ## Bandwidth and compute of your machine
 #
 # Memory bandwidth and operations per second. All predictions below are computed from these two values.
 
@@ -55,9 +55,9 @@ print(f"ridge: at {compute / bandwidth:.0f} operations per byte, both take the s
 # %% [markdown]
 # ## The roofline
 #
-# A linear layer with N x K weights and R rows of input does 2·R·N·K operations on 4·N·K bytes: R/2 operations per byte
-# in fp32. Below the ridge, memory bandwidth is the limit; above it, arithmetic. A decoding step has one row for each text.
-# A prefill has one for each token of the prompt. Which of them is limited by what?
+# A linear layer with N x K weights and R rows of input does 2·R·N·K operations on 4·N·K bytes: R/2 operations per
+# byte in fp32. Below the ridge, memory bandwidth is the limit; above it, compute. A decoding step has one row for
+# each text. A prefill has one for each token of the prompt. Which of them is limited by what?
 
 # %%
 N, K = 4096, 2048
@@ -94,13 +94,14 @@ assert measured[3] < 12 * measured[0]
 assert measured[-1] > 2 * measured[3]
 
 # %% [markdown]
-# One row is below the ridge: a decoding step for one text is limited by memory. 16 rows take much less than 16 times as
-# long as one row, so decoding in batches pays off. With many rows, as in a prefill, arithmetic is the limit, and the time
-# grows with the number of rows.
+# One row is below the ridge: a decoding step for one text is limited by memory. 16 rows take much less than 16 times
+# as long as one row, so decoding in batches pays off. With many rows, as in a prefill, arithmetic is the limit, and
+# the time grows with the number of rows.
 #
 # ## A prediction for the published model
 #
-# A token needs the matrices of all blocks and the output projection. How many tokens per second does the bandwidth allow?
+# A token needs the matrices of all blocks and the output projection. How many tokens per second does the bandwidth
+# allow?
 
 # %%
 t = Kosmos2Config().text
@@ -118,9 +119,9 @@ table(rows, ("weights", "read per token", "at least", "tokens per second at most
 # ## One row, several cores
 #
 # PyTorch runs a one-row matmul on one core, which cannot saturate memory bandwidth. `multi_core_linear` in
-# `load_weights.py` turns it into a batched matmul over slices of the matrix, which uses all cores. The loader replaces
-# the linear layers of the model with such layers; `kosmos2.py` itself uses plain `nn.Linear`. The one-row time of
-# `multi_core_linear` was measured above; we compare it with that of `F.linear`.
+# `load_weights.py` turns it into a batched matmul over slices of the matrix, which uses all cores. The loader
+# replaces the linear layers of the model with such layers; `kosmos2.py` itself uses plain `nn.Linear`. The one-row
+# time of `multi_core_linear` was measured above; we compare it with that of `F.linear`.
 
 # %%
 x = torch.randn(1, K)
@@ -141,8 +142,8 @@ table(rows, ("one row", "per layer", "weights read"))
 #
 # ## int8, step by step
 #
-# To read fewer bytes, each output gets a scale that maps its largest weight to 127, and the scaled weights are rounded.
-# By hand:
+# To read fewer bytes, each output gets a scale that maps its largest weight to 127, and the scaled weights are
+# rounded. By hand:
 
 # %%
 scale = weight.abs().amax(dim=1) / 127
@@ -172,8 +173,8 @@ print(f"relative error: predicted {predicted_error:.4f}, measured {error:.4f}")
 assert abs(predicted_error / error - 1) < 0.1
 
 # %% [markdown]
-# What if there were one scale for the whole matrix instead of one per output? A single large weight would make the steps
-# large for all other weights:
+# What if there were one scale for the whole matrix instead of one per output? A single large weight would make the
+# steps large for all other weights:
 
 # %%
 outlier = weight.clone()
@@ -189,8 +190,8 @@ for name, size in (
 assert errors["one scale for all"] > 2 * errors["one scale for each output"]
 
 # %% [markdown]
-# Inputs have one scale per row. With one scale for the batch, a row with large values would make the steps large for all
-# other rows, and results would depend on the batch.
+# Inputs have one scale per row. With one scale for the batch, a row with large values would make the steps large for
+# all other rows, and results would depend on the batch.
 
 # %%
 x = torch.randn(4, K)
@@ -208,9 +209,9 @@ assert errors["one scale for all"] > 5 * errors["one scale for each row"]
 # %% [markdown]
 # ## The cost on the bundled model
 #
-# By how much do the logits change, and does the caption change? (`training/evaluate.py --precision int8` compares many
-# answers.) In fp16 only the weights have 16 bits. The bundled weights are stored in fp16, so only the order of sums
-# changes there.
+# By how much do the logits change, and does the caption change? (`training/evaluate.py --precision int8` compares
+# many answers.) In fp16 only the weights have 16 bits. The bundled weights are stored in fp16, so only the order of
+# sums changes there.
 
 # %%
 image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
@@ -259,8 +260,8 @@ assert torch.equal(saved(tokens, pixels, image_mask=image_mask), logits["int8"])
 assert 0.5 * before < after < 0.65 * before
 
 # %% [markdown]
-# The logits are equal. The file is a little larger than half of the one in fp16, because only the matrices of the linear
-# layers and of the token embedding are int8, and each has scales.
+# The logits are equal. The file is a little larger than half of the one in fp16, because only the matrices of the
+# linear layers and of the token embedding are int8, and each has scales.
 #
 # ## Exercises
 #

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 10. Departures from the textbook
 #
-# Kosmos-2 differs from a textbook transformer in a dozen places. Nothing crashes if one of them is missing; each is
-# a mistake that a port could make. Which of them matter? We change one at a time in the trained model and measure.
+# Kosmos-2 differs from a textbook transformer in the places listed below. A port that misses one of them still runs,
+# but computes something else. Which of them matter? We change one at a time in the trained model and measure.
 # (Reading time: 20 minutes.)
 #
 # | | here | the textbook | why |
@@ -45,10 +45,10 @@ model, tokenizer = load_checkpoint(ROOT / "tiny")
 # %% [markdown]
 # ## What is measured
 #
-# For 40 scenes: the share of the things that a plain caption names, and the IoU of the first box of a phrase. A
-# departure costs as much as these fall. The scenes are the same for all departures, so the difference is taken scene
-# by scene, and its standard error tells what can be chance: only a cost above three standard errors counts, marked
-# with a star in the tables.
+# For 40 scenes: the share of the things that a plain caption names, and the IoU of the first box of a phrase. The
+# cost of a departure is the drop in these numbers. The scenes are the same for all departures, so the difference is
+# taken scene by scene, and its standard error shows what may be chance: only a cost above three standard errors
+# counts, marked with a star in the tables.
 
 # %%
 trial = Trial(model, tokenizer, count=40)
@@ -101,7 +101,7 @@ assert logit_change(right, blocks["tanh GELU in the decoder"]) < 0.05
 # %% [markdown]
 # Without sub-LN the boxes get worse: the output projections were trained on normalized inputs.
 #
-# ## Small changes stay unnoticed
+# ## Some changes go unnoticed
 #
 # Every departure as a point: the change of the logits, and the cost in IoU.
 
@@ -120,12 +120,12 @@ axis.set(xscale="log", xlabel="relative change of the logits", ylabel="cost in I
 show(fig, "Points with error bars: each departure, its cost in IoU by the change of the logits.")
 
 # %%
-print(f"{quiet} of {len(measured)} departures cost nothing that 40 scenes can show")
+print(f"{quiet} of {len(measured)} departures have no measurable cost on 40 scenes")
 assert quiet >= 2
 
 # %% [markdown]
-# Blue points are departures whose cost may be chance. Looking at captions does not find such mistakes; comparing
-# numbers with the reference does. `tests/mutations.py` applies many of them and checks that a test fails.
+# Blue points are departures whose cost may be chance. Such mistakes cannot be found by looking at captions, only by
+# comparing numbers with the reference. `tests/mutations.py` applies many of them and checks that a test fails.
 #
 # This measures what happens when a part is removed from a model that was trained with it. Training without it is
 # another question.

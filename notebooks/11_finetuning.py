@@ -44,8 +44,9 @@ def draw_ladder(image: Image.Image, box: tuple, rng: random.Random) -> None:
 
 
 # %% [markdown]
-# The caption and the boxes are written in the format of GRIT: for each phrase its first and last character, its box
-# in 0..1, and a score (boxes below 0.65 are left out, as in the original training).
+# The caption and the boxes are written in the format of GRIT: for each phrase the range of its characters in the
+# caption (the end is exclusive), its box in 0..1, and a score (boxes with a score below 0.65 are dropped, as in the
+# original training).
 
 
 # %%
@@ -134,8 +135,8 @@ assert before[1] == 0  # it has never seen the word
 # %% [markdown]
 # ## The command
 #
-# A low learning rate and few steps: the model should learn something new without forgetting what it has learned. AdamW,
-# because the bundled model's other optimizer, Muon, suits training from scratch.
+# A low learning rate and few steps: the model should learn something new without forgetting what it has learned. We
+# use AdamW, because Muon, the default of `train.py`, is meant for training from scratch.
 
 # %%
 command = f"training/train.py --checkpoint tiny --data {folder}/grit.jsonl --out {folder}/run"
@@ -185,8 +186,8 @@ for trained in (["vision", "resampler", "decoder"], ["resampler", "decoder"], ["
 # %% [markdown]
 # Activations come on top; `--recompute` keeps only those between blocks, and `--accumulate` computes a batch in
 # parts. With a few hundred images, freeze the ViT (`--train resampler decoder`): it has seen far more images than
-# you can show it. With a new kind of image, such as X-rays, train it, too. Look at the held-out accuracy of the old
-# abilities as well as of the new one, as above.
+# you can show it. For a new kind of image, such as X-rays, train it as well. Measure the old abilities as well as
+# the new one on held-out images, as above.
 #
 # ## Exercises
 #

@@ -422,6 +422,15 @@ def test_a_checkpoint_that_does_not_fit(content, tmp_path):
     assert file.read_bytes() == before
 
 
+def test_scenes_are_written_for_one_grid(tiny):
+    """With another grid, boxes would silently become words."""
+    other = Tokenizer(TINY / SENTENCEPIECE, SMALL.latent_query_num, grid=16)
+    with pytest.raises(ValueError, match="grid of 32 x 32 cells, this tokenizer has 16 x 16"):
+        Scenes(other, SMALL, length=260, first=5)
+    with pytest.raises(ValueError, match="grid of 32 x 32"):
+        answers(tiny[0], other, [])
+
+
 def saved_step(folder) -> int:
     """The step of a run's checkpoint; fails if the file exists but does not load."""
     file = folder / "checkpoint.pt"

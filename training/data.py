@@ -109,9 +109,9 @@ def read_row(row, caption: str) -> tuple[int, int, Box, float]:
 def encode_record(tokenizer: Tokenizer, record: dict) -> list[int]:
     """A GRIT record -> the ids that the original data loader makes of it, without <s> and </s>.
 
-    The caption is tokenized once, as a whole. A phrase begins and ends after as many pieces as the
-    text up to there has by itself, so it consists of whole pieces: in "a 50% sale" the span "a 50"
-    takes the piece "50%". Tags that stand literally in the caption are ordinary text.
+    The caption is tokenized once, as a whole. The boundaries of a phrase are found by counting the
+    pieces of the text before its start and before its end, so a phrase consists of whole pieces: in
+    "a 50% sale" the span "a 50" takes the piece "50%". Tags that stand literally in the caption are ordinary text.
     """
     spans = read_spans(record)
     caption = record["caption"]
@@ -249,6 +249,15 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
     return batch
 
 
+def check_grid(tokenizer: Tokenizer) -> None:
+    """ValueError unless the tokenizer has the grid that the texts about scenes are written for."""
+    if tokenizer.grid != GRID:
+        raise ValueError(
+            f"texts about scenes are written for a grid of {GRID} x {GRID} cells, "
+            f"this tokenizer has {tokenizer.grid} x {tokenizer.grid}"
+        )
+
+
 class Scenes:
     """Row n: the scene of seed first + n, with as many texts as fit into `length` tokens.
 
@@ -258,6 +267,7 @@ class Scenes:
     def __init__(
         self, tokenizer: Tokenizer, config: Kosmos2Config, length: int, first: int, without_texts: int = 0
     ):
+        check_grid(tokenizer)
         self.tokenizer = tokenizer
         self.image_size = config.vision.image_size
         self.grid = config.vision.grid

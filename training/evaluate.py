@@ -11,9 +11,9 @@
 | several boxes             | a thing that some box of the phrase overlaps with IoU >= 0.5                   |
 | grounded captions         | a thing that a phrase names and links to a box with IoU >= 0.5                 |
 | plain captions            | a thing that the caption names                                                 |
-| box to words              | an expression by which a rule-based reader picks the same thing                |
-| questions, in context     | the right answer, letter by letter                                             |
-| text alone                | an ending that makes the beginning a caption that some scene could have        |
+| box to words              | an expression that the rules of scenes.py resolve to the same thing            |
+| questions, in context     | exactly the right answer                                                       |
+| text alone                | an ending that completes a valid caption                                       |
 """
 
 import argparse
@@ -29,7 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 
-from data import encode_example  # noqa: E402
+from data import check_grid, encode_example  # noqa: E402
 from scenes import Example, Scene, Thing, is_caption, listed, read_words, resolve, tasks  # noqa: E402
 
 from kosmos2 import Generated, Kosmos2, finish, pad_left, preprocess_images, rank_boxes  # noqa: E402
@@ -64,6 +64,7 @@ TABLE = {
     "questions: yes or no": ["yes or no"],
     "questions: where": ["where"],
     "questions: relation": ["relation"],
+    "questions, all six": ["color", "kind", "count", "yes or no", "where", "relation"],
     "questions about a box": ["color of box", "kind in box"],
     "in context: about a box, as shown with another image": ["example of a box"],
     "text alone: captions finished without an image": ["text alone"],
@@ -175,6 +176,7 @@ Chosen = list[tuple[Scene, Example]]  # examples, each with its scene
 @torch.inference_mode()
 def answers(model: Kosmos2, tokenizer: Tokenizer, chosen: Chosen, batch: int = 64) -> list[Generated]:
     """The model's greedy answer to every example about its scene."""
+    check_grid(tokenizer)
     results = []
     device = next(model.parameters()).device
     for start in range(0, len(chosen), batch):
@@ -411,35 +413,8 @@ def boxes_of_phrase(entities: list[dict], phrase: str) -> list[Box]:
     return []
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", default=str(ROOT / "tiny"))
-    parser.add_argument("--scenes", type=int, default=500)
-    parser.add_argument("--most", type=int, default=5, choices=range(1, 6), help="things per scene, at most")
-    parser.add_argument("--precision", choices=["bf16", "fp16", "int8"], help="compare fp32 with this")
-    parser.add_argument(
-        "--calibration", type=Path, metavar="PNG", help="plot how good boxes are by their score"
-    )
-    parser.add_argument("--results", type=Path, metavar="JSONL", help="score this file instead")
-    args = parser.parse_args()
-    if args.results:
-        try:
-            shares, total = score_results(args.results)
-        except (OSError, ValueError) as error:
-            print(f"evaluate: {error}", file=sys.stderr)
-            return 1
-        for k, share in shares.items():
-            print(f"R@{k} at IoU 0.5: {share:.4f} of {total}")
-        return 0
-    model, tokenizer = load_checkpoint(args.checkpoint)
-    chosen = choose_examples(args.scenes, HELD_OUT, args.most)
-    results = answers(model, tokenizer, chosen)
-    title = f"task ({args.scenes} held-out scenes of up to {args.most} things)"
-    if args.precision:
-        print_comparison(args, tokenizer, chosen, results, title)
-        return 0
+def print_results(model, tokenizer, chosen: Chosen, results: list[Generated], title: str) -> None:
+    """The table of the model card: accuracies, ranked boxes and scores."""
     print(f"| {title} | accuracy | of |\n|---|---|---|")
     for task, (share, count) in table_rows(accuracies(tokenizer, chosen, results)).items():
         print(f"| {task} | {share:.3f} | {count} |")
@@ -454,11 +429,46 @@ def main() -> int:
             f"| score of the first box, {task}: median (10% to 90%) "
             f"| {middle:.2f} ({low:.2f} to {high:.2f}) | {len(scores)} |"
         )
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.results:
+        shares, total = score_results(args.results)
+        for k, share in shares.items():
+            print(f"R@{k} at IoU 0.5: {share:.4f} of {total}")
+        return
+    model, tokenizer = load_checkpoint(args.checkpoint)
+    chosen = choose_examples(args.scenes, HELD_OUT, args.most)
+    results = answers(model, tokenizer, chosen)
+    title = f"task ({args.scenes} held-out scenes of up to {args.most} things)"
+    if args.precision:
+        print_comparison(args, tokenizer, chosen, results, title)
+        return
+    print_results(model, tokenizer, chosen, results, title)
     if args.calibration:
         tasks_with_boxes = {"caption", "ground", "refer relation"}
         chosen = choose_examples(args.scenes, HELD_OUT, args.most, tasks_with_boxes)
         plot_calibration(scored_boxes(model, tokenizer, chosen), args.calibration)
         print(f"wrote {args.calibration}", file=sys.stderr)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", default=str(ROOT / "tiny"))
+    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--most", type=int, default=5, choices=range(1, 6), help="things per scene, at most")
+    parser.add_argument("--precision", choices=["bf16", "fp16", "int8"], help="compare fp32 with this")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="PNG", help="plot how good boxes are by their score"
+    )
+    parser.add_argument("--results", type=Path, metavar="JSONL", help="score this file instead")
+    try:
+        run(parser.parse_args())
+    except (OSError, ValueError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

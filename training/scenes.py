@@ -1,4 +1,4 @@
-"""Random images of shapes and things, and everything that can truthfully be said about them.
+"""Random images of shapes and things, and captions, questions and answers about them.
 
 This is the world of the bundled model: up to five things on a background. `Scene.random` makes a
 scene, `Scene.draw` paints it, `Scene.record` describes it as a GRIT record (caption, noun chunks,
@@ -151,7 +151,7 @@ class Thing:
 
     @property
     def clear_place(self) -> str | None:
-        """Its place; None if its center is too close to a border between two places to say."""
+        """Its place; None if its center is too close to the border of two places."""
         if any(abs(c - border) < 0.03 for c in self.center for border in (1 / 3, 2 / 3)):
             return None
         return self.place
@@ -615,11 +615,10 @@ def ground_prompt(phrase: str) -> str:
 
 
 def grounding(scene: Scene, rng: random.Random) -> list[Example]:
-    """A phrase in the prompt, its boxes in the answer: every group of things by the words of the
-    caption.
+    """A phrase of the caption in the prompt, its boxes in the answer.
 
-    A phrase for nothing in the scene gets a random box: all that can be learned from it is to be
-    unsure.
+    A phrase for something that is not in the scene gets a random box, so the model learns to spread
+    its probability.
     """
     found = []
     for group in scene.groups():

@@ -1,18 +1,19 @@
 """Train a Kosmos-2: the bundled model from scratch, or any checkpoint on GRIT data.
 
-    python training/train.py --out runs/tiny    from scratch, on scenes; three hours on two cores
+    python training/train.py --out runs/tiny    from scratch, on scenes; about five hours on two cores
     python training/train.py --out runs/short --vision-steps 20 --steps 50    to see that it works
-    python training/train.py --out runs/mine --checkpoint WEIGHTS --data grit.jsonl --lr 1e-4
+    python training/train.py --out runs/mine --checkpoint WEIGHTS --data grit.jsonl --optimizer adamw --lr 1e-4
     torchrun --nproc-per-node 8 training/train.py ...     the same on many processes
 
 Writes checkpoint.pt (a run resumes from it) and at the end the model in the published layout,
 log.jsonl and loss.png. The data of a step follows from its number: a resumed run sees the same
 data, on any number of processes.
 
-What makes so small a model learn to see in a few hours (each one measured):
-- `init_weights`: ViT features have unit length, so the resampler's `dense` starts near std 1, or the latents drown
-  the image; the ViT starts with 2-D sinusoids as position embeddings; location tokens start as
-  smooth functions of their position, so a near miss is already nearly right.
+What makes so small a model learn to see in a few hours (tiny/README.md has measurements):
+- `init_weights`: ViT features have unit length, so the resampler's `dense` starts near std 1,
+  otherwise the latents outweigh the image; the ViT starts with 2-D sinusoids as position embeddings;
+  location tokens start as smooth functions of their position, so neighboring cells have similar
+  embeddings.
 - Rows of one image and many texts (data.py): encoding an image costs as much as several texts.
 - Muon for the matrices inside the blocks (`make_optimizers`).
 - First the ViT alone, on labels for every patch (patches.py); their loss is then added to that of the texts.
@@ -193,8 +194,8 @@ def recompute_activations(model: Kosmos2) -> None:
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
     """Linear warm-up, a constant rate, and over the last 60 % of the steps a linear decay to zero.
 
-    A longer run passes through the same weights up to its own decay, so a finished run can be
-    extended: rerun it from a checkpoint before the decay with more steps.
+    A run with more steps has the same rates until the shorter one begins to decay. To extend a run,
+    keep a copy of checkpoint.pt from before the decay, and rerun from it with more steps.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -462,9 +463,9 @@ def parse_arguments() -> argparse.Namespace:
         "--vision-steps",
         type=int,
         default=2500,
-        help="of the ViT alone, before --steps, when training from scratch",
+        help="steps that train only the ViT, before --steps (only from scratch)",
     )
-    p.add_argument("--steps", type=int, default=6000)
+    p.add_argument("--steps", type=int, default=6000, help="steps of the whole model")
     p.add_argument("--batch", type=int, default=32, help="images per step, over all processes")
     p.add_argument(
         "--accumulate", type=int, default=1, metavar="N", help="compute the batch of a step in N parts"
@@ -477,7 +478,11 @@ def parse_arguments() -> argparse.Namespace:
         "--recompute", action="store_true", help="activation checkpointing: saves memory, costs time"
     )
     p.add_argument(
-        "--seed", type=int, default=0, choices=range(10), help="of the weights and the order of the data"
+        "--seed",
+        type=int,
+        default=0,
+        choices=range(10),
+        help="of the initial weights and of the order of the data",
     )
     p.add_argument("--log-every", type=int, default=20, metavar="STEPS")
     p.add_argument(
@@ -485,7 +490,7 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=250,
         metavar="STEPS",
-        help="every fourth time, accuracy is measured, too",
+        help="write checkpoint.pt this often; every fourth time, also measure accuracy on scenes",
     )
     p.add_argument("--scenes", type=int, default=40, help="held-out scenes to measure on while training")
     return p.parse_args()
