@@ -1,13 +1,13 @@
-"""Measure the speed next to transformers and relative to memory bandwidth. Prints the README's
-table.
+"""Measure the speed next to transformers or OpenVINO, and relative to memory bandwidth.
 
-    python tests/benchmark.py CHECKPOINT [--rounds 3] [--openvino]
+    python tests/benchmark.py CHECKPOINT [--rounds 3]    transformers: the README's table
+    python tests/benchmark.py CHECKPOINT --openvino      OpenVINO with 8- and 4-bit weights
 
 CHECKPOINT is a folder in the published layout with the published sizes: the real weights, or random
 ones. The implementations alternate in one process, each warmed up, and the table has the medians of
-all rounds; ratios are reliable, single times only on an idle machine. Needs transformers, 16 GB of
-memory and about 15 minutes. --openvino adds OpenVINO with 8- and 4-bit weights
-(openvino_peer.py); it needs openvino and nncf, 20 GB and 15 more minutes.
+all rounds; ratios are reliable, single times only on an idle machine. Takes about 15 minutes and 16
+GB of memory; needs transformers, or for --openvino the packages openvino and nncf
+(openvino_peer.py).
 """
 
 import argparse
@@ -198,31 +198,12 @@ def whole_process(*arguments: str) -> tuple[float, float]:
     )
 
 
-def measure_openvino(side: Ours, checkpoint: str, rounds: int, times: dict) -> None:
-    """Time OpenVINO, alternating with one of our sides."""
-    from openvino_peer import OpenVino, convert
-
-    model, tokenizer = load_checkpoint(checkpoint)
-    for bits in (8, 4):
-        graphs = convert(model, bits)
-        # 0 turns dynamic quantization off: later first token, faster steps.
-        peers = [
-            OpenVino(f"OpenVINO, int{bits}", model, tokenizer, graphs),
-            OpenVino(
-                f"OpenVINO, int{bits} (no dynamic quantization)",
-                model,
-                tokenizer,
-                graphs,
-                DYNAMIC_QUANTIZATION_GROUP_SIZE=0,
-            ),
-        ]
-        measure([*peers, side], rounds, times)
-
-
 def print_table(times: dict, weights: int) -> None:
-    """A row for each side: medians, how much faster than transformers, and achieved bandwidth."""
+    """A row for each side: medians, how much faster than the first side, and achieved bandwidth."""
     median = {key: statistics.median(values) for key, values in times.items()}
-    base = Reference.name
+    speeds = [speed for (_, what), found in times.items() if what == "bandwidth" for speed in found]
+    print(f"{machine()}; memory bandwidth {min(speeds) / 1e9:.0f} to {max(speeds) / 1e9:.0f} GB/s\n")
+    base = next(name for name, _ in times)
     print(f"| | first token | {TOKENS} tokens | per token | GB/s | fraction of memory bandwidth |")
     print("|---|---|---|---|---|---|")
     for name in dict.fromkeys(name for name, _ in times):
@@ -265,17 +246,8 @@ def measure_start(checkpoint: str) -> list[str]:
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--openvino", action="store_true", help="also measure OpenVINO")
-    args = parser.parse_args()
-    checkpoint = str(Path(args.checkpoint).resolve())
+def compare_with_transformers(checkpoint: str, rounds: int) -> None:
     notes = measure_start(checkpoint)
-
     times: dict = defaultdict(list)
     reference = None
     errors = []
@@ -283,20 +255,46 @@ def main() -> int:
         side = Ours(checkpoint, precision)
         if reference is None:
             reference = Reference(checkpoint, side.tokenizer)
-        measure([reference, side], args.rounds, times)
+        measure([reference, side], rounds, times)
         errors.append(f"{precision} {logits_error(reference, side):.1e}")
-        notes.append(measure_draft(side, args.rounds))
+        notes.append(measure_draft(side, rounds))
     notes.append(f"relative error of the logits: {', '.join(errors)}")
     notes.append(measure_batch(side, reference))
-    weights = decoder_weights(side.model)
-    if args.openvino:
-        del reference
-        measure_openvino(side, checkpoint, args.rounds, times)
-
-    speeds = [speed for (_, what), found in times.items() if what == "bandwidth" for speed in found]
-    print(f"{machine()}; memory bandwidth {min(speeds) / 1e9:.0f} to {max(speeds) / 1e9:.0f} GB/s\n")
-    print_table(times, weights)
+    print_table(times, decoder_weights(side.model))
     print("", *notes, sep="\n")
+
+
+def compare_with_openvino(checkpoint: str, rounds: int) -> None:
+    from openvino_peer import OpenVino, convert
+
+    side = Ours(checkpoint, "int8")
+    model, tokenizer = load_checkpoint(checkpoint)
+    times: dict = defaultdict(list)
+    for bits in (8, 4):
+        name = f"OpenVINO, int{bits}"
+        graphs = convert(model, bits)
+        # Without dynamic quantization, the first token is later and the others are faster.
+        peers = [
+            OpenVino(name, model, tokenizer, graphs),
+            OpenVino(f"{name}, group size 0", model, tokenizer, graphs, DYNAMIC_QUANTIZATION_GROUP_SIZE=0),
+        ]
+        measure([*peers, side], rounds, times)
+    print_table(times, decoder_weights(side.model))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--openvino", action="store_true", help="compare with OpenVINO")
+    args = parser.parse_args()
+    checkpoint = str(Path(args.checkpoint).resolve())
+    if args.openvino:
+        compare_with_openvino(checkpoint, args.rounds)
+    else:
+        compare_with_transformers(checkpoint, args.rounds)
     return 0
 
 

@@ -146,7 +146,7 @@ def test_stored_and_expected_type_are_independent(small, small_folder, tmp_path,
 def test_without_config_the_published_sizes_are_meant(small_folder, tmp_path):
     folder = copy(small_folder, tmp_path / "bare")
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"772 missing.*expected \(257, 1024\)"):
+    with pytest.raises(ValueError, match=r"772 tensors missing.*expected \(257, 1024\)"):
         load_checkpoint(folder)
 
 
@@ -279,8 +279,8 @@ def test_tensors_missing_unexpected_and_misshaped_are_named(small_folder, tmp_pa
     with pytest.raises(ValueError) as refused:
         load_checkpoint(folder)
     message = str(refused.value)
-    assert "1 missing: image_to_text_projection.latent_query" in message
-    assert "1 unexpected: text_model.model.layers.9.ffn.fc1.bias" in message
+    assert "1 tensor missing: image_to_text_projection.latent_query" in message
+    assert "1 tensor unexpected: text_model.model.layers.9.ffn.fc1.bias" in message
     assert (
         "vision_model.model.post_layernorm.bias: expected (40,), got (7,)" in message and "\n" not in message
     )
