@@ -241,7 +241,7 @@ def task_prompts(task: str, texts: list[str], boxes: list) -> list[str]:
             f"task {task} takes a text (to find its box) or a box, not both; or use your own prompt"
         )
     if any("<image>" in text or "</image>" in text for text in texts):
-        raise ValueError("a text must not contain <image>; write your own prompt instead")
+        raise ValueError("a text must not contain images (<image>); write your own prompt instead")
     if task == "context":
         phrase = "<grounding><phrase> It</phrase> is" if boxes else ""
         return ["".join(f"<image>{phrase} {text}" for text in texts) + f"<image>{phrase}"]
