@@ -38,9 +38,7 @@ and the faster linear layers that replace nn.Linear on a CPU, are in load_weight
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -237,19 +235,6 @@ class Attention(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
         return x.view(B, T, self.heads, D // self.heads).transpose(1, 2)  # (B, H, T, hd)
-
-    def attention_weights(self, x: Tensor, context=None, mask=None, cache: KVCache | None = None) -> Tensor:
-        """Attention weights (B, H, T, S) of the forward pass just run with these arguments.
-
-        For inspection only: the kernel that `forward` uses never materializes them.
-        """
-        q, k, _ = self.project(x, context)  # (B, H, T, hd), (B, H, S, hd)
-        if cache is not None:
-            k = cache.keys[:, :, : cache.length]
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        return scores.softmax(dim=-1)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -751,35 +736,6 @@ class Kosmos2(nn.Module):
                 "the logits are not finite: the weights are damaged or too large for this precision"
             )
         return logits
-
-
-@contextmanager
-def record(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Record block outputs and attention weights during a forward pass, by module name.
-
-        with record(model) as seen:
-            model.encode_image(pixels)
-        seen["vision.layers.3"][0]    output of block 3, (B, N, E)
-        seen["resampler.x_attn"][0]   attention weights of the latents, (B, H, Q, N + Q)
-
-    Every forward pass adds an entry: during generation, one for the prompt, then one per token.
-    """
-    seen: dict[str, list[Tensor]] = {}
-
-    def keep(module, inputs, options, output, name):
-        if isinstance(module, Attention):
-            output = module.attention_weights(*inputs, **options)
-        seen.setdefault(name, []).append(output.detach())
-
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, (Block, Attention)):
-            hooks.append(module.register_forward_hook(partial(keep, name=name), with_kwargs=True))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # ----------------------------------------------------------------------------------------------------

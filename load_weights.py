@@ -782,8 +782,8 @@ def load_checkpoint(
     path: see the module docstring. config.json next to the weights is used if present, otherwise
     the published sizes. The sentencepiece model is taken from next to the weights, or from
     `tokenizer`. precision: fp32 (exact, the default), bf16 (half the memory), fp16 (for GPUs; on a
-    CPU for the large matrices only, 1.7 times as fast), int8 (for CPUs, faster still); independent of the
-    stored dtype. Peak memory is little more than the weights in that precision, 1.5 times as
+    CPU for the large matrices only, 1.7 times as fast), int8 (for CPUs, faster still); independent
+    of the stored dtype. Peak memory is little more than the weights in that precision, 1.5 times as
     much for int8.
 
     Raises FileNotFoundError for missing files; ValueError for a checkpoint with tensors that are

@@ -40,7 +40,6 @@ from tokenizer import (
     TASKS,
     Entity,
     check_box,
-    is_box_list,
     normalize_box,
     strip_tags,
     task_prompts,
@@ -322,8 +321,7 @@ def read_request(row, folder: Path) -> Request:
     if boxes and isinstance(boxes[0], (int, float)):
         boxes = [boxes]
     for box in boxes:
-        for one in box if is_box_list(box) else [box]:
-            check_box(one)
+        check_box(box)
     if prompt is not None and (task or texts):
         raise ValueError("prompt replaces task and text; use one or the other")
     if len(texts) > 1 and task != "context":
@@ -515,10 +513,7 @@ class Runner:
             before = request.prompt[: starts[i]] if i < len(starts) else ""
             image = max(before.count("<image>") - 1, 0)
             size = sizes[min(image, len(sizes) - 1)] if sizes else (1, 1)
-            if is_box_list(box):
-                boxes.append([normalize_box(one, size) for one in box])
-            else:
-                boxes.append(normalize_box(box, size))
+            boxes.append(normalize_box(box, size))
         return boxes
 
     def answer(self, groups: list[Group]) -> None:

@@ -57,8 +57,7 @@ def box_to_tokens(box: Box, grid: int = GRID, training: bool = False) -> tuple[i
 
     A bottom-right coordinate exactly on a cell boundary is assigned to the inner cell.
     (training=True follows the original data loader, which used the outer cell; otherwise the two
-    agree.) ValueError
-    for a box that is empty, reversed or outside the image.
+    agree.) ValueError for a box that is empty, reversed or outside the image.
     """
     x1, y1, x2, y2 = (float(v) for v in box)
     if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):  # also true for NaN
@@ -157,9 +156,18 @@ def box_indices(box, grid: int, training: bool) -> tuple[int, int]:
     return ul, lr
 
 
+def is_box_list(box) -> bool:
+    """Whether the boxes of one phrase are a list of boxes rather than a single box."""
+    return isinstance(box, (list, tuple)) and bool(box) and not isinstance(box[0], (int, float))
+
+
 def check_box(box) -> None:
-    """ValueError unless this is None, four numbers or two location indices."""
+    """ValueError unless this is None, four numbers, two location indices, or a list of those."""
     if box is None:
+        return
+    if is_box_list(box):
+        for one in box:
+            check_box(one)
         return
     is_list = isinstance(box, (list, tuple)) and all(isinstance(v, (int, float)) for v in box)
     if not is_list or len(box) not in (2, 4):
@@ -167,14 +175,16 @@ def check_box(box) -> None:
         raise ValueError(f"box {shown}: expected four numbers or two location indices")
 
 
-def normalize_box(box: tuple, size: tuple[int, int]) -> tuple:
+def normalize_box(box, size: tuple[int, int]):
     """A box in 0..1, in pixels of an image of this (width, height), or as two location indices.
 
-    Returns it in 0..1, or the indices as they are.
+    Returns it in 0..1, or the indices as they are; for a list of boxes, a list.
     """
     check_box(box)
     if box is None:
         return None
+    if is_box_list(box):
+        return [normalize_box(one, size) for one in box]
     if len(box) == 2:
         return tuple(box)
     typed = ",".join(str(v) for v in box)
@@ -189,11 +199,6 @@ def normalize_box(box: tuple, size: tuple[int, int]) -> tuple:
     if x2 > width or y2 > height:
         raise ValueError(f"box {typed} extends beyond the image, which is {width} x {height} pixels")
     return x1 / width, y1 / height, x2 / width, y2 / height
-
-
-def is_box_list(box) -> bool:
-    """Whether the boxes of one phrase are a list of boxes rather than a single box."""
-    return isinstance(box, (list, tuple)) and bool(box) and not isinstance(box[0], (int, float))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -530,8 +535,7 @@ def insert_boxes(text: str, boxes, grid: int = GRID) -> str:
     for match, box in reversed(list(zip(phrases, boxes, strict=True))):
         if box is None or (isinstance(box, (list, tuple)) and not box):
             continue
-        is_list = isinstance(box, (list, tuple)) and not isinstance(box[0], (int, float))
-        objects = boxes_to_text(box if is_list else [box], grid)
+        objects = boxes_to_text(box if is_box_list(box) else [box], grid)
         text = text[: match.end()] + objects + text[match.end() :]
     return text
 

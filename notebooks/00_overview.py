@@ -8,16 +8,18 @@
 # ![The parts of Kosmos-2: vision transformer, resampler, the row of tokens with its image slots, the decoder and the choice of the next token](overview.svg)
 #
 # (The sizes in the diagram are those of the published model.) The notebooks use the real architecture with the
-# bundled weights: a small model trained on drawings. Only the sizes, the vocabulary and the setting for n-grams
-# differ from the published model, and the code takes them from the checkpoint. `figures.py`, next to the notebooks,
-# has the helpers for figures and tables, and it puts the project's modules on the import path.
+# bundled weights: a small model trained on drawings. Only the sizes, the vocabulary and whether repeated n-grams are
+# blocked (notebook 5) differ from the published model, and the code takes them from the checkpoint. `figures.py`,
+# next to the notebooks, has the helpers for figures and tables, and it puts the project's modules on the import
+# path.
 
 # %%
 from figures import ROOT, plt, reference, show, show_answers, show_image, table  # isort: skip
 import torch
 from PIL import Image
+from recording import record
 
-from kosmos2 import finish, preprocess_image, record, token_positions
+from kosmos2 import finish, preprocess_image, token_positions
 from load_weights import load_checkpoint
 from sample import Answer, draw_answers
 from tokenizer import to_markdown
@@ -27,7 +29,7 @@ image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
 show_image(image, "The image of this notebook: a snowman next to a fire in the snow.", width=224)
 
 # %% [markdown]
-# ## Sizes, before we compute anything
+# ## Predicting the shapes
 #
 # The sizes of all tensors follow from the configuration. The ViT cuts the image into a square grid of patches;
 # with [CLS] there are N = grid² + 1 positions. The resampler passes Q vectors to the decoder, whatever the
@@ -64,8 +66,8 @@ assert image_embeds.shape == (1, Q, text.width)
 print(f"pixels: mean {pixels.mean():.2f}, standard deviation {pixels.std():.2f}")
 
 # %% [markdown]
-# The figure shows the three tensors. The color scale of the features and of the image embeddings ends at three
-# standard deviations.
+# The figure shows the three tensors. The color scale of the features and of the image embeddings is clipped at
+# three standard deviations.
 
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", width_ratios=(1, 1.3, 1.3))

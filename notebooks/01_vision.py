@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from recording import record
 
-from kosmos2 import PIXEL_MEAN, PIXEL_STD, VisionConfig, preprocess_image, quick_gelu, record
+from kosmos2 import PIXEL_MEAN, PIXEL_STD, VisionConfig, preprocess_image, quick_gelu
 from load_weights import load_checkpoint
 
 torch.set_grad_enabled(False)

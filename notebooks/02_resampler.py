@@ -122,15 +122,17 @@ for name, embeds in (("with their own keys", by_hand), ("without them", without)
     print_caption(name, embeds)
 
 # %% [markdown]
-# [CLS] is a key like the others:
+# Here the caption stays the same; notebook 10 measures the effect on 40 scenes. [CLS] is among the keys, too. How
+# much attention does it get?
 
 # %%
 share = weights[0, :, :, 0].sum() / weights[0, :, :, :N].sum()
 print(f"of the attention on the image, [CLS] gets {share:.3f}; an equal share would be {1 / N:.3f}")
+assert share < 0.1 / N
 
 # %% [markdown]
-# The order of the *keys* does not matter, only that of the queries: attention is a weighted sum. So spatial
-# information reaches the latents only through the position embeddings of the ViT (notebook 1).
+# Almost none. The order of the *keys* does not matter, only that of the queries: attention is a weighted sum. So
+# spatial information reaches the latents only through the position embeddings of the ViT (notebook 1).
 
 # %%
 order = torch.randperm(N)
@@ -172,12 +174,12 @@ rows.append(("trained", "", f"{spread(model):.3f}"))
 table(rows, ("std of dense", "of the latents", "spread over images"))
 assert spreads[0.02, 1] < 0.6 * spreads[E**-0.5, 1]
 assert spreads[E**-0.5, 1] < 0.6 * spreads[1, 1]
-assert spreads[0.02, 0.02] > 0.7 * spreads[1, 1]
+assert min(spreads[0.02, 0.02], spreads[1, 0.02]) > 0.7 * spreads[1, 1]
 
 # %% [markdown]
-# With latents of standard deviation one, a smaller `dense` means a smaller spread. If the latents are as small as
-# `dense`, the spread is large again, so the two scales have to fit together. The bundled model starts both with
-# standard deviation one (`init_weights` in `training/train.py`).
+# With latents of standard deviation one, a smaller `dense` means a smaller spread. With small latents, the spread is
+# large for both sizes of `dense`: the latents must not be much larger than the projected features. The bundled model
+# starts both with standard deviation one (`init_weights` in `training/train.py`).
 #
 # What does a model write if it ignores the image (a *blind* model)? We give the trained model the average of the
 # embeddings of the eight images, which do not include this scene:
@@ -190,7 +192,7 @@ print("the scene:", ", ".join(thing.name for thing in scene.things))
 assert print_caption("seeing", seeing) != print_caption("blind", blind)
 
 # %% [markdown]
-# The second caption has nothing to do with the scene; a blind model would write it for every image. For this reason,
+# The second caption does not depend on the scene; a blind model would write it for every image. For this reason,
 # `tests/test_training.py` checks that one question about two images gets two different answers.
 #
 # ## Counting

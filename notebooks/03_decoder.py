@@ -4,8 +4,8 @@
 # A causal transformer that continues a sequence of tokens. Most of it is the textbook transformer, including the
 # factor √D for the embeddings ("Attention Is All You Need", section 3.4). Not in the textbook: position ids that
 # start at 2, a table with all sines before the cosines, sub-LN, and image embeddings that are inserted *before*
-# the scale. We write the decoder by hand; [10_departures](10_departures.ipynb) measures how much each of them
-# matters. (Reading time: 30 minutes.)
+# the scale. We write the decoder by hand; [10_departures](10_departures.ipynb) measures what each of these
+# differences contributes. (Reading time: 30 minutes.)
 
 # %%
 from figures import ROOT, plt, reference, show, table  # isort: skip
@@ -14,9 +14,10 @@ import math
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from recording import record
 
 import kosmos2
-from kosmos2 import causal_mask, preprocess_image, record, sinusoidal_positions
+from kosmos2 import causal_mask, preprocess_image, sinusoidal_positions
 from load_weights import load_checkpoint
 
 torch.set_grad_enabled(False)
@@ -120,9 +121,9 @@ print(causal_mask(2, 5).int())
 # %% [markdown]
 # ## One block, with sub-LN
 #
-# In pre-norm blocks, the scale of what each layer adds is not controlled. MAGNETO (arXiv 2210.06423) adds a
-# LayerNorm before the last projection of each branch: after the heads are concatenated, and in the MLP *after* the
-# activation.
+# In a plain pre-norm block, nothing limits the scale of what a layer adds to the residual stream. MAGNETO (arXiv
+# 2210.06423) adds a LayerNorm before the last projection of each branch: after the heads are concatenated, and in
+# the MLP *after* the activation.
 
 # %%
 block = decoder.layers[0]

@@ -27,9 +27,10 @@ pixels = preprocess_image(image, model.config.vision.image_size)[None]
 # %% [markdown]
 # ## The vocabulary
 #
-# Control tokens, sentencepiece pieces, eleven tags, and one location token for each of the 32 x 32 cells. The
-# published model has 63,997 pieces, and its first location token has the id 64,013. Not all tags are for boxes:
-# `</doc>`, `</chunk>` and `</line>` are for longer documents, and `<mask>` comes from fairseq.
+# Control tokens (`<s>`, `<pad>`, `</s>`, `<unk>`), sentencepiece pieces, eleven tags, and one location token for
+# each of the 32 x 32 cells. The published model has 63,997 pieces, and its first location token has the id 64,013.
+# Not all tags are for boxes: `</doc>`, `</chunk>` and `</line>` are for longer documents, and `<mask>` comes from
+# fairseq.
 
 # %%
 first = tokenizer.first_location
@@ -90,8 +91,9 @@ show(fig, alt)
 # ## What the grid costs
 #
 # A corner is off by at most half a cell, 1/64 of the image, in each direction (except for thin boxes, which grow to
-# whole cells). With errors uniform in ±1/64, each of the four sides is off by 1/128 on average, which costs a box of
-# side s a share of 1/(128 s) of its area. So the IoU should be about 1 - 1/(32 s). Prediction and measurement:
+# whole cells). With errors uniform in ±1/64, each of the four sides is off by 1/128 on average. For a box of side s,
+# each side changes the area by a fraction 1/(128 s), the four together by 1/(32 s). So the IoU should be about 1 -
+# 1/(32 s). Prediction and measurement:
 
 
 # %%
@@ -111,8 +113,8 @@ assert all(abs(predicted - measured) < 0.02 for _, predicted, measured in rows[2
 assert all(measured > predicted + 0.03 for _, predicted, measured in rows[:2])
 
 # %% [markdown]
-# For the two smallest sizes, the measured IoU is higher than predicted: the estimate is for errors that are small
-# compared with the side. The boxes of small objects are inaccurate, however well the model is trained.
+# For the two smallest sizes, the measured IoU is higher than predicted: the estimate assumes errors that are small
+# compared with the side. The grid limits the accuracy of small boxes, however well the model is trained.
 #
 # ## Tags: text as hyperlinks
 #
@@ -140,17 +142,17 @@ for example in examples:
     print(parse(example))
 
 # %% [markdown]
-# ## The same tags, four tasks
+# ## Four tasks with the same tags
 #
-# The task depends on where the prompt ends. The same function, `generate`, does all of them.
+# The prompt decides the task: the same call to `generate` handles all four.
 
 # %%
 location = "<object><patch_index_0467><patch_index_0924></object>"
 prompts = {
     "caption": "<grounding>An image of",
-    "find": "<grounding><phrase> a fire</phrase>",
-    "describe": f"<grounding><phrase> It</phrase>{location} is",
-    "answer": "<grounding> Question: What is right of the snowman? Answer:",
+    "ground": "<grounding><phrase> a fire</phrase>",
+    "refer": f"<grounding><phrase> It</phrase>{location} is",
+    "vqa": "<grounding> Question: What is right of the snowman? Answer:",
 }
 for task, prompt in prompts.items():
     ids, mask = tokenizer.encode_prompt(prompt)
@@ -202,9 +204,10 @@ print(f"score of the box: sqrt({p1:.2f} · {p2:.2f}) = {(p1 * p2).sqrt():.2f}")
 #
 # ## Where training data comes from
 #
-# GRIT records have a caption, and boxes for ranges of its characters: for phrases (`noun_chunks`) and for longer
-# expressions around them (`ref_exps`), which the original training used. Nested expressions are dropped.
-# `grit_to_text` writes a record as tagged text, and `encode_record` as token ids.
+# GRIT is the data set of the paper: web images whose captions were linked to boxes automatically. Its records have a
+# caption, and boxes for ranges of its characters: for phrases (`noun_chunks`) and for longer expressions around them
+# (`ref_exps`), which the original training used. Nested expressions are dropped. `grit_to_text` writes a record as
+# tagged text, and `encode_record` as token ids.
 
 # %%
 caption = "A dog in a field of flowers"

@@ -53,7 +53,8 @@ assert sequence[T:] == generate()[:steps]
 
 # %% [markdown]
 # With the cache, the loop is: mask the logits, sample, append, step. Here it is without masking and with greedy
-# decoding; `decode` in `kosmos2.py` is the whole loop. `prefill` runs the prompt.
+# decoding; `decode` in `kosmos2.py` is the whole loop. `prefill` runs the prompt. Generation ends at `</s>`, or after
+# `max_new_tokens` (430 by default).
 
 # %%
 with torch.inference_mode():
@@ -186,8 +187,8 @@ assert change[0] < 1e-2 and change[1] > 10 * change[0]
 # ## Choosing: greedy, temperature, top-k, top-p
 #
 # Greedy decoding takes the most likely token. Sampling at temperature τ draws from softmax(logits / τ). Top-p keeps
-# the smallest set of top tokens whose total probability is at least p, *including* the token that crosses p. Without
-# it, at top-p 0.9 a first token of probability 0.95 would be dropped, and nothing would remain.
+# the smallest set of top tokens whose total probability is at least p, *including* the token that crosses p. If that
+# token were excluded, a first token of probability 0.95 would be dropped at top-p 0.9, and no token would remain.
 #
 # A toy distribution, and how often each token is drawn:
 
@@ -217,8 +218,8 @@ print("predicted for top-p 0.8:", [round(v, 3) for v in expected.tolist()])
 assert abs(float(rows[4][1]) - float(expected[0])) < 0.02
 
 # %% [markdown]
-# `sample` inverts the cumulative distribution, with one uniform random number per token. With a seed, all rows of a
-# batch share one random stream, so the result of a row does not depend on the batch. The first 150 characters at
+# `sample` inverts the cumulative distribution, with one uniform random number per token. With a seed, each step
+# draws one number and uses it for every row, so a row gets the same result in any batch. The first 150 characters at
 # three temperatures:
 
 # %%
@@ -247,8 +248,8 @@ for beams in (1, 2, 4):
 table(rows, ("beams", "tokens", "mean log-probability"))
 
 # %% [markdown]
-# More beams often find a text with a higher mean, but this is not guaranteed: the search may drop a sequence early
-# that would have become the best one.
+# Here all three find the same text. On other images, more beams can find one with a higher mean, but this is not
+# guaranteed: the search may drop a sequence early that would have become the best one.
 #
 # ## N-gram blocking
 #

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 6. Weights: what is in a checkpoint
 #
-# A model is its architecture and its parameters, 1.66 billion in the published model. Checkpoint
+# A model consists of an architecture and its parameters (1.66 billion in the published model). Checkpoint
 # files hold these parameters under different tensor names: ours, the published ones (Hugging Face)
 # or the original ones (fairseq). This notebook reads a checkpoint by hand, draws the map of names,
 # counts parameters, and then changes a trained model. (Reading time: 25 minutes.)

@@ -39,7 +39,7 @@ show_image(image, "A drawing of two orange cats, a blue car, a cloud and a sun."
 # %% [markdown]
 # A function that continues a prompt about this image, or about other images. Decoding is
 # constrained to valid markup, so boxes are always complete (notebook 5). Boxes for the phrases of
-# the prompt can be given separately: `encode_prompt` inserts them behind the phrases.
+# the prompt can be given separately: `encode_prompt` inserts them after the phrases.
 
 
 # %%
@@ -118,7 +118,7 @@ table(rows, ("thing", "expression for its box", "fits only this", "IoU of its bo
 
 # %% [markdown]
 # The cats have the same name, so a good expression for them needs a relation ("the cat left of
-# ..."). Where the third column says no, ignore the last one.
+# ..."). Where the third column is "no", ignore the last one.
 #
 # ## Ranked boxes
 #
@@ -183,7 +183,8 @@ assert len(set(replies.values())) == 2  # the answer depends on the example
 # ## Accuracy
 #
 # `choose_examples` takes one example of each task for each of 30 unseen scenes, if the scene has
-# one. (`python training/evaluate.py` uses 500 scenes; its table is in `tiny/README.md`.) First, one
+# one. (`tiny/README.md` has a table for more scenes.
+# `refer` here is text to box, `describe box` is box to text.) First, one
 # example of each task:
 
 # %%
@@ -245,7 +246,7 @@ for s, example, result in [miss for miss in misses if miss[1].task == "caption"]
 # Predict, then run. Answers are in `answers.py`.
 #
 # 1. Ground something that is not there. What happens to the score?
-# 2. Put the example behind the question: the second image and its sentence last. Does it still
+# 2. Put the example after the question: the second image and its sentence last. Does it still
 #    work?
 # 3. Which task gets worse first when images have fewer pixels (draw at 28 pixels)? Measure with
 #    `score`.

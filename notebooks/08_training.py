@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 8. Training
 #
-# The objective, the attention mask and the data. Then a small model is trained for 60 steps, and we look at the log
-# of the run that made the bundled model. (Reading time: 30 minutes.) The data comes from `training/data.py` and
-# `training/scenes.py`, the objective and the optimizers from `training/train.py`, and the labels of patches from
-# `training/patches.py`.
+# This notebook covers the data, the objective and the attention mask. Then we train a small model for 60 steps and
+# look at the log of the run that made the bundled model. (Reading time: 30 minutes.) The data comes from
+# `training/data.py` and `training/scenes.py`, the objective and the optimizers from `training/train.py`, and the
+# labels of patches from `training/patches.py`.
 
 # %%
 from figures import COLORS, ROOT, plt, show, table  # isort: skip
@@ -31,7 +31,8 @@ scene = Scene.random(5)
 #
 # A GRIT record describes an image by a caption and the boxes of its phrases. The bundled model is trained on scenes,
 # whose records are exact. `encode_record` tokenizes the caption as a whole and inserts tags and boxes between its
-# pieces, as the original data loader does.
+# pieces, as the original data loader does. (That one crops images to a square, and leaves out the boxes of half of
+# the captions; here, images are squashed and all boxes stay.)
 
 # %%
 record = scene.record()
@@ -43,10 +44,10 @@ print(len(encode_record(tokenizer, record)), "tokens")
 # %% [markdown]
 # ## The objective and its mask
 #
-# The loss is the mean of -log p(next token). Only answers carry loss, not prompts. (In the original training on GRIT,
-# and in `Grit` of `training/data.py`, all tokens of the text do.) Each row has one image in front and several texts
-# about it that do not attend to each other, so the image is encoded only once. Here is a part of a row with its
-# targets. In answers, tags and location tokens count like all other tokens.
+# The loss is the mean of -log p(next token). Only the tokens of answers count, not those of prompts. (In the
+# original training on GRIT, and in `Grit` of `training/data.py`, all tokens of the text do.) Each row has one image
+# in front and several texts about it that do not attend to each other, so the image is encoded only once. Here is a
+# part of a row with its targets. In answers, tags and location tokens count like all other tokens.
 
 # %%
 source = Scenes(tokenizer, model.config, length=256, first=5)
@@ -278,7 +279,7 @@ show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on
 # ## Exercises
 #
 # 1. A loss of 0.3 nats per location token: how many equally likely cells does that correspond to?
-# 2. Let prompts carry loss as well. Which line of `data.py` is it? What would you expect?
+# 2. Include the prompts in the loss as well. Which line of `data.py` is it? What would you expect?
 # 3. Give location tokens random initial embeddings instead of smooth ones (`init_weights`). What would a near
 #    miss then teach the model about the neighboring cell?
 # 4. Train only the resampler of the bundled model:

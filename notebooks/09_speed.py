@@ -41,7 +41,7 @@ def best(run, rounds: int = 12) -> float:
 # %% [markdown]
 # ## Bandwidth and compute of your machine
 #
-# Memory bandwidth and operations per second. All predictions below are computed from these two values.
+# We measure memory bandwidth and operations per second; all predictions below follow from these two values.
 
 # %%
 big = torch.ones(2**26)  # 256 MB: larger than any cache
@@ -56,8 +56,10 @@ print(f"ridge: at {compute / bandwidth:.0f} operations per byte, both take the s
 # ## The roofline
 #
 # A linear layer with N x K weights and R rows of input does 2·R·N·K operations on 4·N·K bytes: R/2 operations per
-# byte in fp32. Below the ridge, memory bandwidth is the limit; above it, compute. A decoding step has one row for
-# each text. A prefill has one for each token of the prompt. Which of them is limited by what?
+# byte in fp32. The *roofline* is a lower bound on its time: the longer of the time to read the weights and the time
+# for the arithmetic. At the *ridge*, both are equal. Below the ridge, memory bandwidth is the limit; above it,
+# compute. A decoding step has one row for each text. A prefill has one for each token of the prompt. Which resource
+# limits each?
 
 # %%
 N, K = 4096, 2048
@@ -142,8 +144,8 @@ table(rows, ("one row", "per layer", "weights read"))
 #
 # ## int8, step by step
 #
-# To read fewer bytes, each output gets a scale that maps its largest weight to 127, and the scaled weights are
-# rounded. By hand:
+# To store a weight in one byte, each output gets a scale that maps its largest weight to 127, and we round the scaled
+# weights. By hand:
 
 # %%
 scale = weight.abs().amax(dim=1) / 127
@@ -158,7 +160,8 @@ assert step.max() < 0.501
 # %% [markdown]
 # A rounding error is uniform over one step, so its variance is step²/12. The relative error of a product should
 # therefore be about step / √12, divided by the standard deviation of the weights. Inputs are rounded in the same way
-# (to 127 steps on either side of zero, or 63 on CPUs without VNNI instructions), and both errors add as squares:
+# (to 127 steps on either side of zero, or 63 on CPUs without VNNI, the instructions for int8 dot products), and both
+# errors add as squares:
 
 # %%
 packed = PackedLinear(q, None, scale)  # it rounds its input itself
@@ -210,8 +213,8 @@ assert errors["one scale for all"] > 5 * errors["one scale for each row"]
 # ## The cost on the bundled model
 #
 # By how much do the logits change, and does the caption change? (`training/evaluate.py --precision int8` compares
-# many answers.) In fp16 only the weights have 16 bits. The bundled weights are stored in fp16, so only the order of
-# sums changes there.
+# many answers.) In fp16 only the weights have 16 bits. The large matrices of the bundled model are stored in fp16,
+# so only the order of sums changes there.
 
 # %%
 image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")

@@ -99,7 +99,7 @@ assert certain(right.overlaps, blocks["no sub-LN at all"].overlaps)
 assert logit_change(right, blocks["tanh GELU in the decoder"]) < 0.05
 
 # %% [markdown]
-# Without sub-LN the boxes get worse: the output projections were trained on normalized inputs.
+# Without sub-LN, captions and boxes get worse: the output projections were trained on normalized inputs.
 #
 # ## Some changes go unnoticed
 #
@@ -112,7 +112,7 @@ quiet = 0
 for changed in measured.values():
     moved = logit_change(right, changed)
     lost, error = cost(right.overlaps, changed.overlaps)
-    counts = certain(right.overlaps, changed.overlaps)
+    counts = certain(right.overlaps, changed.overlaps) or certain(right.named, changed.named)
     quiet += not counts
     color = "#c62828" if counts else "#1565c0"
     axis.errorbar(moved, lost, error, marker="o", color=color)
@@ -127,7 +127,7 @@ assert quiet >= 2
 # Blue points are departures whose cost may be chance. Such mistakes cannot be found by looking at captions, only by
 # comparing numbers with the reference. `tests/mutations.py` applies many of them and checks that a test fails.
 #
-# This measures what happens when a part is removed from a model that was trained with it. Training without it is
+# These numbers show what happens when a part is removed from a model that was trained with it. Training without it is
 # another question.
 #
 # ## Exercises

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 11. Fine-tuning on your own boxes
 #
-# A model that does not know a thing can learn it from a file of images, captions and boxes. Here the bundled model
-# learns to see ladders. The recipe is the same for the official weights. (Reading time: 15 minutes.)
+# A model can learn a new kind of thing from a file of images, captions and boxes. Here we teach the bundled model
+# ladders. For the official weights, the recipe is similar. (Reading time: 15 minutes.)
 #
 # `Scene`, `article` and `overlap` come from `training/`, which draws the world that the bundled model was trained on.
 
@@ -136,7 +136,8 @@ assert before[1] == 0  # it has never seen the word
 # ## The command
 #
 # A low learning rate and few steps: the model should learn something new without forgetting what it has learned. We
-# use AdamW, because Muon, the default of `train.py`, is meant for training from scratch.
+# use AdamW, because Muon, the default of `train.py`, is meant for training from scratch. (The bundled model
+# is small, so we train all of it.)
 
 # %%
 command = f"training/train.py --checkpoint tiny --data {folder}/grit.jsonl --out {folder}/run"
@@ -171,8 +172,9 @@ for entity in answer["entities"]:
 # %% [markdown]
 # ## The official size
 #
-# The command is the same, with `--checkpoint microsoft/kosmos-2-patch14-224`. How much memory does it take? Weights
-# and gradients are 4 bytes per parameter each, AdamW's two averages 8; parts that are frozen only need the weights.
+# The command is similar: `--checkpoint microsoft/kosmos-2-patch14-224 --lr 1e-4 --train resampler decoder`. How much
+# memory does it take? Weights and gradients are 4 bytes per parameter each, AdamW's two averages 8; parts that are
+# frozen only need the weights.
 
 # %%
 with torch.device("meta"):
@@ -184,10 +186,10 @@ for trained in (["vision", "resampler", "decoder"], ["resampler", "decoder"], ["
     print(f"--train {' '.join(trained):<26} {count / 1e6:>7,.0f} M trained, {gigabytes:5.1f} GB")
 
 # %% [markdown]
-# Activations come on top; `--recompute` keeps only those between blocks, and `--accumulate` computes a batch in
-# parts. With a few hundred images, freeze the ViT (`--train resampler decoder`): it has seen far more images than
-# you can show it. For a new kind of image, such as X-rays, train it as well. Measure the old abilities as well as
-# the new one on held-out images, as above.
+# Activations need additional memory; `--recompute` keeps only those between blocks, and `--accumulate` computes a
+# batch in parts. With a few hundred images, freeze the ViT (`--train resampler decoder`): it has seen far more
+# images than you can show it. For a new kind of image, such as X-rays, train it as well. Measure the old abilities
+# as well as the new one on held-out images, as above.
 #
 # ## Exercises
 #

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from evaluate import HELD_OUT, answers, choose_examples, score
 from PIL import Image
+from recording import record
 from safetensors.torch import load_file, save_file
 from scenes import SECOND, Example, Scene, link
 
 import kosmos2
-from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, finish, preprocess_image, record, sample
+from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, finish, preprocess_image, sample
 from load_weights import Checkpoint, load_checkpoint, quantize
 from tokenizer import Tokenizer, box_to_tokens, parse, tokens_to_box
 
@@ -326,7 +327,7 @@ assert TextConfig().max_positions < 1_342_000_000 // (2 * 24 * 2048 * 4)
 
 # 10.1 Positions from 1 shift all encodings by one place, and attention depends mostly on distances. Without the scale,
 # every token is several times shorter than the position that is added to it.
-# 10.2 Scores that are √hd times as large make the softmax pick a single position. `attention_weights` in kosmos2.py shows
+# 10.2 Scores that are √hd times as large make the softmax pick a single position. `attention_weights` in recording.py shows
 # the formula; patch `torch.nn.functional.scaled_dot_product_attention` with one that passes scale=1.
 # 10.3 Three standard errors must fit into 0.01. They shrink with the square root of the number of scenes, so with a
 # standard deviation of 0.2 of the differences it takes (3 · 0.2 / 0.01)² scenes:

@@ -198,15 +198,18 @@ def whole_process(*arguments: str) -> tuple[float, float]:
     )
 
 
-def print_table(times: dict, weights: int) -> None:
-    """A row for each side: medians, how much faster than the first side, and achieved bandwidth."""
+def print_table(sides: dict[str, float], times: dict, weights: int) -> None:
+    """A row for each side: medians, how much faster than the first side, and achieved bandwidth.
+
+    sides: the bytes per weight of each.
+    """
     median = {key: statistics.median(values) for key, values in times.items()}
     speeds = [speed for (_, what), found in times.items() if what == "bandwidth" for speed in found]
     print(f"{machine()}; memory bandwidth {min(speeds) / 1e9:.0f} to {max(speeds) / 1e9:.0f} GB/s\n")
-    base = next(name for name, _ in times)
+    base = next(iter(sides))
     print(f"| | first token | {TOKENS} tokens | per token | GB/s | fraction of memory bandwidth |")
     print("|---|---|---|---|---|---|")
-    for name in dict.fromkeys(name for name, _ in times):
+    for name, bytes_per_weight in sides.items():
         cells = [name]
         for what in ("first token", "whole", "step"):
             value = median[name, what]
@@ -214,11 +217,7 @@ def print_table(times: dict, weights: int) -> None:
             if name != base:
                 shown += f" ({median[base, what] / value:.1f}x)"
             cells.append(shown)
-        size = 4
-        for label, bytes_per_weight in (("fp16", 2), ("int8", 1), ("int4", 0.5)):
-            if label in name:
-                size = bytes_per_weight
-        achieved = weights * size / median[name, "step"]
+        achieved = weights * bytes_per_weight / median[name, "step"]
         cells += [f"{achieved / 1e9:.0f}", f"{achieved / median[name, 'bandwidth']:.2f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
 
@@ -249,10 +248,12 @@ def measure_start(checkpoint: str) -> list[str]:
 def compare_with_transformers(checkpoint: str, rounds: int) -> None:
     notes = measure_start(checkpoint)
     times: dict = defaultdict(list)
+    sides = {Reference.name: 4.0}
     reference = None
     errors = []
-    for precision in ("fp32", "fp16", "int8"):
+    for precision, bytes_per_weight in (("fp32", 4), ("fp16", 2), ("int8", 1)):
         side = Ours(checkpoint, precision)
+        sides[side.name] = bytes_per_weight
         if reference is None:
             reference = Reference(checkpoint, side.tokenizer)
         measure([reference, side], rounds, times)
@@ -260,7 +261,7 @@ def compare_with_transformers(checkpoint: str, rounds: int) -> None:
         notes.append(measure_draft(side, rounds))
     notes.append(f"relative error of the logits: {', '.join(errors)}")
     notes.append(measure_batch(side, reference))
-    print_table(times, decoder_weights(side.model))
+    print_table(sides, times, decoder_weights(side.model))
     print("", *notes, sep="\n")
 
 
@@ -270,6 +271,7 @@ def compare_with_openvino(checkpoint: str, rounds: int) -> None:
     side = Ours(checkpoint, "int8")
     model, tokenizer = load_checkpoint(checkpoint)
     times: dict = defaultdict(list)
+    sides = {}
     for bits in (8, 4):
         name = f"OpenVINO, int{bits}"
         graphs = convert(model, bits)
@@ -278,8 +280,10 @@ def compare_with_openvino(checkpoint: str, rounds: int) -> None:
             OpenVino(name, model, tokenizer, graphs),
             OpenVino(f"{name}, group size 0", model, tokenizer, graphs, DYNAMIC_QUANTIZATION_GROUP_SIZE=0),
         ]
+        sides |= {peer.name: bits / 8 for peer in peers}
         measure([*peers, side], rounds, times)
-    print_table(times, decoder_weights(side.model))
+    sides[side.name] = 1
+    print_table(sides, times, decoder_weights(side.model))
 
 
 def main() -> int:

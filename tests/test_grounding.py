@@ -8,10 +8,11 @@ import torch
 from conftest import SMALL, TINY, VOCAB, needs_transformers, prompt_batch, rough
 from data import encode_answer
 from PIL import Image
+from recording import record
 from scenes import demo_scenes
 from test_model import PROMPTS, pixels
 
-from kosmos2 import EOS, Kosmos2, causal_mask, finish, pad_left, preprocess_image, rank_boxes, record
+from kosmos2 import EOS, Kosmos2, causal_mask, finish, pad_left, preprocess_image, rank_boxes
 from load_weights import SENTENCEPIECE, load_checkpoint
 from tokenizer import iou
 

@@ -365,7 +365,7 @@ def test_paths_that_lead_nowhere(tmp_path, small_folder):
 
 
 def test_hub_ids(monkeypatch):
-    """Offline, or without huggingface_hub, one line says how to get the files."""
+    """Offline, or without huggingface_hub, one error line explains how to get the files."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
         load_checkpoint("microsoft/kosmos-2-patch14-224")

@@ -1,7 +1,7 @@
 """Equal to transformers' Kosmos-2, through the loader, on random checkpoints of odd sizes.
 
-A failure names the first layer that differs. Where transformers 5.23 has a bug, the test says so
-and compares with its result when the bug is worked around.
+A failure names the first layer that differs. Where transformers 5.23 has a bug, a comment describes
+it, and the test compares with the result after a workaround.
 """
 
 import copy
@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import HAS_TRANSFORMERS, TINY, VOCAB, needs_transformers, prompt_batch, rough
 from PIL import Image
+from recording import record
 
-from kosmos2 import EOS, PAD, finish, preprocess_image, record
+from kosmos2 import EOS, PAD, finish, preprocess_image
 from load_weights import HUGGING_FACE, SENTENCEPIECE, load_checkpoint, rename
 
 pytestmark = needs_transformers

@@ -86,7 +86,7 @@ def read_spans(record: dict, key: str = "ref_exps", counts: Counter | None = Non
 
 
 def read_row(row, caption: str) -> tuple[int, int, Box, float]:
-    """One [start, end, x1, y1, x2, y2, score] of a record, checked; ValueError says what is wrong."""
+    """One [start, end, x1, y1, x2, y2, score] of a record, checked; ValueError if a value is wrong."""
     try:
         start, end, x1, y1, x2, y2, score = (float(value) for value in row)
     except (TypeError, ValueError):

@@ -192,10 +192,10 @@ def random_thing(rng: random.Random, others: list[Thing], background: str, aspec
         kind = rng.choice(list(UNCOLORED))
     if others and rng.random() < 0.35:
         twin = rng.choice(others)
-        shared = rng.choice(["kind", "color", "kind and color"])
-        if "kind" in shared and (twin.color or shared == "kind"):
+        shared = rng.choice(["kind", "color", "both"])
+        if shared == "kind" or (shared == "both" and twin.color):
             kind = twin.kind
-        if "color" in shared and twin.color:
+        if shared != "kind" and twin.color:
             color = twin.color
     gap = rng.choice([0.01, 0.01, -0.03])  # one in three may overlap its neighbors a little
     for _ in range(40):
