@@ -57,7 +57,7 @@ BOS, PAD, EOS = 0, 1, 2  # the first ids of every published vocabulary
 
 
 def check_integers(where: str, minimum: int = 1, **values) -> None:
-    """ValueError, naming the field, unless all values are integers of at least `minimum`."""
+    """Raise ValueError, naming the field, unless all values are integers of at least `minimum`."""
     for name, value in values.items():
         if type(value) is not int or value < minimum:
             raise ValueError(f"{where} {name}: expected an integer of at least {minimum}, got {value!r}")
@@ -318,7 +318,7 @@ ORIENTATIONS = {
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read an image file -> RGB, upright, transparency on white.
+    """Read an image file as an upright RGB image, with transparency composited on white.
 
     Only the Orientation tag of EXIF is used. (ImageOps.exif_transpose would also write the whole
     block back, which fails for many real files.) FileNotFoundError or ValueError, naming the file,
@@ -348,8 +348,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode -> RGB, with transparency composited on white.
 
     Pillow would clip modes with more than 8 bits. Integer modes are read as 16 bits (0..65535),
-    float mode as 0..1 or, if its maximum is above 1, as 0..255. ValueError for values outside of
-    that.
+    float mode as 0..1 or, if its maximum is above 1, as 0..255. ValueError for values outside that
+    range.
     """
     if image.mode.startswith("I") or image.mode == "F":
         image = to_8_bits(image)
@@ -363,7 +363,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit, 32-bit or float grayscale image -> 8 bits with the same brightness."""
+    """A 16-bit, 32-bit or float grayscale image -> mode L or LA, with the same brightness."""
     values = np.asarray(image).astype(np.float32)
     low = float(values.min())
     high = float(values.max())
@@ -375,7 +375,11 @@ def to_8_bits(image: Image.Image) -> Image.Image:
         limit = 255.0
     if not (low >= 0 and high <= limit):  # also true for NaN
         raise ValueError(f"mode {image.mode} image with values {low:g} to {high:g}: expected 0 to {limit:g}")
-    return Image.fromarray((values * (255 / limit)).round().astype(np.uint8))
+    result = Image.fromarray((values * (255 / limit)).round().astype(np.uint8))
+    transparent = image.info.get("transparency")  # of a 16-bit PNG: the value of its transparent pixels
+    if transparent is not None:
+        result.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return result
 
 
 class VisionTransformer(nn.Module):
@@ -494,7 +498,8 @@ def causal_mask(T: int, S: int, pad_mask: Tensor | None = None, device=None) -> 
     if pad_mask is None:
         return mask
     itself = torch.eye(S, dtype=torch.bool, device=device)[S - T :]  # (T, S)
-    return (mask & ~pad_mask[:, None, :] | itself)[:, None]  # (B, 1, T, S)
+    mask = mask & ~pad_mask[:, None, :]  # (B, T, S)
+    return (mask | itself)[:, None]  # (B, 1, T, S)
 
 
 class Embedding(nn.Embedding):
@@ -559,7 +564,7 @@ class Kosmos2(nn.Module):
         self.decoder = Decoder(config.text)
 
     def encode_image(self, pixels: Tensor, interpolate: bool = False) -> Tensor:
-        """pixels (B, 3, image_size, image_size) -> image_embeds (B, Q, D).
+        """pixels (I, 3, image_size, image_size) -> image_embeds (I, Q, D).
 
         interpolate: accept any image of at least one patch, by interpolating the ViT's position
         embeddings; without it, ValueError for any size but the trained one.
@@ -568,13 +573,13 @@ class Kosmos2(nn.Module):
         patch = self.config.vision.patch_size
         shape = tuple(pixels.shape)
         if pixels.dim() != 4 or shape[1] != 3:
-            raise ValueError(f"pixels: expected (B, 3, {size}, {size}), got {shape}")
+            raise ValueError(f"pixels: expected (I, 3, {size}, {size}), got {shape}")
         if interpolate and min(shape[2:]) < patch:
             raise ValueError(f"pixels: expected a height and width of at least {patch}, got {shape}")
         if not interpolate and shape[2:] != (size, size):
-            raise ValueError(f"pixels: expected (B, 3, {size}, {size}), got {shape}")
-        features = self.vision(pixels.to(self.vision.class_embedding.dtype))  # (B, N, E)
-        return self.resampler(features)  # (B, Q, D)
+            raise ValueError(f"pixels: expected (I, 3, {size}, {size}), got {shape}")
+        features = self.vision(pixels.to(self.vision.class_embedding.dtype))  # (I, N, E)
+        return self.resampler(features)  # (I, Q, D)
 
     def embed(self, tokens: Tensor, pixels=None, image_embeds=None, image_mask=None) -> Tensor:
         """tokens (B, T) -> x (B, T, D), with the image embeddings in the image slots.
@@ -650,10 +655,12 @@ class Kosmos2(nn.Module):
         length = int(positions.max()) - FIRST_POSITION + 1
         room = limit - length
         if room < 0 or (room == 0 and new_tokens > 0):
-            raise ValueError(f"the prompt has {length} tokens, the context {limit}; shorten the prompt")
+            raise ValueError(
+                f"the prompt has {length} tokens, but the context holds only {limit}; shorten the prompt"
+            )
         if new_tokens > room:
             raise ValueError(
-                f"the prompt has {length} tokens and the context {limit}; "
+                f"the prompt has {length} tokens and the context holds {limit}; "
                 f"{new_tokens} new tokens do not fit, ask for at most {room}"
             )
 
@@ -753,19 +760,21 @@ class GenerationOptions:
 
     # Upper limit; prompt and new tokens must fit the context. 430 is the original demo's limit.
     max_new_tokens: int = 430
-    min_new_tokens: int = 0  # no </s> before this many
+    min_new_tokens: int = 0  # no </s> before this many new tokens
     temperature: float = 0.0  # 0 takes the most likely token, 1 samples from the model's distribution
     top_k: int | None = None  # sample among the k most likely tokens
     top_p: float | None = None  # sample among the most likely tokens that together reach probability p
     num_beams: int = 1  # above 1: beam search; excludes sampling
-    # Forbid repeating any n-gram, prompt and image slots included. The published model is used with
+    # Forbid any n-gram that has occurred already, in the prompt and image slots, too. The published model is used with
     # 3 (config.text.no_repeat_ngram_size); transformers 5.23 loses that setting while loading.
     no_repeat_ngram_size: int = 0
-    seed: int | None = None  # all rows share one random stream, so batching does not change results
+    # With a seed, all rows share one random stream, so batching does not change results. (Equal prompts
+    # in a batch get equal samples.)
+    seed: int | None = None
     constraint: Constraint | None = None  # such as Tokenizer.allowed_tokens, which keeps boxes complete
     # Ids so far -> ids that probably follow, such as Tokenizer.likely_next. They are run in the same pass
-    # as the last token, which costs little where reading the weights is the limit. A right guess saves
-    # a pass; the result stays the same. Ignored for batches and beam search.
+    # as the last token, which costs little where reading the weights is the limit. A correct guess saves
+    # a pass; the result stays the same. Used while the batch has one sequence, not in beam search.
     draft: Callable[[list[int]], list[int]] | None = None
 
     def __post_init__(self):
@@ -863,7 +872,7 @@ class DecodeState:
         self.next_position = position + 1
         if not sequences:
             return
-        if self.drafted and self.drafted[0][0] == sequences[0].ids[-1]:  # a right guess
+        if self.drafted and self.drafted[0][0] == sequences[0].ids[-1]:  # the guess was correct
             self.logits = self.drafted.pop(0)[1]
             return
         for cache in self.caches:
@@ -887,7 +896,9 @@ class DecodeState:
         Only for a single sequence: the rows of a batch would guess different numbers of ids.
         """
         options = self.options
-        if options.draft is None or options.num_beams > 1 or len(self.rows) > 1 or self.pad_mask is not None:
+        if options.draft is None or options.num_beams > 1:
+            return []
+        if len(self.rows) > 1 or self.pad_mask is not None:
             return []
         cache = self.caches[0]
         room = cache.keys.shape[2] - cache.length - 1
@@ -896,8 +907,7 @@ class DecodeState:
 
 @torch.inference_mode()
 def decode(state: DecodeState) -> Iterator[list[int | None]]:
-    """The decoding loop. Yields, after each step, the new id of every prompt, None for those that
-    have ended.
+    """The decoding loop. After each step, yields the new id of every prompt, or None if it has ended.
 
     `state.results` holds what has been generated so far. A state can be decoded only once.
     """
@@ -976,7 +986,9 @@ def cut_markup(state: DecodeState, i: int, token: int, remaining: int) -> int:
     allowed = state.options.constraint(ids, remaining)
     if allowed is None or allowed[token] or not allowed.any():
         return token
-    return EOS if allowed[EOS] else int(allowed.argmax())
+    if allowed[EOS]:
+        return EOS
+    return int(allowed.argmax())  # the closing tag
 
 
 def pad_left(rows: list[tuple[list[int], list[bool]]], device=None) -> tuple[Tensor, Tensor, Tensor]:
@@ -1007,7 +1019,7 @@ def sample(
     Samples by inverting the cumulative distribution over tokens sorted by probability, which needs
     exactly one random number per token.
     """
-    if temperature < torch.finfo(torch.float32).tiny:
+    if temperature < torch.finfo(torch.float32).tiny:  # 0, or too small to divide by
         return logits.argmax(dim=-1)
     logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature must not overflow
     probs, ids = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # (B, V)
@@ -1035,8 +1047,10 @@ def beam_search(state: DecodeState) -> list[Generated]:
 
     The score of a finished sequence is the mean log-probability of its new tokens. A prompt is done
     when it has num_beams finished sequences and its best unfinished one scores no better than the
-    worst of them.
+    worst of them. A state can be used only once: ValueError if it has new tokens.
     """
+    if any(sequence.ids for sequence in state.sequences):
+        raise ValueError("this state has been decoded already; call prefill again")
     num_beams = state.options.num_beams
     limit = state.options.max_new_tokens
     totals = torch.zeros(len(state.rows))  # summed log-probability of every sequence
@@ -1052,10 +1066,8 @@ def beam_search(state: DecodeState) -> list[Generated]:
             for (score, _, _), sequence in zip(ended, sequences, strict=True):
                 finished[row].append((score / length, sequence))
             finished[row] = sorted(finished[row], key=lambda found: -found[0])[:num_beams]
-            done = (
-                len(finished[row]) == num_beams and running and running[0][0] / length <= finished[row][-1][0]
-            )
-            if not done:
+            best = running[0][0] / length if running else -math.inf
+            if len(finished[row]) < num_beams or best > finished[row][-1][0]:
                 kept += running
         if not kept:
             break
@@ -1070,22 +1082,27 @@ def best_continuations(state: DecodeState, scores: Tensor, beams: list[int], rem
     """The best candidates (score, beam, token) of one prompt: num_beams that go on, and those of
     the best that end.
 
-    A sequence ends in only one way, by </s>, so among 2 * num_beams candidates there are always
-    num_beams that go on.
+    A sequence ends in only one way, by </s>, so of 2 * num_beams candidates at least num_beams go on,
+    unless the length limit ends them, too. Where it replaces several tokens of a beam by the same
+    one (`cut_markup`), only the most likely of these candidates counts.
     """
     V = scores.shape[1]
     num_beams = state.options.num_beams
     best, flat_index = scores[beams].flatten().topk(min(2 * num_beams, len(beams) * V))
     running = []
     ended = []
-    for rank, (score, index) in enumerate(zip(best.tolist(), flat_index.tolist(), strict=True)):
+    seen = set()
+    for score, index in zip(best.tolist(), flat_index.tolist(), strict=True):
         if score == -math.inf:
             break
         beam = beams[index // V]
         token = cut_markup(state, beam, index % V, remaining)
+        if (beam, token) in seen:
+            continue
+        seen.add((beam, token))
         if token != EOS and remaining > 1:
             running.append((score, beam, token))
-        elif rank < num_beams:
+        elif len(seen) <= num_beams:
             ended.append((score, beam, token))
     return running[:num_beams], ended
 
@@ -1097,7 +1114,7 @@ MOST_CANDIDATES = 2000  # boxes that `rank_boxes` considers; most overlap one an
 def rank_boxes(
     state: DecodeState, tokenizer: Tokenizer, count: int, beam: int = 32
 ) -> list[tuple[float, int, int]]:
-    """The most likely distinct boxes for one prompt that ends in <object>: (score, top-left,
+    """The most likely distinct boxes for one prompt that ends in <object>: (score, top-left index,
     bottom-right index).
 
     A beam search over the two tokens of a box, with `beam` top-left corners; of boxes that overlap

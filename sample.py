@@ -25,7 +25,7 @@ import re
 import sys
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,6 +64,7 @@ class Request(NamedTuple):
     wants_boxes: bool = False  # the boxes are the answer
     block_ngrams: bool = True
     extra: dict = {}  # copied to the result
+    number: int = 0  # its position in the run
 
     def key(self) -> tuple:
         """What identifies a request in a results file."""
@@ -116,7 +117,11 @@ DECODING = [
     ("top-k", int, "sample among the k most likely tokens"),
     ("top-p", float, "sample among the most likely tokens that together reach probability p"),
     ("num-beams", int, "above 1: beam search"),
-    ("no-repeat-ngram-size", int, "default: the checkpoint's setting; 0 for --task context"),
+    (
+        "no-repeat-ngram-size",
+        int,
+        "forbid repeated n-grams (default: as in the checkpoint; off for --task context)",
+    ),
     ("seed", int, "make sampling repeatable"),
 ]
 
@@ -180,11 +185,11 @@ def add_output_options(p) -> None:
         "--output",
         type=Path,
         metavar="PATH",
-        help="image with boxes, folder, or page.html (default for one image: STEM.boxes.png)",
+        help="where to draw the boxes: an image file, a folder or page.html (default for one image: STEM.boxes.png)",
     )
     p.add_argument("--json", action="store_true", help="print a JSON object per line instead of the text")
     p.add_argument(
-        "--results", type=Path, metavar="JSONL", help="write the JSON lines to a file, each as it is done"
+        "--results", type=Path, metavar="JSONL", help="append each result to this file as soon as it is done"
     )
     p.add_argument(
         "--resume",
@@ -491,18 +496,23 @@ class Runner:
             args.checkpoint, args.precision, self.device, args.tokenizer
         )
         self.image_ids, self.image_mask = self.tokenizer.encode_prompt("")
-        context = self.model.config.text.max_positions
-        self.longest_prompt = context - self.options.get("max_new_tokens", 1)
+        self.context = self.model.config.text.max_positions
+        least = max(1, self.options.get("min_new_tokens", 0))
+        self.longest_prompt = self.context - self.options.get("max_new_tokens", least)
         if self.longest_prompt < 1:
-            raise ValueError(f"--max-new-tokens leaves no room for a prompt in the context {context}")
+            raise ValueError(
+                f"no room for a prompt: the context holds {self.context} tokens, new ones included"
+            )
 
     def encode_prompt(self, request: Request, sizes: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
         """The ids and image_mask of a request; ValueError if it is too long or not valid."""
         boxes = self.normalize_boxes(request, sizes) if request.boxes else None
         ids, image_mask = self.tokenizer.encode_prompt(request.prompt, len(sizes), boxes)
         if len(ids) > self.longest_prompt:
-            context = self.model.config.text.max_positions
-            raise ValueError(f"the prompt has {len(ids)} tokens, which does not fit the context {context}")
+            new = self.context - self.longest_prompt
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens; the context holds {self.context}, of which new tokens take {new}"
+            )
         return ids, image_mask
 
     def normalize_boxes(self, request: Request, sizes: list[tuple[int, int]]) -> list:
@@ -530,16 +540,27 @@ class Runner:
                     self.generate(rows, prefix)
             else:
                 together += group.rows
-        # Few-shot prompts run without n-gram blocking, so not in the same batch as others.
-        for block_ngrams in (True, False):
-            rows = [row for row in together if row.request.block_ngrams == block_ngrams]
-            for part in self.parts(rows):
-                self.generate(part)
+        for rows in self.parts(together):
+            self.generate(rows)
 
     def parts(self, rows: list[Row]) -> list[list[Row]]:
-        """Rows in parts of at most --batch-size: there may be more requests about one image."""
+        """Batches of at most --batch-size rows that have the same decoding options.
+
+        Few-shot prompts run without n-gram blocking, and a prompt that nearly fills the context has
+        a limit of its own.
+        """
+        same_options = defaultdict(list)
+        for row in rows:
+            same_options[row.request.block_ngrams, self.limit(row)].append(row)
         size = self.args.batch_size
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+        batches = []
+        for same in same_options.values():
+            batches += [same[start : start + size] for start in range(0, len(same), size)]
+        return batches
+
+    def limit(self, row: Row) -> int:
+        """The limit of new tokens for a row, unless --max-new-tokens gives it."""
+        return min(DEFAULT_NEW_TOKENS, self.context - len(row.ids))
 
     def encode_images(self, groups: list[Group]) -> None:
         """Encode the images of all groups as one batch: sets `row.image_embeds`."""
@@ -577,7 +598,7 @@ class Runner:
         image_embeds = None
         if embeds and prefix is None:
             image_embeds = torch.cat(embeds)  # (I, Q, D)
-        options = self.row_options(rows)
+        options = self.decoding_options(rows[0])
         state = self.model.prefill(tokens, None, image_embeds, image_mask, pad_mask, prefix, **options)
         if state.options.num_beams > 1:
             results = kosmos2.finish(state)
@@ -589,17 +610,15 @@ class Runner:
             text, entities = self.tokenizer.parse_output(prompt, result.ids, result.probabilities)
             row.answer = Answer(text, raw.strip(), entities)
 
-    def row_options(self, rows: list[Row]) -> dict:
-        """The decoding options of some rows; defaults depend on the model and the prompts."""
-        text_config = self.model.config.text
-        room = text_config.max_positions - max(len(row.ids) for row in rows)
+    def decoding_options(self, row: Row) -> dict:
+        """The decoding options of a row (`parts`); the command line overrides the defaults."""
         defaults = {
             "constraint": self.tokenizer.allowed_tokens,
             "draft": self.tokenizer.likely_next,
-            "max_new_tokens": max(1, min(DEFAULT_NEW_TOKENS, room)),
+            "max_new_tokens": self.limit(row),
         }
-        if rows[0].request.block_ngrams:
-            defaults["no_repeat_ngram_size"] = text_config.no_repeat_ngram_size
+        if row.request.block_ngrams:
+            defaults["no_repeat_ngram_size"] = self.model.config.text.no_repeat_ngram_size
         return defaults | self.options
 
     def decode(self, state, row: Row, started: float) -> list:
@@ -622,17 +641,8 @@ class Runner:
         return state.results
 
     def answer_ids(self, row: Row) -> list[int]:
-        """The ids of the prompt that belong to the answer.
-
-        If the answer continues the prompt, those are the ids after the last image.
-        """
-        if not row.request.continued:
-            return []
-        closing = self.tokenizer.special_ids["</image>"]
-        start = 0
-        if closing in row.ids:
-            start = len(row.ids) - row.ids[::-1].index(closing)
-        return row.ids[start:]
+        """The ids of the prompt that belong to the answer: those that the answer continues."""
+        return self.tokenizer.after_images(row.ids) if row.request.continued else []
 
     def rank_boxes(self, row: Row) -> Answer:
         """The most likely boxes for the phrase that a prompt ends with, best first."""
@@ -657,22 +667,22 @@ class Runner:
 class Results:
     """The --results file: one line per answer, written as soon as it is done.
 
-    Each torchrun process writes its own file, NAME.rank.jsonl; --resume reads all of them.
+    Each torchrun process writes its own file, NAME.RANK.jsonl; --resume reads all of them.
     """
 
     def __init__(self, args: argparse.Namespace, requests: list[Request], rank: int, world: int):
         path = args.results
         checkpoint = Path(args.checkpoint)  # a path, or the name of a model on the hub
         self.checkpoint = str(checkpoint.resolve()) if checkpoint.exists() else args.checkpoint
-        self.path = path.with_suffix(f".{rank}{path.suffix}") if world > 1 else path
+        self.path = rank_file(path, rank, world)
         for file in (path, self.path):
             if file.exists() and not args.resume:
                 raise ValueError(f"{file} already exists; pass --resume to continue it, or another name")
         make_folder(self.path.parent)
         prompts = {request.prompt for request in requests}
         self.done: Counter = Counter()
-        rank_file = re.compile(re.escape(path.stem) + r"\.\d+" + re.escape(path.suffix))
-        for file in [path, *sorted(f for f in path.parent.iterdir() if rank_file.fullmatch(f.name))]:
+        pattern = re.compile(re.escape(path.stem) + r"\.\d+" + re.escape(path.suffix))
+        for file in [path, *sorted(f for f in path.parent.iterdir() if pattern.fullmatch(f.name))]:
             if args.resume and file.exists():
                 length = self.read(file, prompts)
                 if file == self.path:
@@ -695,26 +705,26 @@ class Results:
                 raise ValueError(f"{file} is not a results file: {line[:60]!r}") from None
             if request.prompt not in prompts:
                 raise ValueError(
-                    f"{file} has answers to another prompt, {request.prompt!r}; use another --results file"
+                    f"{file} has answers to a different prompt, {request.prompt!r}; use another --results file"
                 )
             if checkpoint != self.checkpoint:
                 raise ValueError(
-                    f"{file} has answers of another checkpoint, {checkpoint}; use another --results file"
+                    f"{file} has answers of a different checkpoint, {checkpoint}; use another --results file"
                 )
             self.done[request.key()] += 1
         return length
 
-    def remaining(self, groups: list[list[Request]]) -> list[list[Request]]:
-        """The requests that the file does not have yet; each of its lines counts once."""
+    def remaining(self, groups: list[list[Request]], rank: int, world: int) -> list[list[Request]]:
+        """The requests of this process that the files do not have yet; each of their lines counts once."""
         left = []
-        for group in groups:
+        for number, group in enumerate(groups):
             requests = []
             for request in group:
                 if self.done[request.key()] > 0:
                     self.done[request.key()] -= 1
                 else:
                     requests.append(request)
-            if requests:
+            if requests and number % world == rank:
                 left.append(requests)
         return left
 
@@ -750,6 +760,11 @@ def path_text(path: Path) -> str:
 def text_path(text: str) -> Path:
     """The inverse of `path_text`."""
     return Path(os.fsdecode(text.encode("utf-8", "surrogateescape")))
+
+
+def rank_file(path: Path, rank: int, world: int) -> Path:
+    """The file of one torchrun process: NAME.RANK.jsonl for NAME.jsonl."""
+    return path.with_suffix(f".{rank}{path.suffix}") if world > 1 else path
 
 
 def make_folder(folder: Path) -> None:
@@ -913,12 +928,16 @@ def html_figure(image: Image.Image | None, answers: list[Answer], title: str = "
 
 
 class Output:
-    """Where annotated images go: one file, a folder, an HTML page, or nowhere."""
+    """Where annotated images go: one file, a folder, an HTML page, or nowhere.
 
-    def __init__(self, args: argparse.Namespace, groups: list[list[Request]]):
+    Each torchrun process writes its own page, NAME.RANK.html.
+    """
+
+    def __init__(self, args: argparse.Namespace, groups: list[list[Request]], rank: int, world: int):
+        """groups: those of all processes."""
         self.args = args
         self.path = args.output
-        self.used: set[Path] = set()
+        self.files: dict[int, Path] = {}  # number of a request -> its file in the folder
         with_images = [group for group in groups if group[0].images]
         single = len(with_images) == 1
         if self.path is None and single and not (args.json or args.results or args.requests):
@@ -928,21 +947,41 @@ class Output:
         if self.path is None:
             return
         if self.page:
+            self.path = rank_file(self.path, rank, world)
             make_folder(self.path.parent)
             if not (args.resume and self.path.exists()):
                 self.path.write_text(HTML_HEAD, encoding="utf-8")
         elif self.folder:
             make_folder(self.path)
+            self.name_files(with_images)
         else:
             self.check_file(with_images)
+
+    def name_files(self, groups: list[list[Request]]) -> None:
+        """Choose a file for every image; images of the same name get numbers.
+
+        The names follow from the list of all requests, so they are the same in a resumed run and in
+        all processes.
+        """
+        used = set()
+        for group in groups:
+            stem = group[0].images[-1].stem
+            file = self.path / f"{stem}.boxes.png"
+            number = 2
+            while file in used:
+                file = self.path / f"{stem}-{number}.boxes.png"
+                number += 1
+            used.add(file)
+            for request in group:
+                self.files[request.number] = file
 
     def check_file(self, groups: list[list[Request]]) -> None:
         if len(groups) > 1:
             raise ValueError(
                 f"--output {self.path} is one file for {len(groups)} images; pass a folder or page.html"
             )
-        if self.path.suffix.lower() not in Image.registered_extensions():
-            raise ValueError(f"--output {self.path}: unknown image format {self.path.suffix}")
+        if Image.registered_extensions().get(self.path.suffix.lower()) not in Image.SAVE:
+            raise ValueError(f"--output {self.path}: cannot write images of type {self.path.suffix}")
         image = groups[0][0].images[-1]
         if self.path.exists() and image.exists() and self.path.samefile(image):
             raise ValueError(f"--output {self.path} is the image itself; use another name")
@@ -957,12 +996,7 @@ class Output:
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as page:
                 page.write(html_figure(group.image, answers, path_text(Path(source.name))))
             return
-        file = self.path
-        if self.folder:
-            file = self.path / f"{source.stem}.boxes.png"
-            while file in self.used:  # another image of that name
-                file = file.with_name(f"{source.stem}-{len(self.used)}.boxes.png")
-        self.used.add(file)
+        file = self.files.get(group.rows[0].request.number, self.path)
         kind = Image.registered_extensions()[file.suffix.lower()]
         with load_weights.replacing(file) as part:
             draw_answers(group.image, answers).save(part, format=kind)
@@ -1011,6 +1045,7 @@ def run(args: argparse.Namespace) -> int:
     """Load the model, answer all requests, write the results; returns the exit status."""
     started = time.perf_counter()
     requests = read_requests(args.requests) if args.requests else command_line_requests(args)
+    requests = [request._replace(number=i) for i, request in enumerate(requests)]
     if args.top_boxes and not all(request.wants_boxes for request in requests):
         raise ValueError("--top-boxes requires a request for boxes: task ground or refer with a text")
     import_model_code()
@@ -1023,17 +1058,18 @@ def run(args: argparse.Namespace) -> int:
     if not args.temperature and (args.top_k or args.top_p or args.seed is not None):
         print("sample: --top-k, --top-p and --seed have no effect at --temperature 0", file=sys.stderr)
     results = Results(args, requests, rank, world) if args.results else None
-    output = Output(args, groups)
-    groups = groups[rank::world]
+    output = Output(args, groups, rank, world)
+    mine = groups[rank::world]
     if results is not None:
-        groups = results.remaining(groups)
+        mine = results.remaining(groups, rank, world)
     runner = Runner(args)
     print(f"loaded {args.checkpoint} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-    total = sum(map(len, groups))
-    failed = answer_groups(groups, Progress(total), runner, output, results)
+    total = sum(map(len, mine))
+    failed = answer_groups(mine, Progress(total), runner, output, results)
     if failed and total > 1:
         names = dict.fromkeys(str(path) for request in failed for path in request.images[-1:])
-        print(f"sample: {len(failed)} of {total} failed: {', '.join(names)}", file=sys.stderr)
+        which = f": {', '.join(names)}" if names else ""
+        print(f"sample: {len(failed)} of {total} failed{which}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -171,7 +171,7 @@ def check_box(box) -> None:
         return
     is_list = isinstance(box, (list, tuple)) and all(isinstance(v, (int, float)) for v in box)
     if not is_list or len(box) not in (2, 4):
-        shown = ",".join(str(v) for v in box) if is_list else repr(box)
+        shown = ",".join(str(v) for v in box) if is_list and box else repr(box)
         raise ValueError(f"box {shown}: expected four numbers or two location indices")
 
 
@@ -416,10 +416,11 @@ class Tokenizer:
         return parse(tagged_text, self.grid, probabilities)
 
     def parse_output(self, prompt: list[int], new: list[int], probabilities=None) -> tuple[str, list[Entity]]:
-        """The caption and entities of a prompt and its new ids.
+        """The caption and entities of a prompt, from its last image on, and its new ids.
 
         probabilities: of the new ids; with them, each box in `new` gets a score.
         """
+        prompt = self.after_images(prompt)
         if probabilities is None:
             probabilities = [None] * len(new)
         locations = [None] * sum(self.location_index(i) is not None for i in prompt)
@@ -427,6 +428,13 @@ class Tokenizer:
             if self.location_index(i) is not None:
                 locations.append(probability)
         return self.parse(self.decode([*prompt, *new]), locations)
+
+    def after_images(self, ids: list[int]) -> list[int]:
+        """The ids after the last image, where the caption begins."""
+        closing = self.special_ids[IMAGE_CLOSE]
+        if closing not in ids:
+            return ids
+        return ids[len(ids) - ids[::-1].index(closing) :]
 
     def location_index(self, token_id: int) -> int | None:
         """The cell that an id stands for; None for all other tokens."""

@@ -54,7 +54,7 @@ MUTATIONS = [
     ("heads not in order", MODEL, "heads.transpose(1, 2).reshape(B, T, D)", "heads.reshape(B, T, D)"),
     ("one token of the future", MODEL, "device=device).tril(S - T)", "device=device).tril(S - T + 1)"),
     ("a token does not attend to itself", MODEL, "device=device).tril(S - T)", "device=device).tril(S - T - 1)"),
-    ("padding is attended to", MODEL, "(mask & ~pad_mask[:, None, :] | itself)", "(mask | itself & pad_mask[:, None, :])"),
+    ("padding is attended to", MODEL, "mask = mask & ~pad_mask[:, None, :]", "mask = mask.expand(len(pad_mask), -1, -1)"),
     ("padding has positions", MODEL, "torch.ones_like(tokens) if pad_mask is None else (~pad_mask).long()", "torch.ones_like(tokens)"),
     ("positions from 1", MODEL, "FIRST_POSITION = 2", "FIRST_POSITION = 1"),
     ("wrong guesses stay in the cache", MODEL, "cache.length -= len(self.drafted)", "pass"),

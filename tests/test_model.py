@@ -19,6 +19,7 @@ from kosmos2 import (
     GenerationOptions,
     Kosmos2,
     Kosmos2Config,
+    best_continuations,
     causal_mask,
     finish,
     open_image,
@@ -466,6 +467,32 @@ def test_a_beam_search_compares_means(small, monkeypatch):
     assert finish(start())[0].ids == [a, EOS]
 
 
+def test_beams_that_the_length_limit_makes_equal_count_once(small):
+    """At the limit, several tokens of a beam may be replaced by the same closing tag."""
+    closing = 20
+
+    def constraint(ids, left):
+        allowed = np.ones(small.config.text.vocab_size, dtype=bool)
+        if left == 1:  # only the closing tag fits
+            allowed[:] = False
+            allowed[closing] = True
+        return allowed
+
+    state = small.prefill(torch.tensor([[0, 5]]), num_beams=4, max_new_tokens=1, constraint=constraint)
+    scores = state.logits.log_softmax(dim=-1)
+    running, ended = best_continuations(state, scores, [0], remaining=1)
+    assert running == [] and [(beam, token) for _, beam, token in ended] == [(0, closing)]
+    assert ended[0][0] == scores.max()
+    assert finish(state)[0].ids == [closing]
+
+
+def test_a_beam_search_cannot_continue_a_used_state(small):
+    state = small.prefill(torch.tensor([[0, 5]]), num_beams=2, max_new_tokens=3)
+    finish(state)
+    with pytest.raises(ValueError, match="already"):
+        finish(state)
+
+
 # ------------------------------------------------------------------------------------------- reading images
 
 
@@ -501,6 +528,16 @@ def test_deep_images_keep_their_brightness(tmp_path, level):
         Image.fromarray(np.full((2, 2), level, dtype=np.float32)),
     ):
         assert first_pixel(image) == (level,) * 3
+
+
+def test_transparency_of_deep_images(tmp_path):
+    """A 16-bit PNG can declare one gray value transparent."""
+    deep = np.array([[1000, 2000], [2000, 1000]], dtype=np.uint16)
+    image = Image.fromarray(deep)
+    image.info["transparency"] = 1000
+    image.save(tmp_path / "deep.png", transparency=1000)
+    pixels = np.asarray(open_image(tmp_path / "deep.png"))[:, :, 0]
+    assert pixels.tolist() == [[255, 8], [8, 255]]
 
 
 @pytest.mark.parametrize("value", [-1.0, 256.5, float("nan")])

@@ -103,7 +103,7 @@ def test_results_and_resume(capsys, tmp_path):
         assert run(capsys, *ask, "--results", cut, "--resume")[0] == 0
         assert cut.read_text() == complete.read_text()
     status, _, err = run(capsys, folder, "--results", complete, "--resume")
-    assert status == 1 and "another prompt" in err and complete.read_text() == cut.read_text()
+    assert status == 1 and "a different prompt" in err and complete.read_text() == cut.read_text()
     (tmp_path / "notes.txt").write_text("dear diary\n")
     assert run(capsys, *ask, "--results", tmp_path / "notes.txt", "--resume")[0] == 1
 
@@ -184,13 +184,13 @@ def test_streaming_on_a_terminal(capsys, monkeypatch):
         (["--prompt", "a", "--text", "b"], 2, "--prompt"), (["--batch-size", "0"], 2, "--batch-size"),
         (["--text", "a"], 2, "takes no text"), (["--top-boxes", "3"], 2, "--top-boxes"), (["none.png"], 1, "no image at none.png"),
         (["https://example.org/a.png"], 1, "download"), (["--checkpoint", "nothing"], 1, "no checkpoint at nothing"),
-        (["--max-new-tokens", "5000"], 1, "context 2048"), (["--temperature", "-1"], 1, "temperature"),
+        (["--max-new-tokens", "5000"], 1, "context holds 2048"), (["--temperature", "-1"], 1, "temperature"),
         (["--box", "0.1,0.1,0.5,0.5"], 1, "1 boxes for 0 phrases"), (["--device", "toaster"], 1, "toaster"),
         (["--task", "refer", "--box", "1,1,9000,9000"], 1, "beyond the image"), (["."], 1, "no images in folder"),
         (["--prompt", "<image> and <image>"], 1, "2 <image> tags"), (["--task", "text", "--text", "a", "--output", "x.png"], 2, "--output"), (["--output", "no/such/x.png"], 1, "no/such"),
         (["--task", "refer", "--text", " "], 2, "not empty"), (["--task", "ground", "--text", "a", "--box", "1,2"], 2, "not both"),
         (["--task", "vqa", "--text", "<image>?"], 2, "images"), (["--task", "refer", "--box", "0.1,0.1,1.5,0.5"], 1, "mixes"),
-        ([SCENE, "--output", SCENE], 1, "itself"), (["--output", "x.xyz"], 1, "x.xyz"), (["--device", "cuda:9"], 1, "cuda"),
+        ([SCENE, "--output", SCENE], 1, "itself"), (["--output", "x.xyz"], 1, "x.xyz"), (["--output", "x.psd"], 1, "x.psd"), (["--device", "cuda:9"], 1, "cuda"),
         (["--checkpoint", "../nothing/here"], 1, "no checkpoint at"),
     ],
 )  # fmt: skip
@@ -383,7 +383,12 @@ def test_requests_that_fail(capsys, monkeypatch, requests_file):
     status, out, err = ask_stdin(capsys, monkeypatch, lines, "--json")
     assert [json.loads(line)["id"] for line in out.splitlines()] == [1, 1, 1, 2]
     assert status == 1 and "4 of 8 failed" in err and "Traceback" not in err
-    for words in ("no image at none.png", "box 0.5,0.5,0.2,0.6", "context 2048", "inside another <phrase>"):
+    for words in (
+        "no image at none.png",
+        "box 0.5,0.5,0.2,0.6",
+        "context holds 2048",
+        "inside another <phrase>",
+    ):
         assert words in err
 
 
@@ -447,7 +452,7 @@ def test_resume_compares_resolved_paths_and_checkpoints(capsys, tmp_path):
     assert len(Path("out.jsonl").read_text().splitlines()) == 1
     folder = copy(TINY, tmp_path / "other")
     status, _, err = run(capsys, "images/a.png", "--results", "out.jsonl", "--resume", "--checkpoint", folder)
-    assert status == 1 and "another checkpoint" in err
+    assert status == 1 and "a different checkpoint" in err
     for spelling in (folder, f"{folder}/", "./other"):
         options = ("--results", "other.jsonl", "--resume", "--checkpoint", spelling)
         assert run(capsys, "images/a.png", *options)[0] == 0
@@ -587,3 +592,56 @@ def test_large_images_are_resized_while_reading(tmp_path):
     command = [sys.executable, "-c", script_text, ROOT]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout.splitlines()[-1]) < 400_000  # KiB; the pixels of all twelve are 864,000
+
+
+def test_a_long_prompt_does_not_shorten_the_answers_beside_it(capsys, monkeypatch, requests_file):
+    """Only the answer to a prompt that nearly fills the context has a lower limit of new tokens."""
+    detail = json.dumps({"image": "a.png", "task": "detail"})
+    long = json.dumps({"image": "b.png", "prompt": "An image of " + "a red cup and " * 502})
+    status, alone, _ = ask_stdin(capsys, monkeypatch, [detail], "--json")
+    assert status == 0
+    status, out, err = ask_stdin(capsys, monkeypatch, [detail, long], "--json")
+    assert status == 0 and without_scores(out.splitlines()[0]) == without_scores(alone), err
+    # The long prompt has no room for 200 new tokens: only this request fails.
+    status, out, err = ask_stdin(capsys, monkeypatch, [detail, long], "--json", "--min-new-tokens", 200)
+    assert status == 1 and len(out.splitlines()) == 1 and "context holds 2048" in err
+
+
+def test_images_of_the_same_name_keep_their_files(capsys, tmp_path):
+    """Each has a file of its own, also if its number is another image's name, and also after --resume."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a.bmp", "a.png", "a-2.png"):
+        Image.open(SCENE).save(folder / name)
+    options = ["--output", "drawn", "--results", "out.jsonl"]
+    assert run(capsys, folder / "a.bmp", folder / "a-2.png", *options)[0] == 0
+    first = {path.name: path.stat().st_mtime_ns for path in Path("drawn").iterdir()}
+    assert sorted(first) == ["a-2.boxes.png", "a.boxes.png"]
+    inputs = [folder / "a.bmp", folder / "a-2.png", folder / "a.png"]
+    assert run(capsys, *inputs, *options, "--resume")[0] == 0
+    assert sorted(path.name for path in Path("drawn").iterdir()) == [
+        "a-2.boxes.png",
+        "a-3.boxes.png",
+        "a.boxes.png",
+    ]
+    assert all((Path("drawn") / name).stat().st_mtime_ns == time for name, time in first.items())
+
+
+def test_processes_write_their_own_pages_and_agree_on_what_is_done(capsys, monkeypatch, requests_file):
+    """Of three requests, two of them equal, one is done: the processes answer the other two."""
+    lines = ['{"image": "a.png"}', '{"image": "b.png"}', '{"image": "a.png"}']
+    Path("three.jsonl").write_text("\n".join(lines))
+    assert run(capsys, "a.png", "--results", "out.jsonl")[0] == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        options = ["--results", "out.jsonl", "--resume", "--output", "page.html"]
+        assert run(capsys, "--requests", "three.jsonl", *options)[0] == 0
+    names = [
+        Path(json.loads(line)["image"]).name
+        for file in ("out.jsonl", "out.0.jsonl", "out.1.jsonl")
+        for line in Path(file).read_text().splitlines()
+    ]
+    assert sorted(names) == ["a.png", "a.png", "b.png"]
+    figures = [Path(f"page.{rank}.html").read_text().count("<figure>") for rank in (0, 1)]
+    assert figures == [1, 1] and not Path("page.html").exists()

@@ -551,7 +551,7 @@ def test_boxes_slightly_beyond_an_edge_are_clipped():
 
 def test_spans_outside_of_the_caption_raise():
     for span in ((0, 6), (-1, 3), (3, 3), (4, 2)):
-        with pytest.raises(ValueError, match="outside of the caption"):
+        with pytest.raises(ValueError, match="outside the caption"):
             read_spans({"caption": "a dog", "ref_exps": [[*span, 0.1, 0.1, 0.5, 0.5, 1.0]]})
 
 
@@ -560,6 +560,17 @@ def test_printed_entity_names_can_be_used_in_prompts(official):
     prompt = f"<phrase> It</phrase><object>{entities[0].phrase}</object> is"
     spelled = "<phrase> It</phrase><object><patch_index_0044><patch_index_0863></object> is"
     assert official.encode_prompt(prompt) == official.encode_prompt(spelled)
+
+
+def test_the_caption_begins_after_the_last_image(official):
+    """In a prompt with several images, as for tagged text."""
+    prompt = "<image><grounding><phrase> It</phrase> is red.<image><grounding><phrase> It</phrase> is"
+    ids, _ = official.encode_prompt(prompt, 2, [(0.1, 0.2, 0.5, 0.6), (0.3, 0.3, 0.9, 0.9)])
+    new = official.encode("blue.", add_bos=False)
+    caption, entities = official.parse_output(ids, new)
+    assert caption == "It is blue." and len(entities) == 1
+    expected = tokens_to_box(*box_to_tokens((0.3, 0.3, 0.9, 0.9)))
+    assert entities[0].boxes == [expected] and official.parse_output(ids, new)[1] == entities
 
 
 def test_another_grid(tmp_path):

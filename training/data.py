@@ -6,6 +6,7 @@ image can teach many sentences. A text may contain a second image. `Scenes` make
 small world of scenes.py, `Grit` from a GRIT-format file.
 """
 
+import argparse
 import json
 import random
 from collections import Counter
@@ -93,7 +94,7 @@ def read_row(row, caption: str) -> tuple[int, int, Box, float]:
         raise ValueError(f"expected [start, end, x1, y1, x2, y2, score], got {row!r}") from None
     if not 0 <= start < end <= len(caption):
         raise ValueError(
-            f"span {row[0]}:{row[1]} is outside of the caption, which has {len(caption)} characters"
+            f"span {row[0]}:{row[1]} is outside the caption, which has {len(caption)} characters"
         )
     box = (x1, y1, x2, y2)
     if not all(-TOLERANCE <= value <= 1 + TOLERANCE for value in box):
@@ -141,7 +142,10 @@ def span_pieces(tokenizer: Tokenizer, caption: str, span: Span) -> tuple[int, in
 
 
 def insert_tags(tokenizer: Tokenizer, caption: str, tags: list[tuple[int, str]]) -> list[int]:
-    """The ids of a caption with each tag inserted after so many pieces; tags must be in order."""
+    """The ids of a caption, with each tag inserted after the given number of pieces.
+
+    Tags must be in order.
+    """
     pieces = tokenizer.encode_words(caption)
     ids: list[int] = []
     done = 0
@@ -189,9 +193,8 @@ def grit_to_text(record: dict, key: str = "ref_exps", grid: int = GRID) -> str:
 # Rows
 # ----------------------------------------------------------------------------------------------------
 
-# A row numbers its texts: 0 is the image, 1, 2, ... are texts about it.
-ALONE = -1  # a text without an image
-PADDING = -2  # positions that fill up a row
+# A row numbers its texts: 0 is the image, 1, 2, ... are texts about it, -1, -2, ... texts without an image.
+PADDING = -1_000_000  # the number of positions that fill up a row
 
 
 class Row:
@@ -210,12 +213,13 @@ class Row:
         self.targets = [-100] * self.prefix
 
     def add(self, prompt: list[int], answer: list[int], number: int, image_mask=(), pixels=()) -> None:
-        """Add a text about the image (or ALONE); only the answer carries loss.
+        """Add a text about the image, or without it if its number is negative; only the answer
+        carries loss.
 
         image_mask and pixels are those of further images in the prompt.
         """
         text = prompt + answer
-        first = 0 if number == ALONE else self.prefix
+        first = 0 if number < 0 else self.prefix
         self.pixels += pixels
         self.tokens += text
         self.image_mask += [*image_mask] + [False] * (len(text) - len(image_mask))
@@ -293,7 +297,7 @@ class Scenes:
                 if example.second is not None:
                     pixels = [preprocess_image(example.second.draw(), self.image_size)]
                     row.patch_labels.append(patch_labels(example.second, self.grid))
-                row.add(prompt, answer, ALONE if example.alone else number, image_mask, pixels)
+                row.add(prompt, answer, -number if example.alone else number, image_mask, pixels)
         return row
 
 
@@ -378,6 +382,14 @@ def read_lines(path: Path) -> list[str]:
         return content.decode("utf-8-sig").split("\n")  # splitlines() would split at U+2028
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); expected one JSON record per line") from None
+
+
+def positive_int(text: str) -> int:
+    """The type of command-line options that count something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
+    return value
 
 
 def check_image(path: Path) -> None:

@@ -1,6 +1,6 @@
 """Score a model on scenes it never saw, task by task, with the metrics of the paper.
 
-    python training/evaluate.py [--checkpoint tiny] [--scenes 500] [--most 5] [--calibration PNG]
+    python training/evaluate.py [--checkpoint tiny] [--scenes 500] [--calibration PNG]
     python training/evaluate.py --precision int8          compare fp32 with a lower precision
     python training/evaluate.py --results FILE            score a results file of sample.py (benchmarks.py)
 
@@ -29,8 +29,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 
-from data import check_grid, encode_example  # noqa: E402
-from scenes import Example, Scene, Thing, is_caption, listed, read_words, resolve, tasks  # noqa: E402
+from data import check_grid, encode_example, positive_int  # noqa: E402
+from scenes import MOST, Example, Scene, Thing, is_caption, listed, read_words, resolve, tasks  # noqa: E402
 
 from kosmos2 import Generated, Kosmos2, finish, pad_left, preprocess_images, rank_boxes  # noqa: E402
 from load_weights import load_checkpoint  # noqa: E402
@@ -197,11 +197,11 @@ def answers(model: Kosmos2, tokenizer: Tokenizer, chosen: Chosen, batch: int = 6
     return results
 
 
-def choose_examples(scenes: int, first_seed: int, most: int = 5, only=None) -> Chosen:
-    """One example of every task (or of the tasks in `only`) for each of so many scenes."""
+def choose_examples(scenes: int, first_seed: int, only=None) -> Chosen:
+    """One example of every task (or of the tasks in `only`) for each of `scenes` scenes."""
     chosen = []
     for seed in range(first_seed, first_seed + scenes):
-        scene = Scene.random(seed, most)
+        scene = Scene.random(seed)
         rng = random.Random(seed)
         by_task = defaultdict(list)
         for example in tasks(scene, rng):
@@ -212,11 +212,9 @@ def choose_examples(scenes: int, first_seed: int, most: int = 5, only=None) -> C
     return chosen
 
 
-def evaluate(
-    model, tokenizer, scenes: int, first_seed: int, most: int = 5, only=None
-) -> dict[str, tuple[float, int]]:
+def evaluate(model, tokenizer, scenes: int, first_seed: int, only=None) -> dict[str, tuple[float, int]]:
     """{task: (share of hits, number of hits and misses)} over `choose_examples`."""
-    chosen = choose_examples(scenes, first_seed, most, only)
+    chosen = choose_examples(scenes, first_seed, only)
     return accuracies(tokenizer, chosen, answers(model, tokenizer, chosen))
 
 
@@ -318,7 +316,7 @@ def scored_boxes(model, tokenizer, chosen: Chosen) -> list[tuple[float, float, b
 
 
 def plot_calibration(found: list[tuple[float, float, bool]], path: Path, bins: int = 10) -> None:
-    """Plot how good boxes of one score are against the score, in `bins` groups of equal size.
+    """Plot how good boxes are against their score, in `bins` groups of equal size.
 
     A score is sqrt(p(top left) p(bottom right)). If the probabilities are calibrated, a share of s²
     of the boxes with score s has both corners in the right cells.
@@ -424,6 +422,8 @@ def print_results(model, tokenizer, chosen: Chosen, results: list[Generated], ti
     for k, share in ranked_accuracy(model, tokenizer, phrases).items():
         print(f"| ranked boxes of a phrase: one of the first {k} is right | {share:.3f} | {len(phrases)} |")
     for task, scores in first_scores(tokenizer, chosen, results).items():
+        if not scores:
+            continue
         low, middle, high = (torch.tensor(scores).quantile(q).item() for q in (0.1, 0.5, 0.9))
         print(
             f"| score of the first box, {task}: median (10% to 90%) "
@@ -438,16 +438,16 @@ def run(args: argparse.Namespace) -> None:
             print(f"R@{k} at IoU 0.5: {share:.4f} of {total}")
         return
     model, tokenizer = load_checkpoint(args.checkpoint)
-    chosen = choose_examples(args.scenes, HELD_OUT, args.most)
+    chosen = choose_examples(args.scenes, HELD_OUT)
     results = answers(model, tokenizer, chosen)
-    title = f"task ({args.scenes} held-out scenes of up to {args.most} things)"
+    title = f"task ({args.scenes} held-out scenes of up to {MOST} things)"
     if args.precision:
         print_comparison(args, tokenizer, chosen, results, title)
         return
     print_results(model, tokenizer, chosen, results, title)
     if args.calibration:
         tasks_with_boxes = {"caption", "ground", "refer relation"}
-        chosen = choose_examples(args.scenes, HELD_OUT, args.most, tasks_with_boxes)
+        chosen = choose_examples(args.scenes, HELD_OUT, tasks_with_boxes)
         plot_calibration(scored_boxes(model, tokenizer, chosen), args.calibration)
         print(f"wrote {args.calibration}", file=sys.stderr)
 
@@ -457,8 +457,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", default=str(ROOT / "tiny"))
-    parser.add_argument("--scenes", type=int, default=500)
-    parser.add_argument("--most", type=int, default=5, choices=range(1, 6), help="things per scene, at most")
+    parser.add_argument("--scenes", type=positive_int, default=500)
     parser.add_argument("--precision", choices=["bf16", "fp16", "int8"], help="compare fp32 with this")
     parser.add_argument(
         "--calibration", type=Path, metavar="PNG", help="plot how good boxes are by their score"

@@ -3,8 +3,8 @@
 The official Kosmos-2 starts from CLIP's vision tower, trained on hundreds of millions of images.
 The bundled model starts from labels instead: for each patch, the kind and the color of the thing
 that covers it, and the box of that thing. Such labels are dense (one for each patch), so the ViT
-learns much faster from them than from texts. When train.py trains from scratch, the first steps have nothing but patch
-labels, and afterwards their loss is added to that of the texts.
+learns much faster from them than from texts. When train.py trains from scratch, the first steps
+have nothing but patch labels, and afterwards their loss is added to that of the texts.
 """
 
 import torch
@@ -18,17 +18,24 @@ BACKGROUND = 0  # the label of a patch without a thing; kinds and colors follow 
 def patch_labels(scene: Scene, grid: int) -> Tensor:
     """(grid * grid, 6): kind, color and box (x1, y1, x2, y2) of the topmost thing on each patch."""
     labels = torch.zeros(grid, grid, 6)
-    edges = torch.arange(grid + 1) / grid
+    colors = [None, *COLORS]
     for thing in scene.things:
         x1, y1, x2, y2 = thing.box
-        columns = (edges[1:].clamp(max=x2) - edges[:-1].clamp(min=x1)).clamp(min=0)  # overlap, (grid,)
-        rows = (edges[1:].clamp(max=y2) - edges[:-1].clamp(min=y1)).clamp(min=0)
-        overlap = rows[:, None] * columns  # (grid, grid)
-        covered = overlap >= min(0.3 / grid**2, overlap.max().item())
+        overlap = cell_overlap(y1, y2, grid)[:, None] * cell_overlap(x1, x2, grid)  # (grid, grid), areas
+        enough = 0.3 / grid**2
+        covered = overlap >= min(enough, overlap.max().item())  # at least one patch
         kind = KINDS.index(thing.kind) + 1
-        color = 0 if thing.color is None else list(COLORS).index(thing.color) + 1
+        color = colors.index(thing.color)
         labels[covered] = torch.tensor([kind, color, x1, y1, x2, y2])
     return labels.flatten(0, 1)
+
+
+def cell_overlap(start: float, end: float, grid: int) -> Tensor:
+    """The length of start..end in each cell of 0..1, (grid,)."""
+    edges = torch.arange(grid + 1) / grid
+    left = edges[:-1].clamp(min=start)
+    right = edges[1:].clamp(max=end)
+    return (right - left).clamp(min=0)
 
 
 class PatchHead(nn.Module):
@@ -40,19 +47,15 @@ class PatchHead(nn.Module):
         self.sizes = [len(KINDS) + 1, len(COLORS) + 1, 4]
         self.linear = nn.Linear(width, sum(self.sizes))
 
-    def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """features (B, N, E) and labels (B, N - 1, 6) -> loss and accuracy.
-
-        The accuracy is the share of the covered patches whose kind is right.
-        """
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The loss of features (B, N, E) and labels (B, N - 1, 6)."""
         x = self.linear(features[:, 1:] * self.width**0.5)  # without [CLS]; features have unit length
         kinds, colors, boxes = x.float().split(self.sizes, dim=-1)
-        kind, color = labels[..., 0].long(), labels[..., 1].long()
+        kind = labels[..., 0].long()  # (B, N - 1)
+        color = labels[..., 1].long()
         covered = kind != BACKGROUND
         loss = F.cross_entropy(kinds.flatten(0, 1), kind.flatten())
         if not covered.any():
-            return loss, loss.new_tensor(1.0)
+            return loss
         loss = loss + F.cross_entropy(colors[covered], color[covered])
-        loss = loss + 5 * F.l1_loss(boxes[covered].sigmoid(), labels[..., 2:][covered])
-        accuracy = (kinds.argmax(dim=-1) == kind)[covered].float().mean()
-        return loss, accuracy
+        return loss + 5 * F.l1_loss(boxes[covered].sigmoid(), labels[..., 2:][covered])

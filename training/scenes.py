@@ -61,6 +61,7 @@ BACKGROUNDS = {
     "night": 6,
     "snow": 6,
 }  # weights
+MOST = 5  # things in a scene
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 PLACES = [
@@ -238,12 +239,12 @@ class Scene:
     plain: bool = False  # drawn without outlines and noise
 
     @classmethod
-    def random(cls, seed: int, most: int = 5) -> "Scene":
-        """The scene of this seed, of up to `most` things; one in thirty is empty."""
+    def random(cls, seed: int) -> "Scene":
+        """The scene of this seed, of up to MOST things; one in thirty is empty."""
         rng = random.Random(seed)
         background = rng.choices(list(BACKGROUNDS), list(BACKGROUNDS.values()))[0]
         aspect = rng.choice([1.0, 2 ** rng.uniform(-1, 1)])
-        count = 0 if rng.random() < 1 / 30 else rng.randint(1, most)
+        count = 0 if rng.random() < 1 / 30 else rng.randint(1, MOST)
         things: list[Thing] = []
         for _ in range(count):
             thing = random_thing(rng, things, background, aspect)
@@ -502,21 +503,21 @@ def resolve(expression: str, scene: Scene) -> list[Thing] | None:
     "the large red cup", "a star", "the two blue squares", "the star left of the blue square".
     """
     words = expression.lower().strip(" .")
-    side = anchor = None
-    for name in SIDES:
-        if f" {name} " in words:
-            words, _, rest = words.partition(f" {name} ")
-            anchors = resolve(rest, scene)
-            if not anchors or len(anchors) != 1:
-                return None
-            side = name
-            anchor = anchors[0]
+    anchor = None
+    relation = re.search(f" ({'|'.join(SIDES)}) ", words)
+    if relation is not None:
+        anchors = resolve(words[relation.end() :], scene)
+        if not anchors or len(anchors) != 1:
+            return None
+        anchor = anchors[0]
+        words = words[: relation.start()]
     understood = read_words(words)
     if understood is None:
         return None
     number, meaning = understood
     found = scene.find(**meaning)
     if anchor is not None:
+        side = relation.group(1)
         sides = [(thing, thing.side_of(side, anchor)) for thing in found if thing is not anchor]
         if any(answer is None for _, answer in sides):
             return None
@@ -786,6 +787,7 @@ def is_caption(text: str) -> bool:
     if text == "An image of nothing.":
         return True
     phrases = listed(text)
+    groups = []
     for phrase in phrases:
         understood = read_words(phrase)
         if understood is None:
@@ -795,11 +797,16 @@ def is_caption(text: str) -> bool:
         color = meaning.get("color")
         if kind == ANYTHING or (color is None) != (kind in UNCOLORED) or number in (0, 1):
             return False
-        if phrase != counted([Thing(kind, color, (0, 0), 0)] * (number or 1)):
+        group = [Thing(kind, color, (0, 0), 0)] * (number or 1)
+        if phrase != counted(group):
             return False
+        groups.append(group)
+    names_used = {group[0].name for group in groups}
+    if len(names_used) < len(groups) or sum(map(len, groups)) > MOST:
+        return False
     joints = re.split("|".join(map(re.escape, phrases)), text.removeprefix("An image of "))
-    if len(phrases) == 2:
-        return joints[1] in (" and ", " next to ", " above ", " below ", " left of ") and joints[2] == "."
+    if len(groups) == 2 and len(groups[0]) == len(groups[1]) == 1:  # they are joined by their relation
+        return joints[1] in (" next to ", " above ", " below ", " left of ") and joints[2] == "."
     return joints == ["", *[", "] * (len(phrases) - 2), *[" and "] * (len(phrases) > 1), "."]
 
 

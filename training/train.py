@@ -29,6 +29,7 @@ import random
 import re
 import sys
 import time
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -47,7 +48,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 
-from data import Grit, Scenes, Steps  # noqa: E402
+from data import Grit, Scenes, Steps, positive_int  # noqa: E402
 from evaluate import HELD_OUT, evaluate  # noqa: E402
 from patches import PatchHead  # noqa: E402
 from scenes import Scene, tasks  # noqa: E402
@@ -163,7 +164,7 @@ class Losses(nn.Module):
         features = model.vision(pixels)  # (I, N, E)
         patch_loss = features.new_zeros(())
         if self.patch_head is not None:
-            patch_loss, _ = self.patch_head(features, patch_labels)
+            patch_loss = self.patch_head(features, patch_labels)
         has_target = targets != -100
         if not has_target.any():  # images without texts
             return features.new_zeros(0), patch_loss
@@ -194,12 +195,12 @@ def recompute_activations(model: Kosmos2) -> None:
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
     """Linear warm-up, a constant rate, and over the last 60 % of the steps a linear decay to zero.
 
-    A run with more steps has the same rates until the shorter one begins to decay. To extend a run,
+    In a short run, the decay begins before the warm-up ends: the rate is the lower of both. A run with more steps has the same rates until the shorter one begins to decay. To extend a run,
     keep a copy of checkpoint.pt from before the decay, and rerun from it with more steps.
     """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * min(1.0, (steps - step) / max(1.0, 0.6 * steps))
+    rising = (step + 1) / warmup
+    falling = (steps - step) / (0.6 * steps)
+    return peak * min(rising, 1.0, falling)
 
 
 def make_optimizers(model: Kosmos2, name: str, lr: float) -> list[torch.optim.Optimizer]:
@@ -213,6 +214,15 @@ def make_optimizers(model: Kosmos2, name: str, lr: float) -> list[torch.optim.Op
     outside = [p for _, p in trained if id(p) not in chosen]
     made = [torch.optim.Muon(inside, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")] if inside else []
     return [*made, torch.optim.AdamW(outside, lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
+
+
+def mean_losses(steps: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each loss over the steps that have it: a step may have no locations, for instance."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for losses in steps:
+        for name, value in losses.items():
+            values[name].append(value)
+    return {name: round(sum(found) / len(found), 4) for name, found in values.items()}
 
 
 class Run:
@@ -231,16 +241,18 @@ class Run:
         self.model, self.tokenizer = self.open_model()
         for name, part in self.model.named_children():
             part.requires_grad_(name in args.train)
-        from_scratch = not args.checkpoint and not args.data
-        self.patch_head = PatchHead(self.model.config.vision.width) if from_scratch else None
-        self.vision_steps = args.vision_steps if from_scratch else 0
+        self.patch_head = None
+        self.vision_steps = 0
+        if not args.checkpoint and not args.data:
+            self.patch_head = PatchHead(self.model.config.vision.width)
+            self.vision_steps = args.vision_steps
         self.last_step = self.vision_steps + args.steps
         if args.recompute:
             recompute_activations(self.model)
         self.losses = Losses(self.model, self.patch_head).to(self.device).train()
         if self.world > 1:
             self.losses = nn.parallel.DistributedDataParallel(
-                self.losses, find_unused_parameters=from_scratch
+                self.losses, find_unused_parameters=self.patch_head is not None
             )
         self.optimizers = make_optimizers(self.losses, args.optimizer, args.lr)
         config = self.model.config
@@ -274,7 +286,7 @@ class Run:
         return model, tokenizer
 
     def resume(self) -> None:
-        """Continue from checkpoint.pt; ValueError if it is damaged or of a run with other settings."""
+        """Continue from checkpoint.pt; ValueError if it is damaged or does not fit this model."""
         file = self.folder / "checkpoint.pt"
         try:
             state = torch.load(file, weights_only=True, map_location=self.device)
@@ -309,7 +321,7 @@ class Run:
     def train_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """One update from all micro-batches of all processes; returns the mean losses.
 
-        The gradient is that of the mean loss over all targets of the step.
+        The gradient is that of the mean loss over all targets of the step, plus the mean patch loss.
         """
         lr = learning_rate(self.step, self.last_step, self.args.lr)
         if self.step >= self.vision_steps > 0:  # warm up again for the parts that start now
@@ -321,20 +333,22 @@ class Run:
         sums = torch.zeros(5)  # losses and numbers of location tokens and of words, losses of patches
         for i, batch in enumerate(micro_batches):
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            last = i == len(micro_batches) - 1
-            with nullcontext() if last or self.world == 1 else self.losses.no_sync():
+            synchronize = nullcontext()
+            if self.world > 1 and i < len(micro_batches) - 1:
+                synchronize = self.losses.no_sync()  # gradients are averaged after the last one
+            with synchronize:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=not self.args.fp32):
                     losses, patch_loss = self.losses(**batch)
                 # The processes' gradients are averaged.
                 (losses.sum() * self.world / count + patch_loss / len(micro_batches)).backward()
             targets = batch["targets"][batch["targets"] != -100]
-            place = targets >= self.tokenizer.first_location
+            is_location = targets >= self.tokenizer.first_location
             losses = losses.detach()
             parts = [
-                losses[place].sum(),
-                place.sum(),
-                losses[~place].sum(),
-                (~place).sum(),
+                losses[is_location].sum(),
+                is_location.sum(),
+                losses[~is_location].sum(),
+                (~is_location).sum(),
                 patch_loss.detach(),
             ]
             sums += torch.stack(parts).cpu()
@@ -343,11 +357,14 @@ class Run:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        places, n_places, words, n_words, patches = (self.sum_over_processes([v]) for v in sums.tolist())
+        locations, n_locations, words, n_words, patches = (
+            self.sum_over_processes([value]) for value in sums.tolist()
+        )
         means = {}
-        if n_places + n_words:
-            means["locations"] = places / max(n_places, 1)
-            means["words"] = words / max(n_words, 1)
+        if n_locations:
+            means["locations"] = locations / n_locations
+        if n_words:
+            means["words"] = words / n_words
         if self.patch_head is not None:
             means["patches"] = patches / len(micro_batches) / self.world
         return means
@@ -386,12 +403,12 @@ class Run:
             clock = now
             last = self.step == self.last_step
             if self.step % args.log_every == 0 or self.step == self.vision_steps or last:
-                means = {name: round(sum(r[name] for r in recent) / len(recent), 4) for name in recent[0]}
+                means = mean_losses(recent)
                 self.log.append({"step": self.step, "minutes": round(self.minutes, 2), **means})
                 self.progress(means)
                 recent = []
-            measured = self.step % (4 * args.save_every) == 0 or last
-            if measured and not args.data and self.step > self.vision_steps and self.rank == 0:
+            due = self.step % (4 * args.save_every) == 0 or last
+            if due and not args.data and self.step > self.vision_steps and self.rank == 0:
                 self.log.append({"step": self.step, "accuracy": self.measure()})
                 self.say("\n" + json.dumps(self.log[-1]) + "\n")
             if self.step % args.save_every == 0 or last:
@@ -466,13 +483,17 @@ def parse_arguments() -> argparse.Namespace:
         help="steps that train only the ViT, before --steps (only from scratch)",
     )
     p.add_argument("--steps", type=int, default=6000, help="steps of the whole model")
-    p.add_argument("--batch", type=int, default=32, help="images per step, over all processes")
+    p.add_argument("--batch", type=positive_int, default=32, help="images per step, over all processes")
     p.add_argument(
-        "--accumulate", type=int, default=1, metavar="N", help="compute the batch of a step in N parts"
+        "--accumulate",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="compute the batch of a step in N parts",
     )
-    p.add_argument("--length", type=int, default=256, help="tokens per row of scenes")
+    p.add_argument("--length", type=positive_int, default=256, help="tokens per row of scenes")
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    p.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
+    p.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="default: muon")
     p.add_argument("--fp32", action="store_true", help="compute in float32 instead of bfloat16 autocast")
     p.add_argument(
         "--recompute", action="store_true", help="activation checkpointing: saves memory, costs time"
@@ -482,18 +503,25 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=0,
         choices=range(10),
-        help="of the initial weights and of the order of the data",
+        help="random seed of the initial weights and the order of the data",
     )
-    p.add_argument("--log-every", type=int, default=20, metavar="STEPS")
+    p.add_argument(
+        "--log-every", type=positive_int, default=20, metavar="STEPS", help="log the losses this often"
+    )
     p.add_argument(
         "--save-every",
-        type=int,
+        type=positive_int,
         default=250,
         metavar="STEPS",
         help="write checkpoint.pt this often; every fourth time, also measure accuracy on scenes",
     )
-    p.add_argument("--scenes", type=int, default=40, help="held-out scenes to measure on while training")
-    return p.parse_args()
+    p.add_argument(
+        "--scenes", type=positive_int, default=40, help="held-out scenes to measure on while training"
+    )
+    args = p.parse_args()
+    if args.steps < 0 or args.vision_steps < 0:
+        p.error("--steps and --vision-steps must not be negative")
+    return args
 
 
 def main() -> int:
