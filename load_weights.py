@@ -118,11 +118,12 @@ def strip_wrappers(names: list[str]) -> dict[str, str]:
     """Each stored name -> the name without wrappers and without a prefix that all names share."""
     stripped = {name: re.sub(rf"(?<![^.]){WRAPPERS}", "", name) for name in names}
     known = set().union(*FIRST_WORDS.values())
-    while True:
+    while all("." in name for name in stripped.values()):
         first_words = {name.split(".")[0] for name in stripped.values()}
-        if len(first_words) != 1 or first_words & known or not all("." in name for name in stripped.values()):
-            return stripped
+        if len(first_words) != 1 or first_words & known:
+            break
         stripped = {stored: name.partition(".")[2] for stored, name in stripped.items()}
+    return stripped
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -345,7 +346,7 @@ def unwrap_state_dict(content, path: Path) -> dict[str, Tensor]:
     )
 
 
-# How files of other kinds begin, and their endings.
+# Formats that are not supported: how the file begins, its extension, what it is.
 OTHER_FORMATS = [
     (b"GGUF", ".gguf", "a GGUF file (llama.cpp)"),
     (b"\x89HDF", ".h5", "an HDF5 file (TensorFlow)"),
@@ -451,7 +452,7 @@ def download(hub_id: str) -> Path:
 
 FEW_ROWS = 16  # with more rows than this, PyTorch's own kernel uses all cores
 MANY_WEIGHTS = 2**20  # smaller matrices stay in the cache of one core
-MANY_OUTPUTS = 2**14  # packing more outputs at once takes four times as long per output
+MANY_OUTPUTS = 2**14  # packing a matrix with more outputs in one piece takes four times as long
 
 
 class MultiCoreLinear(nn.Linear):
@@ -631,6 +632,21 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 # ----------------------------------------------------------------------------------------------------
 
 
+def read_shards(files: list[Path]) -> dict[str, LazyTensor]:
+    """The tensors of all files of a checkpoint, by their stored names."""
+    stored: dict[str, LazyTensor] = {}
+    for file in files:
+        found = read_tensors(file)
+        repeated = sorted(found.keys() & stored.keys())
+        if repeated:
+            raise ValueError(f"{file} repeats tensors of another shard: {listing(repeated)}")
+        stored |= found
+    for name in stored:
+        if not name.isprintable():
+            raise ValueError(f"{files[0]} is damaged (a tensor is named {name!r}); download it again")
+    return stored
+
+
 class Checkpoint:
     """The configuration of a checkpoint and its tensors under our names, not read yet.
 
@@ -643,18 +659,7 @@ class Checkpoint:
         config_file = self.folder / "config.json"
         self.has_config = config_file.is_file()
         self.config = read_config(config_file) if self.has_config else Kosmos2Config()
-        stored: dict[str, LazyTensor] = {}
-        for file in self.files:
-            found = read_tensors(file)
-            repeated = sorted(found.keys() & stored.keys())
-            if repeated:
-                raise ValueError(f"{file} repeats tensors of another shard: {listing(repeated)}")
-            stored |= found
-        for name in stored:
-            if not name.isprintable():
-                raise ValueError(
-                    f"{self.files[0]} is damaged (a tensor is named {name!r}); download it again"
-                )
+        stored = read_shards(self.files)
         self.stored = {name: stored[original] for original, name in strip_wrappers(list(stored)).items()}
         scaled = [name for name in self.stored if name + SCALE in self.stored]
         self.scales = {name: self.stored.pop(name + SCALE) for name in scaled}  # of int8 matrices
@@ -665,6 +670,8 @@ class Checkpoint:
         with torch.device("meta"):
             self.model = Kosmos2(self.config)
         self.names = {ours: rename(ours, self.layout) for ours in self.model.state_dict()}  # ours -> stored
+        # Output projections in the file. One of them may be the only copy of the embedding; all
+        # others must be equal to it (`check_tied`).
         self.tied = sorted(OUTPUT_PROJECTIONS & self.stored.keys())
         if self.tied and self.names[EMBEDDING] not in self.stored:
             self.names[EMBEDDING] = self.tied.pop()
@@ -697,7 +704,7 @@ class Checkpoint:
             ("missing", missing),
             ("unexpected", unexpected),
             ("of the wrong shape", wrong_shape),
-            ("not floating point (quantized weights without scales?)", wrong_type),
+            ("with a type that is not floating point (quantized weights without scales?)", wrong_type),
         ]
         problems = []
         for what, names in found:
@@ -827,46 +834,62 @@ def read_packed(checkpoint: Checkpoint, precision: str) -> Kosmos2:
     For inference only.
     """
     model = checkpoint.model
-    sources = {}  # a packed module -> the modules whose weights it stacks
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Block):  # blocks have self-attention: q, k and v share one input
-            with torch.device("meta"):
-                attention = PackedAttention(module.attn.out_proj.in_features, module.attn.heads)
-            attention.inner_attn_ln = module.attn.inner_attn_ln
-            attention.q_proj = attention.k_proj = attention.v_proj = None
-            module.attn = attention
-            sources[f"{name}.attn.qkv_proj"] = [f"{name}.attn.{part}_proj" for part in "qkv"]
+    sources = share_qkv(model)  # a packed module -> the modules whose weights it stacks
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Embedding)):
             sources[name] = [name]
 
-    def packed_module(name: str) -> nn.Module:
-        weights = []
-        scales = []
-        for source in sources[name]:
-            if precision == "int8":
-                weight, scale = checkpoint.quantized(f"{source}.weight")
-                scales.append(scale)
-            else:
-                weight = checkpoint.tensor(f"{source}.weight", torch.float16)
-            weights.append(weight)
-        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        scale = torch.cat(scales) if scales else None
-        if f"{name}.weight" == EMBEDDING:
-            check_tied(checkpoint)
-            return PackedEmbedding(weight, scale)
-        bias = torch.cat([checkpoint.tensor(f"{source}.bias", torch.float32) for source in sources[name]])
-        return PackedLinear(weight, bias, scale)
+    def read(name: str) -> nn.Module:
+        return packed_module(checkpoint, precision, sources[name])
 
-    largest_first = sorted(
-        sources, key=lambda name: checkpoint.numel(f"{sources[name][0]}.weight"), reverse=True
-    )
+    def size(name: str) -> int:
+        return checkpoint.numel(f"{sources[name][0]}.weight")
+
+    largest_first = sorted(sources, key=size, reverse=True)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for name, module in zip(largest_first, pool.map(packed_module, largest_first), strict=True):
+        for name, module in zip(largest_first, pool.map(read, largest_first), strict=True):
             set_module(model, name, module)
     rest = {name: checkpoint.tensor(name, torch.float32) for name in model.state_dict()}
     model.load_state_dict(rest, strict=True, assign=True)
     return model.requires_grad_(False)
+
+
+def share_qkv(model: Kosmos2) -> dict[str, list[str]]:
+    """Replace the attention of all blocks by PackedAttention.
+
+    Blocks have self-attention, so queries, keys and values share one input. Returns the names
+    {qkv_proj: [q_proj, k_proj, v_proj]}.
+    """
+    sources = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Block):
+            with torch.device("meta"):
+                attention = PackedAttention(module.attn.out_proj.in_features, module.attn.heads)
+            attention.inner_attn_ln = module.attn.inner_attn_ln
+            attention.q_proj = attention.k_proj = attention.v_proj = None  # qkv_proj replaces them
+            module.attn = attention
+            sources[f"{name}.attn.qkv_proj"] = [f"{name}.attn.{part}_proj" for part in "qkv"]
+    return sources
+
+
+def packed_module(checkpoint: Checkpoint, precision: str, sources: list[str]) -> nn.Module:
+    """One layer with the stacked weights of these modules, in 8 or 16 bits."""
+    weights = []
+    scales = []
+    for source in sources:
+        if precision == "int8":
+            weight, scale = checkpoint.quantized(f"{source}.weight")
+            scales.append(scale)
+        else:
+            weight = checkpoint.tensor(f"{source}.weight", torch.float16)
+        weights.append(weight)
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    scale = torch.cat(scales) if scales else None
+    if f"{sources[0]}.weight" == EMBEDDING:
+        check_tied(checkpoint)
+        return PackedEmbedding(weight, scale)
+    bias = torch.cat([checkpoint.tensor(f"{source}.bias", torch.float32) for source in sources])
+    return PackedLinear(weight, bias, scale)
 
 
 def check_tied(checkpoint: Checkpoint) -> None:

@@ -40,6 +40,7 @@ from tokenizer import (
     TASKS,
     Entity,
     check_box,
+    iou,
     normalize_box,
     strip_tags,
     task_prompts,
@@ -850,10 +851,10 @@ def draw_label(
     width = pen.textlength(phrase, font=font) + 8
     height = round(font_size * 1.35)
     x = min(max(left, 0), max(size[0] - width, 0))
-    choices = [min(max(y, 0), max(size[1] - height, 0)) for y in (top - height, top, bottom - height, bottom)]
-    for y in [*choices, choices[0]]:
-        if not any(x < b[2] and b[0] < x + width and y < b[3] and b[1] < y + height for b in placed):
-            break
+    highest = max(size[1] - height, 0)
+    choices = [min(max(y, 0), highest) for y in (top - height, top, bottom - height, bottom)]
+    free = [y for y in choices if all(iou((x, y, x + width, y + height), other) == 0 for other in placed)]
+    y = free[0] if free else choices[0]
     pen.rectangle([x, y, x + width, y + height], fill=color)
     pen.text((x + 4, y + height / 2), phrase, fill="white", font=font, anchor="lm")
     return x, y, x + width, y + height
@@ -899,18 +900,18 @@ def html_figure(image: Image.Image | None, answers: list[Answer], title: str = "
         text = ""
         done = 0
         for entity in answer.entities:
-            mark = f'data-entity="{count}" style="--c: {PALETTE[count % len(PALETTE)]}'
+            color = f"--c: {PALETTE[count % len(PALETTE)]}"
             scores = [f"{score:.0%}" for score in entity.scores if score is not None]
             start, end = entity.span
             for x1, y1, x2, y2 in entity.boxes:
                 place = f"left: {x1:.2%}; top: {y1:.2%}; width: {x2 - x1:.2%}; height: {y2 - y1:.2%}"
-                boxes += f'<div {mark}; {place}" title="{html.escape(entity.phrase)}"></div>'
+                phrase = html.escape(entity.phrase)
+                boxes += f'<div data-entity="{count}" style="{color}; {place}" title="{phrase}"></div>'
             if start >= done:
                 shown = html.escape(answer.text[start:end] or "▢")
                 text += html.escape(answer.text[done:start])
-                text += (
-                    f'<a class="kosmos2" tabindex="0" {mark}">{shown}</a><small> {" ".join(scores)}</small>'
-                )
+                text += f'<a class="kosmos2" tabindex="0" data-entity="{count}" style="{color}">{shown}</a>'
+                text += f"<small> {' '.join(scores)}</small>"
                 done = end
             count += 1
         captions += f"<p>{text}{html.escape(answer.text[done:])}</p>"

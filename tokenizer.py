@@ -141,17 +141,14 @@ def box_indices(box, grid: int, training: bool) -> tuple[int, int]:
     """Four floats or two location indices -> two location indices."""
     error = ValueError(f"box: expected four floats in 0..1 or two integer location indices, got {box!r}")
     try:
-        if len(box) == 4:
-            return box_to_tokens(box, grid, training)
-        ul, lr = box
+        values = tuple(box)
+        if len(values) == 4:
+            return box_to_tokens(values, grid, training)
     except TypeError:
         raise error from None
-    except ValueError:
-        if len(box) == 4:
-            raise
-        raise error from None
-    if type(ul) is not int or type(lr) is not int:
+    if len(values) != 2 or any(type(v) is not int for v in values):
         raise error
+    ul, lr = values
     tokens_to_box(ul, lr, grid)  # raises if they are not on the grid
     return ul, lr
 
@@ -239,7 +236,8 @@ def task_prompts(task: str, texts: list[str], boxes: list) -> list[str]:
         raise ValueError(f"task {task} takes no text")
     if task == "refer" and not texts and not boxes:
         raise ValueError("task refer needs a box (to describe it) or a text (an expression, to find it)")
-    if task in TAKES_TEXT and not all(texts or [""] * (task != "refer")):
+    missing = not texts and task != "refer"
+    if task in TAKES_TEXT and (missing or "" in texts):
         raise ValueError(f"task {task} needs a text that is not empty: {TAKES_TEXT[task]}")
     if texts and boxes and task in ("ground", "refer"):
         raise ValueError(
@@ -452,13 +450,11 @@ class Tokenizer:
         <phrase> and </phrase> alternate, with text in between. No tag is opened unless there is
         room to close it. Has no effect on output that is already valid.
         """
-        last_two = [self.special_ids["<s>"], self.special_ids["<s>"], *ids[-2:]][-2:]
-        last = last_two[1]
-        if (
-            last in (self.special_ids["<object>"], self.special_ids[DELIMITER])
-            or self.location_index(last) is not None
-        ):
-            return self._allowed_in_object(last_two, remaining)
+        begin = self.special_ids["<s>"]
+        before_last, last = [begin, begin, *ids][-2:]
+        opens_box = last in (self.special_ids["<object>"], self.special_ids[DELIMITER])
+        if opens_box or self.location_index(last) is not None:
+            return self._allowed_in_object(before_last, last, remaining)
         if self._inside_phrase(ids):
             return self._allowed_in_phrase(last, remaining)
         allowed = self.free_text.copy()
@@ -488,21 +484,20 @@ class Tokenizer:
         return False
 
     def _allowed_in_phrase(self, last: int, remaining: int) -> np.ndarray:
-        allowed = self.free_text.copy()
-        allowed[: len(CONTROL)] = False  # a phrase consists of pieces only
-        allowed[self.special_ids["<mask>"] :] = False
-        if remaining <= 1:
-            allowed[:] = False
+        allowed = np.zeros(self.vocab_size, dtype=bool)
+        if remaining > 1:  # </phrase> must fit after it
+            pieces = slice(len(CONTROL), self.special_ids["<mask>"])
+            allowed[pieces] = self.free_text[pieces]
         allowed[self.special_ids["</phrase>"]] = last != self.special_ids["<phrase>"]
         return allowed
 
-    def _allowed_in_object(self, last_two: list[int], remaining: int) -> np.ndarray:
+    def _allowed_in_object(self, before_last: int, last: int, remaining: int) -> np.ndarray:
         allowed = np.zeros(self.vocab_size, dtype=bool)
         locations = allowed[self.first_location :]
-        corner = self.location_index(last_two[1])
+        corner = self.location_index(last)
         if corner is None:  # the top-left corner comes next
             locations[:] = True
-        elif self.location_index(last_two[0]) is None:  # the bottom-right corner comes next
+        elif self.location_index(before_last) is None:  # the bottom-right corner comes next
             rows, columns = np.divmod(np.arange(self.grid**2), self.grid)
             top, left = divmod(corner, self.grid)
             locations[:] = (rows >= top) & (columns >= left)

@@ -89,7 +89,7 @@ show(fig, "Three panels: the squashed image, the features and the image embeddin
 # row is a latent.
 #
 # Each feature vector has unit length, because the last step of the ViT divides it by its length. This is one of
-# the differences from a textbook transformer; notebook 2 shows why it matters.
+# the differences from a textbook transformer; it matters when training starts (notebook 2).
 
 # %%
 torch.testing.assert_close(features.norm(dim=-1), torch.ones(1, N))
@@ -100,7 +100,7 @@ torch.testing.assert_close(features.norm(dim=-1), torch.ones(1, N))
 # The prompt has Q slots between `<image>` and `</image>`. The image embeddings replace the token embeddings
 # of these slots, so the ids in them are only placeholders.
 #
-# `<grounding>` at the beginning of the text asks for boxes: in training, only texts with boxes began with it.
+# `<grounding>` at the beginning of the text asks for boxes: in training, no text without it had boxes.
 
 # %%
 ids, image_mask = tokenizer.encode_prompt("<grounding>An image of")
@@ -149,7 +149,8 @@ assert tokenizer.id_to_token[best.indices[0]] == "<phrase>" and best.values[0] >
 #
 # ## Token by token
 #
-# `prefill` runs the prompt through the decoder. `finish` then appends the most likely token until the text ends.
+# `prefill` runs the prompt through the decoder. `finish` then appends a token at a time until the text ends: the most
+# likely one, unless its options ask for sampling or beams (notebook 5). `generate` does both in one call.
 
 # %%
 state = model.prefill(tokens, image_embeds=image_embeds, image_mask=mask, max_new_tokens=100)

@@ -42,8 +42,8 @@ torch.testing.assert_close(by_hand.permute(2, 0, 1), pixels[0])
 # %% [markdown]
 # ## Patches
 #
-# A convolution whose stride equals its size covers each patch once. So it is a linear layer on flattened
-# patches: 3·P² numbers in, E numbers out, no bias (the position embeddings can take its place).
+# A convolution whose stride equals its size sees each patch exactly once, so it is the same as a linear layer on
+# flattened patches: 3·P² numbers in, E numbers out, no bias (the position embeddings can take its place).
 
 # %%
 patches = pixels.unfold(2, P, P).unfold(3, P, P)  # (1, 3, G, G, P, P)
@@ -55,9 +55,8 @@ torch.testing.assert_close(embedded, expected, rtol=1e-4, atol=1e-4)
 print(f"{3 * P * P} numbers in, {E} out")
 
 # %% [markdown]
-# Which patterns give the longest embeddings? The right singular vectors of the matrix: the first one gives the
-# longest embedding of all patterns of length one, the second the longest of those orthogonal to the first, and so
-# on. The figure shows the first 16, each scaled to its own minimum and maximum, with its singular value above.
+# Which patterns of length one give the longest embeddings? The right singular vectors of the matrix, in order: the
+# first has the longest embedding of all, the second the longest of those orthogonal to the first, and so on. The figure shows the first 16, each scaled to its own minimum and maximum, with its singular value above.
 
 # %%
 _, sizes, directions = torch.linalg.svd(matrix, full_matrices=False)
@@ -76,7 +75,7 @@ show(fig, f"16 small color images of {P} by {P} pixels, ordered by singular valu
 # A learned vector that belongs to no patch, [CLS], is put in front of the patches. CLIP uses only its output, to
 # describe the whole image. Kosmos-2 passes on *all* N = G² + 1 positions: 16² + 1 = 257 in the published model.
 #
-# Attention treats its inputs as a set, so a learned position vector is added to each patch. As in CLIP, but not in
+# Attention ignores the order of its inputs, so a learned position vector is added to [CLS] and to each patch. As in CLIP, but not in
 # most ViTs, one more LayerNorm follows before the first block.
 
 # %%
@@ -102,7 +101,9 @@ fig.colorbar(axes[0].images[0], ax=axes)
 show(fig, f"Four {G} by {G} maps of cosine similarity, each with one marked patch.")
 
 # %% [markdown]
-# On average, the embeddings of neighboring patches are more similar than those of two arbitrary patches:
+# On average, the embeddings of neighboring patches are more similar than those of two arbitrary patches. The bundled
+# model did not have to learn this: its position embeddings start as two-dimensional sines and cosines (`init_weights`
+# in `training/train.py`). CLIP's started as random numbers.
 
 # %%
 position_grid = positions.view(G, G, E)
@@ -186,7 +187,8 @@ print(queries)
 
 # %% [markdown]
 # The figure shows which patches each head of the last block attends to from these patches (+). `overlay` scales each
-# panel to its own maximum, so brightness cannot be compared between panels. [CLS] is not shown.
+# panel to its own maximum, so brightness cannot be compared between panels. [CLS] is not shown. Compare the
+# columns: a query on a thing and one in the sky do not attend to the same patches.
 
 # %%
 fig, axes = plt.subplots(config.heads, 3, figsize=(8, 2.6 * config.heads))

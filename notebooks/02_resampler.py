@@ -66,7 +66,8 @@ torch.testing.assert_close(by_hand, expected, rtol=1e-4, atol=1e-4)
 # ## What the latents attend to
 #
 # The figure shows the attention weights on the patches, for each head of five latents: those with the largest
-# weights. [CLS] and the latents are not shown. Each panel is scaled to its own maximum.
+# weights. [CLS] and the latents are not shown. Each panel is scaled to its own maximum. Do the latents divide the image
+# among themselves, or does each attend to the things in it?
 
 # %%
 grid = config.vision.grid
@@ -131,8 +132,10 @@ print(f"of the attention on the image, [CLS] gets {share:.3f}; an equal share wo
 assert share < 0.1 / N
 
 # %% [markdown]
-# Almost none. The order of the *keys* does not matter, only that of the queries: attention is a weighted sum. So
-# spatial information reaches the latents only through the position embeddings of the ViT (notebook 1).
+# Almost none.
+#
+# Reordering the keys, together with their values, changes nothing: attention is a weighted sum. So spatial
+# information reaches the latents only through the position embeddings of the ViT (notebook 1).
 
 # %%
 order = torch.randperm(N)
@@ -144,7 +147,7 @@ torch.testing.assert_close(shuffled, resampler(features), rtol=1e-4, atol=1e-4)
 #
 # Features have unit length, so their values are about 1/√E. The latents start with standard deviation one, in
 # the published model as well. If `dense` starts with small weights (0.02 in transformers, 1/√E as a usual rule),
-# the embeddings of all images are nearly the same. We measure this on untrained models: how far are the embeddings
+# the embeddings of different images are more alike, for 0.02 nearly the same. We measure this on untrained models: how far are the embeddings
 # of eight images from their mean? And what if the latents start small, too?
 
 # %%
@@ -192,7 +195,7 @@ print("the scene:", ", ".join(thing.name for thing in scene.things))
 assert print_caption("seeing", seeing) != print_caption("blind", blind)
 
 # %% [markdown]
-# The second caption does not depend on the scene; a blind model would write it for every image. For this reason,
+# The second caption does not depend on the scene: a blind model would write it for every image. For this reason,
 # `tests/test_training.py` checks that one question about two images gets two different answers.
 #
 # ## Counting

@@ -4,8 +4,8 @@
 # A causal transformer that continues a sequence of tokens. Most of it is the textbook transformer, including the
 # factor √D for the embeddings ("Attention Is All You Need", section 3.4). Not in the textbook: position ids that
 # start at 2, a table with all sines before the cosines, sub-LN, and image embeddings that are inserted *before*
-# the scale. We write the decoder by hand; [10_departures](10_departures.ipynb) measures what each of these
-# differences contributes. (Reading time: 30 minutes.)
+# the scale. We write the decoder by hand; [10_departures](10_departures.ipynb) measures what it costs to undo
+# each of these differences. (Reading time: 30 minutes.)
 
 # %%
 from figures import ROOT, plt, reference, show, table  # isort: skip
@@ -123,7 +123,7 @@ print(causal_mask(2, 5).int())
 #
 # In a plain pre-norm block, nothing limits the scale of what a layer adds to the residual stream. MAGNETO (arXiv
 # 2210.06423) adds a LayerNorm before the last projection of each branch: after the heads are concatenated, and in
-# the MLP *after* the activation.
+# the MLP *after* the activation. The decoder has sub-LN in every block, the ViT nowhere.
 
 # %%
 block = decoder.layers[0]
@@ -185,7 +185,7 @@ names = [tokenizer.id_to_token[i].replace("▁", "") for i in ids[start:]]
 assert (share > 0).all() and (share < 1).all()
 
 # %% [markdown]
-# As a map of blocks and tokens:
+# As a map of blocks and tokens. Compare the tokens before a noun with the others, and the last block with the first:
 
 # %%
 fig, axis = plt.subplots(figsize=(10, 2.2))

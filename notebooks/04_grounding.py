@@ -118,7 +118,7 @@ assert all(measured > predicted + 0.03 for _, predicted, measured in rows[:2])
 #
 # ## Tags: text as hyperlinks
 #
-# `[a snowman](box)` is how the paper writes a grounded caption. With tags, and as tokens:
+# `[a snowman](box)` is how the paper writes a grounded caption. Here is a link with tags, and its tokens:
 
 # %%
 link = "<phrase> a red star</phrase><object><patch_index_0661><patch_index_0927></object>"
@@ -223,4 +223,4 @@ for expressions in (chunks, [[0, 27, 0.3, 0.3, 0.6, 0.9, 0.9]]):
 # 2. Which cell does `box_to_tokens` use for a box that ends exactly on a cell boundary? And with `training=True`, the
 #    rule of the original data loader?
 # 3. For a 16 x 16 grid, what would have to be trained again? Notebook 6 makes such a model.
-# 4. Predict `tokenizer.encode("</phrase>.")` before you run it. Why two tokens?
+# 4. Predict `tokenizer.encode("</phrase>.", add_bos=False)` before you run it. Why is the period two tokens?

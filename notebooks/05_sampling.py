@@ -1,8 +1,7 @@
 # %% [markdown]
 # # 5. Generation: cache, sampling and constraints
 #
-# The decoder returns a distribution over the next token. This notebook is about what turns these distributions into
-# text: the cache, padding, sampling, beams, constraints on the output, and guessing ahead. (Reading time: 35
+# The decoder returns a distribution over the next token. This notebook covers how they are turned into text: the cache, padding, sampling, beams, constraints on the output, and guessing ahead. (Reading time: 35
 # minutes.)
 
 # %%
@@ -184,7 +183,7 @@ assert change[0] < 1e-2 and change[1] > 10 * change[0]
 # %% [markdown]
 # At step 0, the logits agree up to rounding. From step 1 on, they differ.
 #
-# ## Choosing: greedy, temperature, top-k, top-p
+# ## Choosing the next token: greedy, temperature, top-k, top-p
 #
 # Greedy decoding takes the most likely token. Sampling at temperature τ draws from softmax(logits / τ). Top-p keeps
 # the smallest set of top tokens whose total probability is at least p, *including* the token that crosses p. If that
@@ -219,7 +218,8 @@ assert abs(float(rows[4][1]) - float(expected[0])) < 0.02
 
 # %% [markdown]
 # `sample` inverts the cumulative distribution, with one uniform random number per token. With a seed, each step
-# draws one number and uses it for every row, so a row gets the same result in any batch. The first 150 characters at
+# draws one number and uses it for every row, so a row gets the same result in any batch. (Equal prompts in one batch
+# therefore get equal samples.) The first 150 characters at
 # three temperatures:
 
 # %%
@@ -253,8 +253,8 @@ table(rows, ("beams", "tokens", "mean log-probability"))
 #
 # ## N-gram blocking
 #
-# The published model is used with a rule: no three tokens in a row may occur twice, prompt included. This prevents
-# loops, but also forbids correct texts. After "a red star and a red", the token that completed the earlier 3-gram
+# The published model is run with 3-gram blocking: no three tokens in a row may occur twice, prompt included. This
+# prevents loops, but also forbids correct texts. After "a red star and a red", the token that completed the earlier 3-gram
 # "a red star" is forbidden:
 
 # %%
@@ -311,15 +311,18 @@ first_change = [a == b for a, b in pairs].index(False)
 assert free[first_change] in kosmos2.repeated_ngrams(busy_ids + free[:first_change], 3)
 print("forbidden:", tokenizer.id_to_token[free[first_change]])
 print("instead:  ", tokenizer.id_to_token[blocked[first_change]])
+assert ",," in tokenizer.decode(blocked)
 
 # %% [markdown]
 # Both texts are the same up to the first repeated 3-gram. There the rule forces another token, and everything after
-# it depends on that token. The config of the bundled model turns the rule off; `sample.py` uses the setting of the
-# checkpoint.
+# it depends on that token; here, a comma is doubled. The config of the bundled model
+# turns the rule off; `sample.py` uses the setting of the checkpoint (for `--task context`, whose prompt repeats
+# itself, never).
 #
 # ## Complete boxes
 #
-# `Tokenizer.allowed_tokens` returns the tokens that keep the markup valid; generation accepts it as a constraint.
+# `Tokenizer.allowed_tokens` returns the tokens that keep the markup valid; generation accepts it as a constraint. It is
+# applied before n-gram blocking, and if a rule would leave no token, that rule is skipped (`mask_logits`).
 # How many tokens are allowed after each part of a link? (Cell 661 is column 21 of row 20, so the bottom-right corner
 # is in one of the 12 rows and one of the 11 columns from there on.)
 

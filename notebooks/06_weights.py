@@ -77,19 +77,20 @@ for part in colors:
 fig, axis = plt.subplots(figsize=(12, 4.8))
 for names in NAMES:
     color, line = colors[names[0].split(".")[0]], []
-    for name, rank, (title, x) in zip(names, ranks, columns, strict=True):
-        axis.text(x, 1, title, fontsize=9, weight="bold")
+    for name, rank, (_, x) in zip(names, ranks, columns, strict=True):
         axis.text(x, rank[name], name, fontfamily="monospace", fontsize=7, color=color, va="center")
         line += [(x - 0.005, rank[name]), (x + 0.003 + 0.0064 * len(name), rank[name])]
     for left, right in (line[1:3], line[3:5]):
         axis.plot([left[0], right[0]], [left[1], right[1]], color=color, lw=0.8)
+for title, x in columns:
+    axis.text(x, 1, title, fontsize=9, weight="bold")
 axis.set(xlim=(0, 1.05), ylim=(-len(NAMES), 1.5))
 axis.axis("off")
 show(fig, "The prefixes of tensor names in three columns; lines connect the names of one tensor.")
 
 # %% [markdown]
 # Two published names are misleading. `final_layer_norm` occurs in every block of the decoder: it is
-# the second of its two norms, not the last norm of the model. And `pre_layrnorm` is misspelled in
+# the norm before the MLP, not the last norm of the model. And `pre_layrnorm` is misspelled in
 # the files. Do we have a name for each published tensor, and only for those?
 
 # %%
@@ -236,7 +237,7 @@ shutil.rmtree(folder)
 # %% [markdown]
 # ## Incomplete checkpoints
 #
-# A model with a missing tensor would still write text, only worse. So the loader checks every
+# A model with a missing tensor would still generate text, only worse. So the loader checks every
 # tensor and raises an error that lists what is missing, unexpected or of the wrong shape.
 
 # %%
@@ -286,9 +287,9 @@ changed = with_locations(mean_of_four)
 print("embedding:", tuple(embedding.shape), "->", tuple(changed.decoder.embed_tokens.weight.shape))
 
 # %% [markdown]
-# We compare them by their loss on the boxes of 100 things in unseen scenes. Each text is a phrase
-# and its box, `<phrase> a red cup</phrase><object>...</object>`, and only location tokens are
-# counted.
+# We compare them by their loss on the boxes of things in 100 unseen scenes, one thing from each
+# scene that has one with a unique name. Each text is a phrase and its box, `<phrase> the red
+# cup</phrase><object>...</object>`, and only location tokens are counted.
 
 # %%
 images, prompts = [], []
@@ -322,7 +323,8 @@ assert losses["mean of four"] < losses["random"] - 1
 # %% [markdown]
 # With random embeddings the model is worse than a uniform choice; with the mean of four it is much
 # better before any training. The mean of four embeddings is only useful if they are similar, so
-# we check that.
+# we check that. (In the bundled model they are similar from the start: see `init_weights` in
+# `training/train.py`. We cannot tell how similar those of the published model are.)
 
 # %%
 cells = torch.nn.functional.normalize(embedding[first:], dim=1).view(32, 32, D)
@@ -344,9 +346,9 @@ assert torch.equal(saved.decoder.embed_tokens.weight, changed.decoder.embed_toke
 print(f"vocabulary {tokenizer.vocab_size} -> {saved.config.text.vocab_size}, grid 16 x 16")
 
 # %% [markdown]
-# With such a folder, `python training/train.py --checkpoint FOLDER --data grit.jsonl --out NEW
-# --optimizer adamw --lr 3e-4 --steps 300 --batch 16` would train the model further on your own
-# boxes, with the new grid. (The texts about scenes are written for a grid of 32 x 32 cells.)
+# The command of notebook 11, with `--checkpoint FOLDER`, would train the model further on your own
+# boxes, with the new grid. (`--data` is required: the texts about scenes are written for a grid of
+# 32 x 32 cells.)
 #
 # ## Exercises
 #

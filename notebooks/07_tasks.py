@@ -118,7 +118,8 @@ table(rows, ("thing", "expression for its box", "fits only this", "IoU of its bo
 
 # %% [markdown]
 # The cats have the same name, so a good expression for them needs a relation ("the cat left of
-# ..."). Where the third column is "no", ignore the last one.
+# ..."). Where the third column is "no", the expression fits several things, so the IoU in the last
+# column says nothing.
 #
 # ## Ranked boxes
 #
@@ -144,7 +145,8 @@ assert ranked == sorted(ranked, reverse=True)
 
 # %% [markdown]
 # The score is the square root of the product of both probabilities, so it can be read like the
-# score of a generated box. The list is sorted by it.
+# score of a generated box. The list is sorted by it. It does not end where the right boxes end:
+# boxes with scores far below the others are usually wrong.
 #
 # ## Few-shot prompts
 #
@@ -158,8 +160,8 @@ table([(t, tokenizer.id_to_token[i]) for t, i in visible], ("position", "token")
 assert sum(mask) == 2 * tokenizer.num_image_tokens
 
 # %% [markdown]
-# The prompt below does not say whether to name the color or the kind of the thing. Only the example,
-# a sentence about a box in the first image, shows it. (The bundled model was trained on
+# The prompt below does not say whether to name the color or the kind of the thing. The model has to
+# infer it from the example, a sentence about a box in the first image. (The bundled model was trained on
 # such prompts with boxes, and only on those: without boxes, few-shot prompts do not work with it.
 # The published model was trained on web pages with many images.)
 
@@ -215,8 +217,8 @@ assert accuracy["color of box"] >= accuracy["kind in box"]
 
 # %% [markdown]
 # Guessing one of 30 kinds would be right 3 times in 100. The color of a thing is recognized at
-# least as often as its kind, which depends on details of the outline. (With 20 to 90 examples per
-# row, small differences mean nothing.)
+# least as often as its kind, which depends on details of the outline. (With so few examples per row,
+# small differences mean nothing.)
 #
 # ## Failures
 #
@@ -229,8 +231,8 @@ for _, example, result in random.Random(1).sample(misses, min(5, len(misses))):
     print(f"   right  {example.answer}\n")
 
 # %% [markdown]
-# And a caption with a miss, if there is one: first the right one, then the model's. If a box is on
-# a thing and only its name is wrong, the model has found the thing but not recognized it.
+# Below is a caption with an error, if there is one: first the right caption, then the model's. If a
+# box is on a thing and only its name is wrong, the model has found the thing but not recognized it.
 
 # %%
 for s, example, result in [miss for miss in misses if miss[1].task == "caption"][:1]:

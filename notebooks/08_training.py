@@ -31,8 +31,8 @@ scene = Scene.random(5)
 #
 # A GRIT record describes an image by a caption and the boxes of its phrases. The bundled model is trained on scenes,
 # whose records are exact. `encode_record` tokenizes the caption as a whole and inserts tags and boxes between its
-# pieces, as the original data loader does. (That one crops images to a square, and leaves out the boxes of half of
-# the captions; here, images are squashed and all boxes stay.)
+# pieces, as the original data loader does. (The original loader also crops images to a square, and leaves out the
+# boxes of half of the captions; here, images are squashed and all boxes stay.)
 
 # %%
 record = scene.record()
@@ -44,8 +44,8 @@ print(len(encode_record(tokenizer, record)), "tokens")
 # %% [markdown]
 # ## The objective and its mask
 #
-# The loss is the mean of -log p(next token). Only the tokens of answers count, not those of prompts. (In the
-# original training on GRIT, and in `Grit` of `training/data.py`, all tokens of the text do.) Each row has one image
+# The loss is the mean of -log p(next token). Only the tokens of answers contribute, not those of prompts.
+# (In the original training on GRIT, and in `Grit` of `training/data.py`, all tokens of the text contribute.) Each row has one image
 # in front and several texts about it that do not attend to each other, so the image is encoded only once. Here is a
 # part of a row with its targets. In answers, tags and location tokens count like all other tokens.
 
@@ -162,7 +162,8 @@ torch.testing.assert_close(label[2:], torch.tensor(front.box))
 # ## Training for 60 steps
 #
 # We train a model with fewer layers from random weights, on texts only. There are two optimizers: Muon for the
-# matrices inside the blocks, AdamW for everything else. What is learned first, the words or the locations?
+# matrices inside the blocks, AdamW for everything else. (Muon makes the update of a matrix orthogonal: the momentum's
+# singular values all become about one. It comes with PyTorch, as `torch.optim.Muon`.) What is learned first, the words or the locations?
 
 # %%
 text = replace(model.config.text, layers=2)
@@ -219,7 +220,7 @@ for seed in (1, 2):
     print("model:", parse(tokenizer.decode(new))[0])
 
 # %% [markdown]
-# These are texts in the form of captions. Do they depend on the image? We give each row of a batch the image of
+# These look like captions. Do they depend on the image? We give each row of a batch the image of
 # another row, and compare the losses.
 
 # %%
@@ -273,7 +274,8 @@ for axis in axes:
 show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on held-out scenes.")
 
 # %% [markdown]
-# Every loss ends below its first value. `train.py` draws new scenes in each step, so these are also losses on unseen
+# Every loss ends below its first value. The losses rise at step 3,000: the run was extended there, and a longer
+# schedule means a higher learning rate at the same step. `train.py` draws new scenes in each step, so these are also losses on unseen
 # data. The accuracy is measured on a few scenes only, so its curves are noisy.
 #
 # ## Exercises
@@ -283,4 +285,5 @@ show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on
 # 3. Give location tokens random initial embeddings instead of smooth ones (`init_weights`). What would a near
 #    miss then teach the model about the neighboring cell?
 # 4. Train only the resampler of the bundled model:
-#    `python training/train.py --checkpoint tiny --out NEW --train resampler --steps 100 --lr 3e-4`. How many parameters move?
+#    `python training/train.py --checkpoint tiny --out NEW --train resampler --optimizer adamw --lr 3e-4 --steps 100`.
+#    How many parameters move?

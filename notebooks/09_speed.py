@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 9. Speed: what a token costs
 #
-# How fast can a model generate on this machine? For one image at a time, this hardly depends on the speed of the
-# arithmetic: each token needs every weight of the decoder once, so memory bandwidth is the limit. We predict times
+# How fast can a model generate on this machine? For one image at a time, each token needs every weight of the decoder
+# once, for two operations, so reading the weights takes longer than the arithmetic: memory bandwidth is the limit. We predict times
 # from that, measure them, and then make the weights smaller. (Reading time: 25 minutes.)
 
 # %%
@@ -19,7 +19,7 @@ import load_weights
 from kosmos2 import Kosmos2Config, finish, preprocess_image
 from load_weights import PackedLinear, input_steps, load_checkpoint, multi_core_linear, quantize
 
-torch.set_grad_enabled(False)
+_ = torch.set_grad_enabled(False)
 
 # %% [markdown]
 # Each time below is the shortest of several rounds. Other work on the machine can only make a round slower, so the
@@ -84,7 +84,7 @@ fig, axis = plt.subplots(figsize=(6, 3.2))
 axis.plot(rows, [1e3 * v for v in predicted], "--", color="#777777", label="the roofline")
 axis.plot(rows, [1e3 * v for v in measured], "o-", color=COLORS[1], label="measured")
 axis.set(xscale="log", yscale="log", xlabel="rows", ylabel="ms per layer")
-axis.set_title("limited by memory, then by arithmetic")
+axis.set_title("first memory is the limit, then arithmetic")
 axis.set_xticks(rows, rows)
 axis.minorticks_off()
 axis.legend(frameon=False)
@@ -96,8 +96,9 @@ assert measured[3] < 12 * measured[0]
 assert measured[-1] > 2 * measured[3]
 
 # %% [markdown]
-# One row is below the ridge: a decoding step for one text is limited by memory. 16 rows take much less than 16 times
-# as long as one row, so decoding in batches pays off. With many rows, as in a prefill, arithmetic is the limit, and
+# One row is below the ridge: for a decoding step for one text, the limit is memory. The measured time is
+# above the prediction, because a matmul reads memory less evenly than a sum. 16 rows take much less than 16 times as long as
+# one row, so decoding in batches pays off. With many rows, as in a prefill, arithmetic is the limit, and
 # the time grows with the number of rows.
 #
 # ## A prediction for the published model
@@ -121,7 +122,7 @@ table(rows, ("weights", "read per token", "at least", "tokens per second at most
 # ## One row, several cores
 #
 # PyTorch runs a one-row matmul on one core, which cannot saturate memory bandwidth. `multi_core_linear` in
-# `load_weights.py` turns it into a batched matmul over slices of the matrix, which uses all cores. The loader
+# `load_weights.py` turns it into a batched matmul over slices of the matrix, which runs on all cores. The loader
 # replaces the linear layers of the model with such layers; `kosmos2.py` itself uses plain `nn.Linear`. The one-row
 # time of `multi_core_linear` was measured above; we compare it with that of `F.linear`.
 

@@ -10,16 +10,17 @@
 # | ViT | a LayerNorm before the first block | none | as in CLIP |
 # | | QuickGELU | GELU | as in CLIP, where it was cheaper |
 # | | all positions are passed on | only [CLS], or only patches | boxes need positions |
-# | | features of unit length | any length | CLIP compares directions only |
+# | | features of unit length | any length | CLIP compares normalized vectors |
 # | resampler | latents among their own keys | keys from the image only | as in Flamingo; a head can ignore the image |
-# | | no norm, residual or MLP | all three | the first block of the decoder has them |
+# | | no norm, residual or MLP | all three | the decoder's first block follows and has them |
 # | input | image embeddings inserted before the scale | - | they are treated like tokens |
 # | positions | start at 2 | start at 0 | fairseq reserves position 1 for padding |
 # | | all sines, then all cosines | interleaved | as in fairseq; any order can be learned |
 # | | wavelengths up to 2π · 10,000 exactly | a little less | i / (D/2 - 1) instead of i / (D/2) |
 # | blocks | sub-LN | pre-norm or post-norm | stable training of deep decoders |
 #
-# The helpers are in [`departures.py`](departures.py): a departure is a list of `unittest.mock.patch` objects, and
+# Some departures in the tables below are not in this list, such as a wrong first position: they are mistakes that a port
+# could make. The helpers are in [`departures.py`](departures.py): a departure is a list of `unittest.mock.patch` objects, and
 # `Trial` runs the model on unseen scenes with them. `Scene` and the scores come from `training/`.
 
 # %%
@@ -73,9 +74,9 @@ assert certain(right.named, without_norm.named)
 assert logit_change(right, vision["ViT: GELU instead of QuickGELU"]) < 0.1
 
 # %% [markdown]
-# The first LayerNorm cannot be left out. GELU and QuickGELU are so similar that the logits hardly change. Look for
-# rows with a large change of the logits and without a star: the model computes something else, and its answers are
-# no worse.
+# The first LayerNorm cannot be left out. GELU and QuickGELU are so similar that the logits hardly change. A row with a
+# large change of the logits and without a star is a model that computes something else, at no cost that 40 scenes
+# could show.
 #
 # ## Embeddings and positions
 #
@@ -103,7 +104,8 @@ assert logit_change(right, blocks["tanh GELU in the decoder"]) < 0.05
 #
 # ## Some changes go unnoticed
 #
-# Every departure as a point: the change of the logits, and the cost in IoU.
+# Every departure as a point: the change of the logits, and the cost in IoU with its standard error. Red points have a
+# star in one of the two columns, so some of them cost no IoU but names.
 
 # %%
 measured = vision | inputs | blocks
@@ -124,8 +126,8 @@ print(f"{quiet} of {len(measured)} departures have no measurable cost on 40 scen
 assert quiet >= 2
 
 # %% [markdown]
-# Blue points are departures whose cost may be chance. Such mistakes cannot be found by looking at captions, only by
-# comparing numbers with the reference. `tests/mutations.py` applies many of them and checks that a test fails.
+# Blue points are departures whose cost may be chance: 40 scenes cannot show them. Comparing numbers with the
+# reference finds all of them. `tests/mutations.py` applies many of them and checks that a test fails.
 #
 # These numbers show what happens when a part is removed from a model that was trained with it. Training without it is
 # another question.

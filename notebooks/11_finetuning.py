@@ -135,9 +135,9 @@ assert before[1] == 0  # it has never seen the word
 # %% [markdown]
 # ## The command
 #
-# A low learning rate and few steps: the model should learn something new without forgetting what it has learned. We
-# use AdamW, because Muon, the default of `train.py`, is meant for training from scratch. (The bundled model
-# is small, so we train all of it.)
+# A lower learning rate than in training (6e-4 instead of 2e-3) and few steps: the model should learn something new
+# without forgetting what it has learned. We use AdamW, because Muon, the default of `train.py`, is meant for training
+# from scratch. (The bundled model is small, so we train all of it; larger models need lower rates.)
 
 # %%
 command = f"training/train.py --checkpoint tiny --data {folder}/grit.jsonl --out {folder}/run"
@@ -187,8 +187,8 @@ for trained in (["vision", "resampler", "decoder"], ["resampler", "decoder"], ["
 
 # %% [markdown]
 # Activations need additional memory; `--recompute` keeps only those between blocks, and `--accumulate` computes a
-# batch in parts. With a few hundred images, freeze the ViT (`--train resampler decoder`): it has seen far more
-# images than you can show it. For a new kind of image, such as X-rays, train it as well. Measure the old abilities
+# batch in parts. With a few hundred images, freeze the ViT (`--train resampler decoder`): it was pretrained on
+# far more images than you have. For a new kind of image, such as X-rays, train it as well. Measure the old abilities
 # as well as the new one on held-out images, as above.
 #
 # ## Exercises

@@ -304,14 +304,18 @@ assert shares["kind in box"] == min(shares.values())
 
 # 8.1 exp(0.3) = 1.35 cells.
 assert abs(math.exp(0.3) - 1.35) < 0.01
-# 8.2 `self.targets += [-100] * (len(prompt) - 1) + ...` in Row.add. It would also learn to write questions. 8.3 Nothing:
-# the embeddings of neighboring cells would be unrelated. 8.4 Those of the resampler:
+
+# 8.2 `self.targets += [-100] * (len(prompt) - 1) + ...` in Row.add. It would also learn to write questions.
+
+# 8.3 Nothing: the embeddings of neighboring cells would be unrelated.
+
+# 8.4 Those of the resampler:
 print(f"8.4: {sum(p.numel() for p in model.resampler.parameters()):,} parameters")
 
 # ---------------------------------------------------------------------------------------------------- 9. Speed
 
-# 9.1 Four times if memory is the limit. With 16 rows, fp32 does 8 operations per byte; above the ridge, arithmetic is the
-# limit.
+# 9.1 Four times if memory is the limit. With 16 rows, fp32 does 8 operations per byte and int8 32, because its weights
+# take a quarter of the bytes. So int8 reaches the ridge with fewer rows; above it, arithmetic is the limit.
 # 9.2 Rounding errors of fp32, 6e-8 each, add as a random walk: about 6e-8 · √2048 of a typical term.
 # 9.3 A step is 127/7 = 18 times as large, and so is the error.
 weight = torch.randn(256, 2048)

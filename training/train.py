@@ -2,7 +2,7 @@
 
     python training/train.py --out runs/tiny    from scratch, on scenes; about five hours on two cores
     python training/train.py --out runs/short --vision-steps 20 --steps 50    to see that it works
-    python training/train.py --out mine --checkpoint WEIGHTS --data grit.jsonl --lr 1e-4 --steps 300
+    python training/train.py --out mine --checkpoint WEIGHTS --data grit.jsonl --optimizer adamw --lr 1e-4 --steps 300
     torchrun --nproc-per-node 8 training/train.py ...     the same on many processes
 
 Writes checkpoint.pt (a run resumes from it) and at the end the model in the published layout,
