@@ -41,7 +41,7 @@ class Entity(NamedTuple):
     """A phrase of a caption and the boxes it is linked to."""
 
     phrase: str
-    span: tuple[int, int]  # caption[span[0]:span[1]] == phrase; empty for a box without a phrase
+    span: tuple[int, int]  # caption[span[0]:span[1]] == phrase; an empty span if the box has no phrase
     boxes: list[Box]
     # The model's confidence in each box, 0..1; None for boxes in the prompt.
     scores: Sequence[float | None] = ()
@@ -316,8 +316,8 @@ class Tokenizer:
         `insert_boxes`.
 
         Text between two tags is tokenized separately, as in the original demo and the reference, so
-        "</phrase>." ends in two tokens, a space and the period. The model was not trained on such
-        ids (training/data.py makes those), but all published prompts were tokenized this way.
+        "</phrase>." ends in two tokens, a space and the period. The model was trained on texts
+        tokenized as a whole (training/data.py), but all published prompts were tokenized this way.
         """
         if boxes is not None:
             text = insert_boxes(text, boxes, self.grid)
@@ -364,7 +364,10 @@ class Tokenizer:
         return ids, image_mask
 
     def _checked_prompt(self, prompt: str) -> str:
-        """The prompt with <patch_index_44> spelled out as <patch_index_0044>."""
+        """The prompt with <patch_index_44> spelled out as <patch_index_0044>.
+
+        ValueError for invalid location tokens, </image>, and phrases inside phrases.
+        """
         if IMAGE_CLOSE in prompt:
             raise ValueError(
                 f"write {IMAGE_OPEN} where an image belongs; {IMAGE_CLOSE} is added automatically"
@@ -527,10 +530,10 @@ def open_sentencepiece(model_file: str | Path) -> sentencepiece.SentencePiecePro
 
 
 def insert_boxes(text: str, boxes, grid: int = GRID) -> str:
-    """Insert boxes behind the phrases of a tagged text.
+    """Insert the boxes of each phrase of a tagged text after it.
 
     boxes has one entry for each <phrase>...</phrase>: None, two location indices, four floats in
-    0..1, or a list of those. ValueError for another number or form of entries.
+    0..1, or a list of those. ValueError for the wrong number of entries or a wrong entry.
     """
     phrases = list(re.finditer(r"<phrase>.+?</phrase>", text, re.DOTALL))
     if len(phrases) != len(boxes):

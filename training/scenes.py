@@ -320,7 +320,7 @@ def joint(groups: list[list[Thing]], i: int, detailed: bool) -> str:
 
 
 def relation(a: Thing, b: Thing) -> str:
-    """How thing a lies to thing b, which is not left of it: above, below, next to or left of it."""
+    """Where `a` is relative to `b`, which is not left of it: above, below, next to or left of it."""
     across = b.center[0] - a.center[0]
     down = b.center[1] - a.center[1]
     if abs(down) > across:
