@@ -55,8 +55,9 @@ torch.testing.assert_close(embedded, expected, rtol=1e-4, atol=1e-4)
 print(f"{3 * P * P} numbers in, {E} out")
 
 # %% [markdown]
-# Which patterns of length one give the longest embeddings? The right singular vectors of the matrix, in order: the
-# first has the longest embedding of all, the second the longest of those orthogonal to the first, and so on. The figure shows the first 16, each scaled to its own minimum and maximum, with its singular value above.
+# Which patches of length one have the longest embeddings? They are the right singular vectors of the matrix, in
+# order: the first has the longest embedding of all, the second the longest of those orthogonal to the first, and so
+# on. The figure shows the first 16, each scaled to its own minimum and maximum, with its singular value above.
 
 # %%
 _, sizes, directions = torch.linalg.svd(matrix, full_matrices=False)
@@ -75,8 +76,8 @@ show(fig, f"16 small color images of {P} by {P} pixels, ordered by singular valu
 # A learned vector that belongs to no patch, [CLS], is put in front of the patches. CLIP uses only its output, to
 # describe the whole image. Kosmos-2 passes on *all* N = G² + 1 positions: 16² + 1 = 257 in the published model.
 #
-# Attention ignores the order of its inputs, so a learned position vector is added to [CLS] and to each patch. As in CLIP, but not in
-# most ViTs, one more LayerNorm follows before the first block.
+# Attention ignores the order of its inputs, so a learned position vector is added to [CLS] and to each patch. As in
+# CLIP, but not in most ViTs, one more LayerNorm follows before the first block.
 
 # %%
 x = torch.cat([vit.class_embedding.view(1, 1, E), embedded], dim=1) + vit.position_embedding
@@ -147,9 +148,9 @@ print(f"QuickGELU and GELU differ by up to {difference:.3f}")
 # %% [markdown]
 # ## The whole ViT, and its last step
 #
-# After the last block comes a LayerNorm. Then each position is divided by its length, which CLIP does not do at this
-# point. Features of unit length have values of about 1/√E, so the layer that follows must expect small inputs:
-# notebook 2 shows what happens if it does not.
+# After the last block comes a LayerNorm. Then each position is divided by its length. (CLIP does this only to its
+# final output, the projected [CLS].) Features of unit length have values of about 1/√E, so the layer that follows
+# must expect small inputs: notebook 2 shows what happens if it does not.
 
 # %%
 with record(model) as seen:

@@ -66,8 +66,8 @@ torch.testing.assert_close(by_hand, expected, rtol=1e-4, atol=1e-4)
 # ## What the latents attend to
 #
 # The figure shows the attention weights on the patches, for each head of five latents: those with the largest
-# weights. [CLS] and the latents are not shown. Each panel is scaled to its own maximum. Do the latents divide the image
-# among themselves, or does each attend to the things in it?
+# weights. [CLS] and the latents are not shown. Each panel is scaled to its own maximum. Do the latents divide the
+# image among themselves, or does each attend to the things in it?
 
 # %%
 grid = config.vision.grid
@@ -145,10 +145,10 @@ torch.testing.assert_close(shuffled, resampler(features), rtol=1e-4, atol=1e-4)
 # %% [markdown]
 # ## Why unit length matters: models that ignore the image
 #
-# Features have unit length, so their values are about 1/√E. The latents start with standard deviation one, in
-# the published model as well. If `dense` starts with small weights (0.02 in transformers, 1/√E as a usual rule),
-# the embeddings of different images are more alike, for 0.02 nearly the same. We measure this on untrained models: how far are the embeddings
-# of eight images from their mean? And what if the latents start small, too?
+# Features have unit length, so their values are about 1/√E. The latents start with standard deviation one, in the
+# published model as well. If `dense` starts with small weights (0.02 in transformers, 1/√E as a usual rule), the
+# embeddings of different images become more alike; at 0.02 they are nearly identical. We measure this on untrained
+# models: how far are the embeddings of eight images from their mean? And what if the latents start small, too?
 
 # %%
 images = preprocess_images([Scene.random(s).draw() for s in range(8)], config.vision.image_size)

@@ -121,9 +121,9 @@ print(causal_mask(2, 5).int())
 # %% [markdown]
 # ## One block, with sub-LN
 #
-# In a plain pre-norm block, nothing limits the scale of what a layer adds to the residual stream. MAGNETO (arXiv
-# 2210.06423) adds a LayerNorm before the last projection of each branch: after the heads are concatenated, and in
-# the MLP *after* the activation. The decoder has sub-LN in every block, the ViT nowhere.
+# MAGNETO (arXiv 2210.06423) adds a LayerNorm before the last projection of each branch: after the heads are
+# concatenated, and in the MLP *after* the activation. So the inputs of both last projections have the same scale in
+# every block, which makes training deep decoders more stable. The decoder has sub-LN in every block, the ViT nowhere.
 
 # %%
 block = decoder.layers[0]

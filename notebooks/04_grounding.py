@@ -29,8 +29,8 @@ pixels = preprocess_image(image, model.config.vision.image_size)[None]
 #
 # Control tokens (`<s>`, `<pad>`, `</s>`, `<unk>`), sentencepiece pieces, eleven tags, and one location token for
 # each of the 32 x 32 cells. The published model has 63,997 pieces, and its first location token has the id 64,013.
-# Not all tags are for boxes: `</doc>`, `</chunk>` and `</line>` are for longer documents, and `<mask>` comes from
-# fairseq.
+# Not all tags are for boxes: `</doc>`, `</chunk>` and `</line>` are for longer documents. `<mask>`, one more control
+# token, comes from fairseq.
 
 # %%
 first = tokenizer.first_location

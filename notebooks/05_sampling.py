@@ -1,7 +1,8 @@
 # %% [markdown]
 # # 5. Generation: cache, sampling and constraints
 #
-# The decoder returns a distribution over the next token. This notebook covers how they are turned into text: the cache, padding, sampling, beams, constraints on the output, and guessing ahead. (Reading time: 35
+# At each step, the decoder returns a distribution over the next token. This notebook covers how these distributions
+# become text: the cache, padding, sampling, beams, constraints on the output, and guessing ahead. (Reading time: 35
 # minutes.)
 
 # %%
@@ -236,7 +237,8 @@ for name, options in (
 # The most likely text does not have to begin with the most likely token. Beam search keeps the K best sequences so
 # far. Finished texts of different lengths are compared by the mean log-probability of their tokens. A prompt is done
 # when K texts have ended and the best unfinished one is no better than the worst of these. This takes K times the
-# arithmetic and K times the cache, but each step still reads the weights only once.
+# arithmetic and K times the cache, but each step still reads the weights only once. (It takes
+# the most likely tokens and cannot be combined with a temperature.)
 
 # %%
 rows = []
@@ -254,8 +256,8 @@ table(rows, ("beams", "tokens", "mean log-probability"))
 # ## N-gram blocking
 #
 # The published model is run with 3-gram blocking: no three tokens in a row may occur twice, prompt included. This
-# prevents loops, but also forbids correct texts. After "a red star and a red", the token that completed the earlier 3-gram
-# "a red star" is forbidden:
+# prevents loops, but also forbids correct texts. After "a red star and a red", the token that completed the earlier
+# 3-gram "a red star" is forbidden:
 
 # %%
 told = tokenizer.encode("<grounding> a red star and a red", add_bos=False)
@@ -321,10 +323,10 @@ assert ",," in tokenizer.decode(blocked)
 #
 # ## Complete boxes
 #
-# `Tokenizer.allowed_tokens` returns the tokens that keep the markup valid; generation accepts it as a constraint. It is
-# applied before n-gram blocking, and if a rule would leave no token, that rule is skipped (`mask_logits`).
-# How many tokens are allowed after each part of a link? (Cell 661 is column 21 of row 20, so the bottom-right corner
-# is in one of the 12 rows and one of the 11 columns from there on.)
+# `Tokenizer.allowed_tokens` returns the tokens that keep the markup valid; generation accepts it as a constraint. It
+# is applied before n-gram blocking, and if a rule would leave no token, that rule is skipped (`mask_logits`). How
+# many tokens are allowed after each part of a link? (Cell 661 is column 21 of row 20, so the bottom-right corner is
+# in one of the 12 rows and one of the 11 columns from there on.)
 
 # %%
 link = "<phrase> a star</phrase><object><patch_index_0661><patch_index_0927></object>"
@@ -358,7 +360,7 @@ table(rows, ("seed", "", "<object>", "</object>", "boxes parsed"))
 
 # %% [markdown]
 # Without the constraint, nothing ensures that tags come in pairs. With it, every `<object>` is closed and has at
-# least one box.
+# least one box. (A phrase may still have none: after `</phrase>`, text can follow.)
 #
 # ## Sharing the prefill of an image
 #

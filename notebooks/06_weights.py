@@ -115,8 +115,8 @@ print(list(state)[-1], "is read as", list(model.state_dict())[-1])
 # %% [markdown]
 # ## Where the parameters are
 #
-# Try to predict it: of 1.66 billion parameters, how many are in the ViT, in the embedding, in the
-# decoder? First the formula for one block: four projections and two matrices of the MLP, all with
+# Try to predict how many of the 1.66 billion parameters are in the ViT, in the embedding and in
+# the decoder. First the formula for one block: four projections and two matrices of the MLP, all with
 # biases, two norms, and with sub-LN two more.
 
 

@@ -44,7 +44,7 @@ show_image(image, "A drawing of two orange cats, a blue car, a cloud and a sun."
 
 # %%
 def ask(prompt: str, boxes=None, images=pixels) -> Answer:
-    """The text, the raw (tagged) answer and the entities."""
+    """The text, the tagged answer (without the prompt) and the entities."""
     ids, mask = tokenizer.encode_prompt(prompt, len(images), boxes)
     tokens, mask = torch.tensor([ids]), torch.tensor([mask])
     options = {"max_new_tokens": 120, "constraint": tokenizer.allowed_tokens}
@@ -216,7 +216,7 @@ assert accuracy["ground"] > 0.5 and accuracy["kind in box"] > 0.3
 assert accuracy["color of box"] >= accuracy["kind in box"]
 
 # %% [markdown]
-# Guessing one of 30 kinds would be right 3 times in 100. The color of a thing is recognized at
+# A random guess among 30 kinds is right in about 3% of the cases. The color of a thing is recognized at
 # least as often as its kind, which depends on details of the outline. (With so few examples per row,
 # small differences mean nothing.)
 #
@@ -252,5 +252,5 @@ for s, example, result in [miss for miss in misses if miss[1].task == "caption"]
 #    work?
 # 3. Which task gets worse first when images have fewer pixels (draw at 28 pixels)? Measure with
 #    `score`.
-# 4. `score` compares answers to questions letter by letter. Find a right answer that counts as a
-#    miss.
+# 4. `score` compares answers to questions letter by letter. Find a correct answer that is scored
+#    as a miss.

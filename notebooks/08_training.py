@@ -44,10 +44,10 @@ print(len(encode_record(tokenizer, record)), "tokens")
 # %% [markdown]
 # ## The objective and its mask
 #
-# The loss is the mean of -log p(next token). Only the tokens of answers contribute, not those of prompts.
-# (In the original training on GRIT, and in `Grit` of `training/data.py`, all tokens of the text contribute.) Each row has one image
-# in front and several texts about it that do not attend to each other, so the image is encoded only once. Here is a
-# part of a row with its targets. In answers, tags and location tokens count like all other tokens.
+# The loss is the mean of -log p(next token). Only the tokens of answers contribute, not those of prompts. (In the
+# original training on GRIT, and in `Grit` of `training/data.py`, all tokens of the text contribute.) Each row has
+# one image in front and several texts about it that do not attend to each other, so the image is encoded only once.
+# Here is a part of a row with its targets. In answers, tags and location tokens count like all other tokens.
 
 # %%
 source = Scenes(tokenizer, model.config, length=256, first=5)
@@ -162,8 +162,9 @@ torch.testing.assert_close(label[2:], torch.tensor(front.box))
 # ## Training for 60 steps
 #
 # We train a model with fewer layers from random weights, on texts only. There are two optimizers: Muon for the
-# matrices inside the blocks, AdamW for everything else. (Muon makes the update of a matrix orthogonal: the momentum's
-# singular values all become about one. It comes with PyTorch, as `torch.optim.Muon`.) What is learned first, the words or the locations?
+# matrices inside the blocks, AdamW for everything else. (Muon orthogonalizes the update of each matrix: it sets all
+# singular values of the momentum to about one. It comes with PyTorch, as `torch.optim.Muon`.) What is learned first,
+# the words or the locations?
 
 # %%
 text = replace(model.config.text, layers=2)
@@ -275,8 +276,8 @@ show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on
 
 # %% [markdown]
 # Every loss ends below its first value. The losses rise at step 3,000: the run was extended there, and a longer
-# schedule means a higher learning rate at the same step. `train.py` draws new scenes in each step, so these are also losses on unseen
-# data. The accuracy is measured on a few scenes only, so its curves are noisy.
+# schedule means a higher learning rate at the same step. `train.py` draws new scenes in each step, so these are also
+# losses on unseen data. The accuracy is measured on a few scenes only, so its curves are noisy.
 #
 # ## Exercises
 #

@@ -1,9 +1,10 @@
 # %% [markdown]
 # # 9. Speed: what a token costs
 #
-# How fast can a model generate on this machine? For one image at a time, each token needs every weight of the decoder
-# once, for two operations, so reading the weights takes longer than the arithmetic: memory bandwidth is the limit. We predict times
-# from that, measure them, and then make the weights smaller. (Reading time: 25 minutes.)
+# How fast can a model generate on this machine? For one image at a time, each token uses every weight of the decoder
+# once, in one multiplication and one addition, so reading the weights takes longer than the arithmetic: memory
+# bandwidth is the limit. We predict times from that, measure them, and then make the weights smaller. (Reading time:
+# 25 minutes.)
 
 # %%
 from figures import COLORS, ROOT, plt, show, table  # isort: skip
@@ -96,10 +97,10 @@ assert measured[3] < 12 * measured[0]
 assert measured[-1] > 2 * measured[3]
 
 # %% [markdown]
-# One row is below the ridge: for a decoding step for one text, the limit is memory. The measured time is
-# above the prediction, because a matmul reads memory less evenly than a sum. 16 rows take much less than 16 times as long as
-# one row, so decoding in batches pays off. With many rows, as in a prefill, arithmetic is the limit, and
-# the time grows with the number of rows.
+# One row is below the ridge: for a decoding step for one text, the limit is memory. The measured time is above the
+# prediction, because a matmul reads memory less evenly than a sum. 16 rows take much less than 16 times as long as
+# one row, so decoding in batches pays off. With many rows, as in a prefill, arithmetic is the limit, and the time
+# grows with the number of rows.
 #
 # ## A prediction for the published model
 #
@@ -214,7 +215,7 @@ assert errors["one scale for all"] > 5 * errors["one scale for each row"]
 # ## The cost on the bundled model
 #
 # By how much do the logits change, and does the caption change? (`training/evaluate.py --precision int8` compares
-# many answers.) In fp16 only the weights have 16 bits. The large matrices of the bundled model are stored in fp16,
+# many answers.) In fp16, only the weights are 16-bit. The large matrices of the bundled model are stored in fp16,
 # so only the order of sums changes there.
 
 # %%

@@ -10,7 +10,7 @@
 # | ViT | a LayerNorm before the first block | none | as in CLIP |
 # | | QuickGELU | GELU | as in CLIP, where it was cheaper |
 # | | all positions are passed on | only [CLS], or only patches | boxes need positions |
-# | | features of unit length | any length | CLIP compares normalized vectors |
+# | | features of unit length | any length | as CLIP's final output |
 # | resampler | latents among their own keys | keys from the image only | as in Flamingo; a head can ignore the image |
 # | | no norm, residual or MLP | all three | the decoder's first block follows and has them |
 # | input | image embeddings inserted before the scale | - | they are treated like tokens |
@@ -19,8 +19,8 @@
 # | | wavelengths up to 2π · 10,000 exactly | a little less | i / (D/2 - 1) instead of i / (D/2) |
 # | blocks | sub-LN | pre-norm or post-norm | stable training of deep decoders |
 #
-# Some departures in the tables below are not in this list, such as a wrong first position: they are mistakes that a port
-# could make. The helpers are in [`departures.py`](departures.py): a departure is a list of `unittest.mock.patch` objects, and
+# Not every row is measured below, and the tables also have mistakes that a port could make, such as positions from
+# 1. The helpers are in [`departures.py`](departures.py): a departure is a list of `unittest.mock.patch` objects, and
 # `Trial` runs the model on unseen scenes with them. `Scene` and the scores come from `training/`.
 
 # %%
@@ -74,9 +74,9 @@ assert certain(right.named, without_norm.named)
 assert logit_change(right, vision["ViT: GELU instead of QuickGELU"]) < 0.1
 
 # %% [markdown]
-# The first LayerNorm cannot be left out. GELU and QuickGELU are so similar that the logits hardly change. A row with a
-# large change of the logits and without a star is a model that computes something else, at no cost that 40 scenes
-# could show.
+# The first LayerNorm cannot be left out. GELU and QuickGELU are so similar that the logits hardly change. A large
+# change of the logits without a star means that the model computes something different, but 40 scenes are too few to
+# show a cost.
 #
 # ## Embeddings and positions
 #
@@ -105,7 +105,7 @@ assert logit_change(right, blocks["tanh GELU in the decoder"]) < 0.05
 # ## Some changes go unnoticed
 #
 # Every departure as a point: the change of the logits, and the cost in IoU with its standard error. Red points have a
-# star in one of the two columns, so some of them cost no IoU but names.
+# star in one of the two columns, so a red point can lose no IoU if it loses names instead.
 
 # %%
 measured = vision | inputs | blocks
@@ -126,8 +126,8 @@ print(f"{quiet} of {len(measured)} departures have no measurable cost on 40 scen
 assert quiet >= 2
 
 # %% [markdown]
-# Blue points are departures whose cost may be chance: 40 scenes cannot show them. Comparing numbers with the
-# reference finds all of them. `tests/mutations.py` applies many of them and checks that a test fails.
+# The cost of a blue point may be chance; 40 scenes cannot tell. Comparing numbers with the reference finds all of
+# them. `tests/mutations.py` applies many of them and checks that a test fails.
 #
 # These numbers show what happens when a part is removed from a model that was trained with it. Training without it is
 # another question.

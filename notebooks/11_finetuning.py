@@ -2,7 +2,7 @@
 # # 11. Fine-tuning on your own boxes
 #
 # A model can learn a new kind of thing from a file of images, captions and boxes. Here we teach the bundled model
-# ladders. For the official weights, the recipe is similar. (Reading time: 15 minutes.)
+# to recognize ladders. For the official weights, the recipe is similar. (Reading time: 15 minutes.)
 #
 # `Scene`, `article` and `overlap` come from `training/`, which draws the world that the bundled model was trained on.
 
@@ -45,8 +45,8 @@ def draw_ladder(image: Image.Image, box: tuple, rng: random.Random) -> None:
 
 # %% [markdown]
 # The caption and the boxes are written in the format of GRIT: for each phrase the range of its characters in the
-# caption (the end is exclusive), its box in 0..1, and a score (boxes with a score below 0.65 are dropped, as in the
-# original training).
+# caption (the end is exclusive), its box (x1, y1, x2, y2) in 0..1, and a score (boxes with a score below 0.65 are
+# dropped, as in the original training).
 
 
 # %%
@@ -137,7 +137,7 @@ assert before[1] == 0  # it has never seen the word
 #
 # A lower learning rate than in training (6e-4 instead of 2e-3) and few steps: the model should learn something new
 # without forgetting what it has learned. We use AdamW, because Muon, the default of `train.py`, is meant for training
-# from scratch. (The bundled model is small, so we train all of it; larger models need lower rates.)
+# from scratch. We train every part, since the model is small. Larger models need a lower learning rate.
 
 # %%
 command = f"training/train.py --checkpoint tiny --data {folder}/grit.jsonl --out {folder}/run"
@@ -172,9 +172,9 @@ for entity in answer["entities"]:
 # %% [markdown]
 # ## The official size
 #
-# The command is similar: `--checkpoint microsoft/kosmos-2-patch14-224 --lr 1e-4 --train resampler decoder`. How much
-# memory does it take? Weights and gradients are 4 bytes per parameter each, AdamW's two averages 8; parts that are
-# frozen only need the weights.
+# The README has the command; compared with this one, it has a lower learning rate and `--train resampler decoder`.
+# How much memory does it take? Weights and gradients take 4 bytes per parameter each, AdamW's two moments 8 more.
+# Frozen parts need only their weights.
 
 # %%
 with torch.device("meta"):
@@ -194,5 +194,5 @@ for trained in (["vision", "resampler", "decoder"], ["resampler", "decoder"], ["
 # ## Exercises
 #
 # 1. Train only the resampler (`--train resampler`). Can it learn the ladder? The word?
-# 2. The captions have one form. What does the fine-tuned model answer to `--task ground --text "a ladder"`?
+# 2. All captions follow one template. What does the fine-tuned model answer to `--task ground --text "a ladder"`?
 # 3. What happens to other tasks, such as counting? Measure it with `training/evaluate.py --checkpoint`.

@@ -176,7 +176,7 @@ assert 8 * (253 + 2) + 1 <= TextConfig().max_positions < 8 * (254 + 2) + 1
 # ------------------------------------------------------------------------------------------------- 3. Decoder
 
 # 3.1 Text in front of the image cannot attend to it (causal attention). What follows the image can, so the model may
-# still write a caption, but this order did not occur in training.
+# still write a caption, but no caption was in front of its image in training.
 
 # 3.2 mask[:P, :P] = True for the first P positions (a "prefix LM").
 mask = kosmos2.causal_mask(5, 5)
@@ -314,7 +314,7 @@ print(f"8.4: {sum(p.numel() for p in model.resampler.parameters()):,} parameters
 
 # ---------------------------------------------------------------------------------------------------- 9. Speed
 
-# 9.1 Four times if memory is the limit. With 16 rows, fp32 does 8 operations per byte and int8 32, because its weights
+# 9.1 Four times if memory is the limit for both. With 16 rows, fp32 does 8 operations per byte and int8 32, because its weights
 # take a quarter of the bytes. So int8 reaches the ridge with fewer rows; above it, arithmetic is the limit.
 # 9.2 Rounding errors of fp32, 6e-8 each, add as a random walk: about 6e-8 · √2048 of a typical term.
 # 9.3 A step is 127/7 = 18 times as large, and so is the error.
@@ -330,7 +330,7 @@ assert TextConfig().max_positions < 1_342_000_000 // (2 * 24 * 2048 * 4)
 # ----------------------------------------------------------------------------------------------- 10. Departures
 
 # 10.1 Positions from 1 shift all encodings by one place, and attention depends mostly on distances. Without the scale,
-# every token is several times shorter than the position that is added to it.
+# every text token is several times shorter than the position that is added to it.
 # 10.2 Scores that are √hd times as large make the softmax pick a single position. `attention_weights` in recording.py shows
 # the formula; patch `torch.nn.functional.scaled_dot_product_attention` with one that passes scale=1.
 # 10.3 Three standard errors must fit into 0.01. They shrink with the square root of the number of scenes, so with a

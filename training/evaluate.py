@@ -420,7 +420,7 @@ def print_results(model, tokenizer, chosen: Chosen, results: list[Generated], ti
         (scene, example) for scene, example in chosen if example.task in ("ground", "refer", "refer relation")
     ]
     for k, share in ranked_accuracy(model, tokenizer, phrases).items():
-        print(f"| ranked boxes of a phrase: one of the first {k} is right | {share:.3f} | {len(phrases)} |")
+        print(f"| ranked boxes of a phrase: one of the top {k} is right | {share:.3f} | {len(phrases)} |")
     for task, scores in first_scores(tokenizer, chosen, results).items():
         if not scores:
             continue
