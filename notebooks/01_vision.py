@@ -188,8 +188,8 @@ print(queries)
 
 # %% [markdown]
 # The figure shows which patches each head of the last block attends to from these patches (+). `overlay` scales each
-# panel to its own maximum, so brightness cannot be compared between panels. [CLS] is not shown. Compare the
-# columns: a query on a thing and one in the sky do not attend to the same patches.
+# panel to its own maximum, so brightness cannot be compared between panels. [CLS] is not shown. Do the heads
+# look at the neighborhood of the query, or elsewhere?
 
 # %%
 fig, axes = plt.subplots(config.heads, 3, figsize=(8, 2.6 * config.heads))

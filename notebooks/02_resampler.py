@@ -66,8 +66,7 @@ torch.testing.assert_close(by_hand, expected, rtol=1e-4, atol=1e-4)
 # ## What the latents attend to
 #
 # The figure shows the attention weights on the patches, for each head of five latents: those with the largest
-# weights. [CLS] and the latents are not shown. Each panel is scaled to its own maximum. Do the latents divide the
-# image among themselves, or does each attend to the things in it?
+# weights. [CLS] and the latents are not shown. Each panel is scaled to its own maximum.
 
 # %%
 grid = config.vision.grid
@@ -81,6 +80,15 @@ for column, latent in enumerate(chosen):
 fig.tight_layout()
 alt = "Copies of the image, one per head and latent, brighter where the attention weight is larger."
 show(fig, alt)
+
+# %% [markdown]
+# Each of these heads picks a few patches. How much of its attention on the image do the four largest weights get?
+
+# %%
+on_patches = weights[0, :, chosen, 1:N]  # (H, 5, N - 1)
+share = on_patches.topk(4).values.sum(-1) / on_patches.sum(-1)
+print(f"mean {share.mean():.2f}, an equal share would be {4 / (N - 1):.2f}")
+assert share.mean() > 0.5
 
 # %% [markdown]
 # ## The latents as keys

@@ -97,9 +97,9 @@ assert measured[3] < 12 * measured[0]
 assert measured[-1] > 2 * measured[3]
 
 # %% [markdown]
-# One row is below the ridge: for a decoding step for one text, the limit is memory. The measured time is above the
-# prediction, because a matmul reads memory less evenly than a sum. 16 rows take much less than 16 times as long as
-# one row, so decoding in batches pays off. With many rows, as in a prefill, arithmetic is the limit, and the time
+# One row is below the ridge: for a decoding step for one text, the limit is memory. (Other work on
+# the machine changes both lines from run to run.) 16 rows take much less than 16 times as long as one row, so decoding
+# in batches pays off. With many rows, as in a prefill, arithmetic is the limit, and the time
 # grows with the number of rows.
 #
 # ## A prediction for the published model
