@@ -872,11 +872,8 @@ class DecodeState:
         self.next_position = position + 1
         if not sequences:
             return
-        if self.drafted and self.drafted[0][0] == sequences[0].ids[-1]:  # the guess was correct
-            self.logits = self.drafted.pop(0)[1]
+        if self._take_guess(sequences[0].ids[-1]):
             return
-        for cache in self.caches:
-            cache.length -= len(self.drafted)  # forget the wrong guesses
         if self.pad_mask is not None:
             self.pad_mask = F.pad(self.pad_mask, (0, 1), value=False)  # (B, S)
         draft = self.guess_next()
@@ -889,6 +886,19 @@ class DecodeState:
         logits = self.model.next_logits(x)  # (B, T, V)
         self.logits = logits[:, 0]
         self.drafted = [(token, logits[:, i]) for i, token in enumerate(draft, start=1)]
+
+    def _take_guess(self, token: int) -> bool:
+        """Whether this token was guessed, so that the logits after it are known already.
+
+        If not, the guesses are wrong and leave the cache.
+        """
+        if self.drafted and self.drafted[0][0] == token:
+            self.logits = self.drafted.pop(0)[1]
+            return True
+        for cache in self.caches:
+            cache.length -= len(self.drafted)
+        self.drafted = []
+        return False
 
     def guess_next(self) -> list[int]:
         """The ids that options.draft expects next.
@@ -920,10 +930,15 @@ def decode(state: DecodeState) -> Iterator[list[int | None]]:
     cut: set[int] = set()  # prompts whose answers the length limit has cut short
     for remaining in range(options.max_new_tokens, 0, -1):
         logits = mask_logits(state.logits, state)  # (B, V)
-        uniform = torch.rand(len(logits) if generator is None else 1, generator=generator).to(logits.device)
-        tokens = sample(logits, options.temperature, options.top_k, options.top_p, uniform).tolist()
-        for i, token in enumerate(tokens):
-            tokens[i] = EOS if state.rows[i] in cut else cut_markup(state, i, token, remaining)
+        count = len(logits) if generator is None else 1  # with a seed, all rows share one number
+        uniform = torch.rand(count, generator=generator).to(logits.device)
+        sampled = sample(logits, options.temperature, options.top_k, options.top_p, uniform).tolist()
+        tokens = []
+        for i, token in enumerate(sampled):
+            if state.rows[i] in cut:
+                tokens.append(EOS)
+                continue
+            tokens.append(cut_markup(state, i, token, remaining))
             if tokens[i] != token:
                 cut.add(state.rows[i])
         sequences = state.append(list(range(len(tokens))), tokens)

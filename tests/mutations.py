@@ -58,7 +58,7 @@ MUTATIONS = [
     ("padding has positions", MODEL, "torch.ones_like(tokens) if pad_mask is None else (~pad_mask).long()", "torch.ones_like(tokens)"),
     ("positions from 1", MODEL, "FIRST_POSITION = 2", "FIRST_POSITION = 1"),
     ("wrong guesses stay in the cache", MODEL, "cache.length -= len(self.drafted)", "pass"),
-    ("a guess is accepted unseen", MODEL, "if self.drafted and self.drafted[0][0] == sequences[0].ids[-1]:", "if self.drafted:"),
+    ("a guess is accepted unseen", MODEL, "if self.drafted and self.drafted[0][0] == token:", "if self.drafted:"),
     ("the logits of a guess are those before it", MODEL, "(token, logits[:, i]) for i, token in enumerate(draft, start=1)", "(token, logits[:, i]) for i, token in enumerate(draft)"),
     ("scales of int8 checkpoints not read", LOADER, "scale = self.scales[name].read().float()", "scale = torch.ones(self.scales[name].shape) / 127"),
     ("positions do not advance while decoding", MODEL, "self.next_position = position + 1", "self.next_position = position + 0"),
