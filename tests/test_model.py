@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from kosmos2 import (
     EOS,
+    PAD,
     DecodeState,
     GenerationOptions,
     Kosmos2,
@@ -416,6 +417,16 @@ def test_config_files_that_are_none(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------- beams
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_padding_is_never_generated(small, num_beams):
+    """Not even if it is the most likely token."""
+    state = small.prefill(torch.tensor([[0, 5]]), max_new_tokens=1, num_beams=num_beams)
+    expected = int(state.logits.argmax())
+    state.logits = state.logits.clone()
+    state.logits[:, PAD] = state.logits.max() + 5
+    assert expected != PAD and finish(state)[0].ids == [expected]
 
 
 def test_beams_keep_to_a_constraint(small):
