@@ -765,8 +765,8 @@ class GenerationOptions:
     top_k: int | None = None  # sample among the k most likely tokens
     top_p: float | None = None  # sample among the most likely tokens that together reach probability p
     num_beams: int = 1  # above 1: beam search; excludes sampling
-    # Forbid any n-gram that has occurred already, in the prompt and image slots, too. The published model is used with
-    # 3 (config.text.no_repeat_ngram_size); transformers 5.23 loses that setting while loading.
+    # Forbid any n-gram that has occurred already, in the prompt and image slots, too. The published model
+    # is used with 3 (config.text.no_repeat_ngram_size); transformers 5.23 loses that setting while loading.
     no_repeat_ngram_size: int = 0
     # With a seed, all rows share one random stream, so batching does not change results. (Equal prompts
     # in a batch get equal samples.)

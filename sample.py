@@ -186,7 +186,7 @@ def add_output_options(p) -> None:
         "--output",
         type=Path,
         metavar="PATH",
-        help="where to draw the boxes: an image file, a folder or page.html (default for one image: STEM.boxes.png)",
+        help="draw the boxes: an image file, a folder or page.html (default for one image: STEM.boxes.png)",
     )
     p.add_argument("--json", action="store_true", help="print a JSON object per line instead of the text")
     p.add_argument(
@@ -512,7 +512,8 @@ class Runner:
         if len(ids) > self.longest_prompt:
             new = self.context - self.longest_prompt
             raise ValueError(
-                f"the prompt has {len(ids)} tokens; the context holds {self.context}, of which new tokens take {new}"
+                f"the prompt has {len(ids)} tokens; the context holds {self.context}, "
+                f"of which new tokens take {new}"
             )
         return ids, image_mask
 
@@ -691,7 +692,7 @@ class Results:
         self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
 
     def read(self, file: Path, prompts: set[str]) -> int:
-        """Count the finished requests in a file; returns the bytes up to the end of its last complete line."""
+        """Count the finished requests in a file; returns the bytes up to its last complete line."""
         length = 0
         for line in file.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):
@@ -706,7 +707,8 @@ class Results:
                 raise ValueError(f"{file} is not a results file: {line[:60]!r}") from None
             if request.prompt not in prompts:
                 raise ValueError(
-                    f"{file} has answers to a different prompt, {request.prompt!r}; use another --results file"
+                    f"{file} has answers to a different prompt, {request.prompt!r}; "
+                    f"use another --results file"
                 )
             if checkpoint != self.checkpoint:
                 raise ValueError(
@@ -925,7 +927,8 @@ def html_figure(image: Image.Image | None, answers: list[Answer], title: str = "
         shown_image = (
             f'<div class="kosmos2-image"><img alt="" src="data:image/jpeg;base64,{source}">{boxes}</div>'
         )
-    return f"<figure>{shown_image}<figcaption>{captions}<small>{html.escape(title)}</small></figcaption></figure>\n"
+    captions += f"<small>{html.escape(title)}</small>"
+    return f"<figure>{shown_image}<figcaption>{captions}</figcaption></figure>\n"
 
 
 class Output:

@@ -112,7 +112,8 @@ def encode_record(tokenizer: Tokenizer, record: dict) -> list[int]:
 
     The caption is tokenized once, as a whole. The boundaries of a phrase are found by counting the
     pieces of the text before its start and before its end, so a phrase consists of whole pieces: in
-    "a 50% sale" the span "a 50" takes the piece "50%". Tags that stand literally in the caption are ordinary text.
+    "a 50% sale" the span "a 50" takes the piece "50%". Tags that stand literally in the caption are
+    ordinary text.
     """
     spans = read_spans(record)
     caption = record["caption"]

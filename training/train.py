@@ -195,8 +195,9 @@ def recompute_activations(model: Kosmos2) -> None:
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
     """Linear warm-up, a constant rate, and over the last 60 % of the steps a linear decay to zero.
 
-    In a short run, the decay begins before the warm-up ends: the rate is the lower of both. A run with more steps has the same rates until the shorter one begins to decay. To extend a run,
-    keep a copy of checkpoint.pt from before the decay, and rerun from it with more steps.
+    In a short run, the decay begins before the warm-up ends: the rate is the lower of both. A run
+    with more steps has the same rates until the shorter one begins to decay. To extend a run, keep
+    a copy of checkpoint.pt from before the decay, and rerun from it with more steps.
     """
     rising = (step + 1) / warmup
     falling = (steps - step) / (0.6 * steps)
