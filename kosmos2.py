@@ -774,7 +774,7 @@ class GenerationOptions:
     constraint: Constraint | None = None  # such as Tokenizer.allowed_tokens, which keeps boxes complete
     # Ids so far -> ids that probably follow, such as Tokenizer.likely_next. They are run in the same pass
     # as the last token, which costs little where reading the weights is the limit. A correct guess saves
-    # a pass; the result stays the same. Used while the batch has one sequence, not in beam search.
+    # a pass; the result stays the same. Used for one sequence without padding, not in beam search.
     draft: Callable[[list[int]], list[int]] | None = None
 
     def __post_init__(self):
@@ -832,7 +832,7 @@ class DecodeState:
     logits: Tensor  # (B, V)
     rows: list[int] = field(init=False)
     sequences: list[Generated] = field(init=False)
-    results: list[Generated] = field(init=False)  # what `decode` has generated for each prompt
+    results: list[Generated] = field(init=False)  # what has been generated for each prompt
     # Guesses that have been run already: each id, and the logits (1, V) of what follows it.
     drafted: list[tuple[int, Tensor]] = field(default_factory=list)
 
@@ -1062,10 +1062,11 @@ def beam_search(state: DecodeState) -> list[Generated]:
 
     The score of a finished sequence is the mean log-probability of its new tokens. A prompt is done
     when it has num_beams finished sequences and its best unfinished one scores no better than the
-    worst of them. A state can be used only once: ValueError if it has new tokens.
+    worst of them. As with `decode`, a state can be searched only once; `state.results` keeps the
+    result.
     """
-    if any(sequence.ids for sequence in state.sequences):
-        raise ValueError("this state has been decoded already; call prefill again")
+    if any(result.ids for result in state.results):
+        return state.results
     num_beams = state.options.num_beams
     limit = state.options.max_new_tokens
     totals = torch.zeros(len(state.rows))  # summed log-probability of every sequence
@@ -1090,7 +1091,8 @@ def beam_search(state: DecodeState) -> list[Generated]:
         sequences = state.append(parents, [token for _, _, token in kept])
         totals = torch.tensor([score for score, _, _ in kept])
         state.step(parents, sequences)
-    return [found[0][1] if found else Generated() for found in finished]
+    state.results = [found[0][1] if found else Generated() for found in finished]
+    return state.results
 
 
 def best_continuations(state: DecodeState, scores: Tensor, beams: list[int], remaining: int):

@@ -454,7 +454,7 @@ class Tokenizer:
         room to close it. Has no effect on output that is already valid.
         """
         begin = self.special_ids["<s>"]
-        before_last, last = [begin, begin, *ids][-2:]
+        before_last, last = [begin, begin, *ids[-2:]][-2:]
         opens_box = last in (self.special_ids["<object>"], self.special_ids[DELIMITER])
         if opens_box or self.location_index(last) is not None:
             return self._allowed_in_object(before_last, last, remaining)

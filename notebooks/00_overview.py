@@ -8,10 +8,10 @@
 # ![The parts of Kosmos-2: vision transformer, resampler, the row of tokens with its image slots, the decoder and the choice of the next token](overview.svg)
 #
 # (The sizes in the diagram are those of the published model.) The notebooks use the real architecture with the
-# bundled weights: a small model trained on drawings. Only the sizes, the vocabulary and whether repeated n-grams are
-# blocked (notebook 5) differ from the published model, and the code takes them from the checkpoint. `figures.py`,
-# next to the notebooks, has the helpers for figures and tables, and it puts the project's modules on the import
-# path.
+# bundled weights: a small model trained on drawings. It differs from the published model only in its sizes, its
+# vocabulary and its setting for n-gram blocking (notebook 5), all of which the code reads from the checkpoint.
+# `figures.py`, next to the notebooks, has the helpers for figures and tables, and it puts the project's modules on
+# the import path.
 
 # %%
 from figures import ROOT, plt, reference, show, show_answers, show_image, table  # isort: skip

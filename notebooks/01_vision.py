@@ -188,8 +188,7 @@ print(queries)
 
 # %% [markdown]
 # The figure shows which patches each head of the last block attends to from these patches (+). `overlay` scales each
-# panel to its own maximum, so brightness cannot be compared between panels. [CLS] is not shown. Do the heads
-# look at the neighborhood of the query, or elsewhere?
+# panel to its own maximum, so brightness cannot be compared between panels. [CLS] is not shown.
 
 # %%
 fig, axes = plt.subplots(config.heads, 3, figsize=(8, 2.6 * config.heads))
@@ -204,6 +203,16 @@ for column, (where, (row, col)) in enumerate(queries.items()):
 fig.tight_layout()
 alt = "Copies of the image, one per head and query, brighter where the attention weight is larger."
 show(fig, alt)
+
+# %% [markdown]
+# Each panel has a few bright spots. How much of the attention on the patches does a tenth of them get?
+
+# %%
+query_rows = [1 + row * G + col for row, col in queries.values()]
+to_patches = weights[:, query_rows, 1:]  # (H, 3, G²)
+share = to_patches.topk(G * G // 10).values.sum(-1) / to_patches.sum(-1)
+print(f"mean over heads and queries: {share.mean():.2f}")
+assert share.mean() > 0.5
 
 # %% [markdown]
 # ## Counting

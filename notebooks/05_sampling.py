@@ -318,8 +318,8 @@ assert ",," in tokenizer.decode(blocked)
 # %% [markdown]
 # Both texts are the same up to the first repeated 3-gram. There the rule forces another token, and everything after
 # it depends on that token; here, a comma is doubled. The config of the bundled model
-# turns the rule off; `sample.py` uses the setting of the checkpoint (for `--task context`, whose prompt repeats
-# itself, never).
+# turns the rule off; `sample.py` uses the checkpoint's setting, except for `--task context`, where the rule is off
+# because the prompt repeats itself.
 #
 # ## Complete boxes
 #

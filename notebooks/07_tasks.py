@@ -118,8 +118,8 @@ table(rows, ("thing", "expression for its box", "fits only this", "IoU of its bo
 
 # %% [markdown]
 # The cats have the same name, so a good expression for them needs a relation ("the cat left of
-# ..."). Where the third column is "no", the expression fits several things, so the IoU in the last
-# column says nothing.
+# ..."). Where the third column is "no", the expression fits several things, and the box may be on
+# another one.
 #
 # ## Ranked boxes
 #
@@ -145,8 +145,9 @@ assert ranked == sorted(ranked, reverse=True)
 
 # %% [markdown]
 # The score is the square root of the product of both probabilities, so it can be read like the
-# score of a generated box. The list is sorted by it. It does not end where the right boxes end:
-# boxes with scores far below the others are usually wrong.
+# score of a generated box. The list is sorted by it. It does not end where the right boxes end,
+# and no threshold on the score finds that point: right boxes share the probability of the first token,
+# so the second cat has a much lower score than the first.
 #
 # ## Few-shot prompts
 #
@@ -197,7 +198,8 @@ for task in sorted(one_each):
     print(f"{task:20}{strip_tags(example.prompt)} ...{strip_tags(example.answer)}"[:99])
 
 # %% [markdown]
-# `score` returns a hit or a miss for an answer; for captions, one for each thing in the scene.
+# `score` returns a hit or a miss for an answer; for captions, one for each thing in the scene, and
+# for phrases that fit several things, one for each of these.
 # Boxes must overlap the right one with IoU 0.5 or more. Phrases for absent things ("ground absent")
 # have no right answer and are left out.
 
@@ -216,7 +218,7 @@ assert accuracy["ground"] > 0.5 and accuracy["kind in box"] > 0.3
 assert accuracy["color of box"] >= accuracy["kind in box"]
 
 # %% [markdown]
-# A random guess among 30 kinds is right in about 3% of the cases. The color of a thing is recognized at
+# A random guess among 30 kinds is right about 3% of the time. The color of a thing is recognized at
 # least as often as its kind, which depends on details of the outline. (With so few examples per row,
 # small differences mean nothing.)
 #

@@ -70,9 +70,10 @@ texts_in_row = set(row.texts) - {0}  # 0 is the image
 print(f"{len(row.tokens)} tokens, {len(texts_in_row)} texts, {counted} targets")
 
 # %% [markdown]
-# The attention mask: each text attends to the image and to its own earlier tokens. The position ids of each text
-# continue from the image, as if it were the only text. (There are two exceptions: a few-shot text brings a second
-# image among its own tokens, and a text without an image, number -1, attends only to itself.)
+# The attention mask: each token attends to the image, to itself and to the earlier tokens of its text. The position
+# ids of each text continue from the image, as if it were the only text. (There are two exceptions: a few-shot text
+# brings a second image among its own tokens, and texts without an image, numbered -1, -2, ..., attend only to
+# themselves.)
 
 # %%
 texts = torch.tensor(row.texts)
@@ -241,8 +242,8 @@ assert abs(increase["after 60 steps"]) < 0.2 and increase["bundled model"] > 0.5
 #
 # ## The bundled model
 #
-# The log of the run that made it, one JSON object per line. Lines of the first steps, in which only the ViT is
-# trained, have no `words` and `locations`; the [model card](../tiny/README.md) has the details of the run. How do
+# The log of the run that made it, one JSON object per line. The first steps train only the ViT, so their lines
+# have no `words` or `locations`; the [model card](../tiny/README.md) has the details of the run. How do
 # the losses and the accuracy develop?
 
 # %%

@@ -97,10 +97,10 @@ assert measured[3] < 12 * measured[0]
 assert measured[-1] > 2 * measured[3]
 
 # %% [markdown]
-# One row is below the ridge: for a decoding step for one text, the limit is memory. (Other work on
-# the machine changes both lines from run to run.) 16 rows take much less than 16 times as long as one row, so decoding
-# in batches pays off. With many rows, as in a prefill, arithmetic is the limit, and the time
-# grows with the number of rows.
+# One row is below the ridge: for a decoding step for one text, the limit is memory. (Other work on the machine
+# changes both lines from run to run.) 16 rows take much less than 16 times as long as one row, so decoding in
+# batches pays off. With many rows, as in a prefill, arithmetic is the limit, and the time grows with the number of
+# rows.
 #
 # ## A prediction for the published model
 #
@@ -141,8 +141,7 @@ for name, took in times.items():
 table(rows, ("one row", "per layer", "weights read"))
 
 # %% [markdown]
-# How much faster `multi_core_linear` is depends on the number of cores, and on what share of the memory bandwidth a
-# single one of them can use.
+# The speedup depends on the number of cores and on how much of the memory bandwidth one core can use.
 #
 # ## int8, step by step
 #
@@ -215,8 +214,8 @@ assert errors["one scale for all"] > 5 * errors["one scale for each row"]
 # ## The cost on the bundled model
 #
 # By how much do the logits change, and does the caption change? (`training/evaluate.py --precision int8` compares
-# many answers.) In fp16, only the weights are 16-bit. The large matrices of the bundled model are stored in fp16,
-# so only the order of sums changes there.
+# many answers.) In fp16, only the weights are 16-bit (on a CPU). The large matrices of the bundled model are stored
+# in fp16, so only the order of sums changes there.
 
 # %%
 image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")

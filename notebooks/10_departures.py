@@ -74,9 +74,9 @@ assert certain(right.named, without_norm.named)
 assert logit_change(right, vision["ViT: GELU instead of QuickGELU"]) < 0.1
 
 # %% [markdown]
-# The first LayerNorm cannot be left out. GELU and QuickGELU are so similar that the logits hardly change. A large
-# change of the logits without a star means that the model computes something different, but 40 scenes are too few to
-# show a cost.
+# The first LayerNorm cannot be left out. GELU and QuickGELU are so similar that the logits hardly change. If the
+# logits change a lot but there is no star, the model computes something different, but 40 scenes are too few to show
+# a cost.
 #
 # ## Embeddings and positions
 #

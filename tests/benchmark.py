@@ -4,10 +4,10 @@
     python tests/benchmark.py CHECKPOINT --openvino      OpenVINO with 8- and 4-bit weights
 
 CHECKPOINT is a folder in the published layout with the published sizes: the real weights, or random
-ones, `save_checkpoint(Kosmos2(Kosmos2Config()), "sentencepiece.bpe.model", FOLDER)`. The implementations alternate in one process, each warmed up, and the table has the medians of
-all rounds; ratios are reliable, single times only on an idle machine. Takes about 15 minutes and 16
-GB of memory; needs transformers, or for --openvino the packages openvino and nncf
-(openvino_peer.py).
+ones, `save_checkpoint(Kosmos2(Kosmos2Config()), "sentencepiece.bpe.model", FOLDER)`. The
+implementations alternate in one process, each warmed up, and the table has the medians of all
+rounds; ratios are reliable, single times only on an idle machine. Takes about 15 minutes and 16 GB
+of memory; needs transformers, or for --openvino the packages openvino and nncf (openvino_peer.py).
 """
 
 import argparse

@@ -470,7 +470,10 @@ def test_size_and_files():
 def test_accuracy_on_unseen_scenes(tiny):
     """A small sample of what training/evaluate.py measures, with bounds for a sample of 60 scenes."""
     model, tokenizer = tiny
-    found = evaluate(model, tokenizer, 60, HELD_OUT + 10_000, only={"caption", "ground", "count"})
+    found = evaluate(
+        model, tokenizer, 60, HELD_OUT + 10_000, only={"caption", "ground", "refer relation", "count"}
+    )
+    assert found["refer relation"][0] > 0.9
     assert found["ground"][0] > 0.93 and found["caption"][0] > 0.92 and found["count"][0] > 0.85
 
 

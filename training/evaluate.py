@@ -1,4 +1,6 @@
-"""Score a model on scenes it never saw, task by task, with the metrics of the paper.
+"""Score a model on scenes it never saw, task by task.
+
+Grounding and referring expression comprehension have the metric of the paper.
 
     python training/evaluate.py [--checkpoint tiny] [--scenes 500] [--calibration PNG]
     python training/evaluate.py --precision int8          compare fp32 with a lower precision

@@ -504,20 +504,20 @@ def resolve(expression: str, scene: Scene) -> list[Thing] | None:
     """
     words = expression.lower().strip(" .")
     anchor = None
-    relation = re.search(f" ({'|'.join(SIDES)}) ", words)
-    if relation is not None:
-        anchors = resolve(words[relation.end() :], scene)
+    match = re.search(f" ({'|'.join(SIDES)}) ", words)
+    if match is not None:
+        anchors = resolve(words[match.end() :], scene)
         if not anchors or len(anchors) != 1:
             return None
         anchor = anchors[0]
-        words = words[: relation.start()]
+        words = words[: match.start()]
     understood = read_words(words)
     if understood is None:
         return None
     number, meaning = understood
     found = scene.find(**meaning)
     if anchor is not None:
-        side = relation.group(1)
+        side = match.group(1)
         sides = [(thing, thing.side_of(side, anchor)) for thing in found if thing is not anchor]
         if any(answer is None for _, answer in sides):
             return None

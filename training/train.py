@@ -464,7 +464,7 @@ def draw_curves(log: list[dict], path: Path) -> None:
     fig.savefig(path, dpi=110)
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "tiny", help="folder of the run")
     p.add_argument("--checkpoint", help="fine-tune these weights (anything that load_weights.py reads)")
@@ -477,6 +477,20 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PART",
         help=f"what to train, of {', '.join(PARTS)} (default: all)",
     )
+    p.add_argument("--log-every", type=positive_int, default=20, metavar="STEPS", help="log the losses")
+    p.add_argument(
+        "--save-every",
+        type=positive_int,
+        default=250,
+        metavar="STEPS",
+        help="write checkpoint.pt this often; every fourth time, also measure accuracy on scenes",
+    )
+    p.add_argument("--scenes", type=positive_int, default=40, help="held-out scenes to measure on")
+    add_optimization_options(p.add_argument_group("optimization"))
+    return p
+
+
+def add_optimization_options(p) -> None:
     p.add_argument(
         "--vision-steps",
         type=int,
@@ -486,11 +500,7 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--steps", type=int, default=6000, help="steps of the whole model")
     p.add_argument("--batch", type=positive_int, default=32, help="images per step, over all processes")
     p.add_argument(
-        "--accumulate",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="compute the batch of a step in N parts",
+        "--accumulate", type=positive_int, default=1, metavar="N", help="split each batch into N parts"
     )
     p.add_argument("--length", type=positive_int, default=256, help="tokens per row of scenes")
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
@@ -506,19 +516,10 @@ def parse_arguments() -> argparse.Namespace:
         choices=range(10),
         help="random seed of the initial weights and the order of the data",
     )
-    p.add_argument(
-        "--log-every", type=positive_int, default=20, metavar="STEPS", help="log the losses this often"
-    )
-    p.add_argument(
-        "--save-every",
-        type=positive_int,
-        default=250,
-        metavar="STEPS",
-        help="write checkpoint.pt this often; every fourth time, also measure accuracy on scenes",
-    )
-    p.add_argument(
-        "--scenes", type=positive_int, default=40, help="held-out scenes to measure on while training"
-    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    p = make_parser()
     args = p.parse_args()
     if args.steps < 0 or args.vision_steps < 0:
         p.error("--steps and --vision-steps must not be negative")
