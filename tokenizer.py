@@ -349,7 +349,9 @@ class Tokenizer:
         if tags == 0 and num_images == 1:
             prompt = IMAGE_OPEN + prompt
         elif tags != num_images:
-            raise ValueError(f"the prompt has {tags} {IMAGE_OPEN} tags but {num_images} images were given")
+            raise ValueError(
+                f"the prompt has {tags} {IMAGE_OPEN} tags, but the number of images is {num_images}"
+            )
         ids: list[int] = []
         image_mask: list[bool] = []
         for i in self.encode(prompt.strip(), boxes):

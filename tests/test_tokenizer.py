@@ -165,7 +165,7 @@ def test_a_prompt_with_an_image(official, tokenizer):
 @pytest.mark.parametrize(
     ("prompt", "images", "words"),
     [
-        ("<image> a", 2, "2 images were given"),
+        ("<image> a", 2, "number of images is 2"),
         ("<image><image>", 1, "2 <image> tags"),
         ("a", 2, "0 <image> tags"),
         ("<image>a</image>", 1, "added"),
