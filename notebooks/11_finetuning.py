@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 11. Fine-tuning on your own boxes
 #
-# A model can learn a new kind of thing from a file of images, captions and boxes. Here we teach the bundled model
-# to recognize ladders. For the official weights, the recipe is similar. (Reading time: 15 minutes.)
+# A model can learn a new kind of thing from a file of images, captions and boxes. Here we teach the bundled model to
+# recognize ladders. For the official weights, the recipe is similar. (Reading time: 15 minutes.)
 #
 # `Scene`, `article` and `overlap` come from `training/`, which draws the world that the bundled model was trained on.
 
@@ -172,9 +172,9 @@ for entity in answer["entities"]:
 # %% [markdown]
 # ## The official size
 #
-# The README has the command; compared with this one, it has a lower learning rate and `--train resampler decoder`.
-# How much memory does it take? Weights and gradients take 4 bytes per parameter each, AdamW's two moments 8 more.
-# Frozen parts need only their weights.
+# [`training/README.md`](../training/README.md) has the command; compared with this one, it has a lower learning rate
+# and `--train resampler decoder`. How much memory does it take? Weights and gradients take 4 bytes per parameter
+# each, AdamW's two moments 8 more. Frozen parts need only their weights.
 
 # %%
 with torch.device("meta"):
@@ -187,9 +187,9 @@ for trained in (["vision", "resampler", "decoder"], ["resampler", "decoder"], ["
 
 # %% [markdown]
 # Activations need additional memory; `--recompute` keeps only those between blocks, and `--accumulate` computes a
-# batch in parts. With a few hundred images, freeze the ViT (`--train resampler decoder`): it was pretrained on
-# far more images than you have. For a new kind of image, such as X-rays, train it as well. Measure the old abilities
-# as well as the new one on held-out images, as above.
+# batch in parts. With a few hundred images, freeze the ViT (`--train resampler decoder`): it was pretrained on far
+# more images than you have, and the released training code of Kosmos-2 freezes it, too. For a new kind of image, such
+# as X-rays, train it as well. Measure the old abilities as well as the new one on held-out images, as above.
 #
 # ## Exercises
 #

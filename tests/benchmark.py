@@ -11,8 +11,8 @@ of memory; needs transformers, or for --openvino the packages openvino and nncf 
 """
 
 import argparse
+import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -187,15 +187,19 @@ def logits_error(reference: Reference, side: Ours) -> float:
 
 
 def whole_process(*arguments: str) -> tuple[float, float]:
-    """(seconds, peak GB so far of all such processes) of a Python process."""
-    took = seconds(
-        lambda: subprocess.run(
-            [sys.executable, *arguments], check=True, capture_output=True, cwd=tempfile.gettempdir()
-        )
+    """(seconds, peak GB) of a Python process."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=tempfile.gettempdir(),
     )
-    return took, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (
-        2**30 if sys.platform == "darwin" else 2**20
-    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{' '.join(arguments)} failed")
+    units = 1e9 if sys.platform == "darwin" else 1e9 / 1024  # ru_maxrss is in bytes or KiB
+    return time.perf_counter() - start, usage.ru_maxrss / units
 
 
 def print_table(sides: dict[str, float], times: dict, weights: int) -> None:
@@ -231,14 +235,18 @@ def measure_start(checkpoint: str) -> list[str]:
     read = min(
         seconds(lambda: [float(s.read().sum()) for s in stored]) for _ in range(2)
     )  # from the page cache
-    one_token = ["--precision", "int8", "--json", "--max-new-tokens", "1"]
-    start, peak = whole_process(script, "--checkpoint", checkpoint, *one_token)
+    one_token = ["--json", "--max-new-tokens", "1", "--precision"]
+    memory = []
+    for precision in ("fp32", "bf16", "fp16", "int8"):
+        start, peak = whole_process(script, "--checkpoint", checkpoint, *one_token, precision)
+        memory.append(f"{precision} {peak:.1f} GB")
     with tempfile.TemporaryDirectory(dir=Path(checkpoint).parent) as folder:
         save = ["--save", folder, "--precision", "int8"]
         whole_process(str(ROOT / "load_weights.py"), checkpoint, *save)
-        start_int8, _ = whole_process(script, "--checkpoint", folder, *one_token)
+        start_int8, peak = whole_process(script, "--checkpoint", folder, *one_token, "int8")
     return [
-        f"a complete int8 run of sample.py: peak memory {peak:.2f} GB; first token after {start:.1f} s, "
+        f"peak memory of sample.py: {', '.join(memory)}, from an int8 checkpoint {peak:.1f} GB",
+        f"a complete int8 run of sample.py: first token after {start:.1f} s, "
         f"of which reading the weights once {read:.1f} s, importing torch {imports:.1f} s; "
         f"from an int8 checkpoint after {start_int8:.1f} s",
         f"python sample.py with the bundled model: {bundled:.1f} s",

@@ -13,7 +13,10 @@ import sample as script
 from tokenizer import PROMPTS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "tiny/README.md")}
+PAGES = {
+    page: (ROOT / page).read_text(encoding="utf-8")
+    for page in ("README.md", "tiny/README.md", "training/README.md")
+}
 
 
 @pytest.mark.parametrize("page", PAGES)
