@@ -534,7 +534,8 @@ class Decoder(nn.Module):
         the scale of the position encodings. Image embeddings are inserted before, so they are scaled
         and given positions like any token.
         """
-        x = x * math.sqrt(x.shape[-1]) + sinusoidal_positions(positions, x.shape[-1]).to(x.dtype)
+        D = x.shape[-1]
+        x = x * math.sqrt(D) + sinusoidal_positions(positions, D).to(x.dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, cache=caches[i] if caches else None)
         return self.layer_norm(x)
@@ -635,7 +636,7 @@ class Kosmos2(nn.Module):
         V = self.config.text.vocab_size
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens: expected (B, T) with T >= 1, got {tuple(tokens.shape)}")
-        if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < V):
+        if tokens.numel() and (tokens.min() < 0 or tokens.max() >= V):
             raise ValueError(f"token ids must be in 0..{V - 1}; is this the tokenizer of another checkpoint?")
 
     def _check_slots(self, image_embeds: Tensor | None, image_mask: Tensor | None) -> None:
@@ -727,8 +728,9 @@ class Kosmos2(nn.Module):
         if prefix is not None:
             prompts = [prefix.prompts[0] + prompt for prompt in prompts]
             for cache, shared in zip(caches, prefix.caches, strict=True):
-                keys, values = shared.keys[:, :, :past], shared.values[:, :, :past]
-                cache.append(keys.expand(B, -1, -1, -1), values.expand(B, -1, -1, -1))
+                keys = shared.keys[:, :, :past].expand(B, -1, -1, -1)
+                values = shared.values[:, :, :past].expand(B, -1, -1, -1)
+                cache.append(keys, values)
 
         x = self.decoder(x, positions, causal_mask(T, past + T, pad_mask, x.device), caches)  # (B, T, D)
         next_position = positions[:, -1:] + 1  # (B, 1)
@@ -795,7 +797,8 @@ class GenerationOptions:
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number above 0 and at most 1, got {self.top_p!r}")
-        if self.seed is not None and (type(self.seed) is not int or not -(2**63) <= self.seed < 2**64):
+        fits = type(self.seed) is int and -(2**63) <= self.seed < 2**64
+        if self.seed is not None and not fits:
             raise ValueError(f"seed: expected an integer of at most 64 bits, got {self.seed!r}")
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError("beam search does not sample; use temperature 0 or num_beams 1")
@@ -845,11 +848,18 @@ class DecodeState:
         """Whether other prompts can continue from here: see `Kosmos2.prefill`."""
         return len(self.rows) == 1 and self.pad_mask is None and not self.sequences[0].ids
 
+    def all_ids(self, i: int) -> list[int]:
+        """The ids of sequence i, those of its prompt included."""
+        return self.prompts[self.rows[i]] + self.sequences[i].ids
+
     def append(self, parents: list[int], tokens: list[int]) -> list[Generated]:
         """The sequences `parents`, each with one more token."""
         logits = self.logits[parents, tokens]  # (len(parents),)
         probabilities = (logits - self.logits.logsumexp(dim=-1)[parents]).exp().tolist()
-        return [self.sequences[i].plus(t, p) for i, t, p in zip(parents, tokens, probabilities, strict=True)]
+        longer = []
+        for i, token, probability in zip(parents, tokens, probabilities, strict=True):
+            longer.append(self.sequences[i].plus(token, probability))
+        return longer
 
     def step(self, parents: list[int], sequences: list[Generated]) -> None:
         """Continue with these sequences only, made by `append`: run their last tokens through the
@@ -912,7 +922,7 @@ class DecodeState:
             return []
         cache = self.caches[0]
         room = cache.keys.shape[2] - cache.length - 1
-        return options.draft(self.prompts[self.rows[0]] + self.sequences[0].ids)[:room]
+        return options.draft(self.all_ids(0))[:room]
 
 
 @torch.inference_mode()
@@ -971,7 +981,7 @@ def mask_logits(scores: Tensor, state: DecodeState) -> Tensor:
     scores = scores.clone()
     scores[:, PAD] = -math.inf  # never part of a text. The original forbids it, too; transformers does not.
     for i, sequence in enumerate(state.sequences):
-        ids = state.prompts[state.rows[i]] + sequence.ids
+        ids = state.all_ids(i)
         rules = []
         if len(sequence.ids) < options.min_new_tokens:
             rules.append([EOS])
@@ -997,8 +1007,7 @@ def cut_markup(state: DecodeState, i: int, token: int, remaining: int) -> int:
     """
     if state.options.constraint is None:
         return token
-    ids = state.prompts[state.rows[i]] + state.sequences[i].ids
-    allowed = state.options.constraint(ids, remaining)
+    allowed = state.options.constraint(state.all_ids(i), remaining)
     if allowed is None or allowed[token] or not allowed.any():
         return token
     if allowed[EOS]:
@@ -1009,14 +1018,15 @@ def cut_markup(state: DecodeState, i: int, token: int, remaining: int) -> int:
 def pad_left(rows: list[tuple[list[int], list[bool]]], device=None) -> tuple[Tensor, Tensor, Tensor]:
     """Rows (ids, image_mask) of any lengths -> tokens, image_mask, pad_mask, each (B, T)."""
     T = max(len(ids) for ids, _ in rows)
-    tokens = [[PAD] * (T - len(ids)) + list(ids) for ids, _ in rows]
-    image_mask = [[False] * (T - len(mask)) + list(mask) for _, mask in rows]
-    pad_mask = [[True] * (T - len(ids)) + [False] * len(ids) for ids, _ in rows]
-    return (
-        torch.tensor(tokens, device=device),
-        torch.tensor(image_mask, device=device),
-        torch.tensor(pad_mask, device=device),
-    )
+    shape = (len(rows), T)
+    tokens = torch.full(shape, PAD, device=device)
+    image_mask = torch.full(shape, False, device=device)
+    pad_mask = torch.full(shape, True, device=device)
+    for i, (ids, mask) in enumerate(rows):
+        tokens[i, T - len(ids) :] = torch.tensor(ids)
+        image_mask[i, T - len(mask) :] = torch.tensor(mask)
+        pad_mask[i, T - len(ids) :] = False
+    return tokens, image_mask, pad_mask
 
 
 def repeated_ngrams(ids: list[int], n: int) -> list[int]:
@@ -1046,7 +1056,8 @@ def sample(
         before = F.pad(probs.cumsum(dim=-1)[:, :-1], (1, 0))  # (B, V)
         probs[before >= top_p] = 0  # the token that crosses p stays
     cdf = probs.cumsum(dim=-1)  # (B, V)
-    chosen = (cdf < uniform[:, None] * cdf[:, -1:]).sum(dim=-1, keepdim=True)  # (B, 1)
+    target = uniform[:, None] * cdf[:, -1:]  # (B, 1)
+    chosen = (cdf < target).sum(dim=-1, keepdim=True)  # (B, 1)
     return ids.gather(1, chosen)[:, 0]
 
 
@@ -1078,7 +1089,8 @@ def beam_search(state: DecodeState) -> list[Generated]:
         for row in dict.fromkeys(state.rows):
             beams = [i for i, r in enumerate(state.rows) if r == row]
             running, ended = best_continuations(state, scores, beams, remaining=limit - length + 1)
-            sequences = state.append([i for _, i, _ in ended], [token for _, _, token in ended])
+            parents = [i for _, i, _ in ended]
+            sequences = state.append(parents, [token for _, _, token in ended])
             for (score, _, _), sequence in zip(ended, sequences, strict=True):
                 finished[row].append((score / length, sequence))
             finished[row] = sorted(finished[row], key=lambda found: -found[0])[:num_beams]
@@ -1105,7 +1117,8 @@ def best_continuations(state: DecodeState, scores: Tensor, beams: list[int], rem
     """
     V = scores.shape[1]
     num_beams = state.options.num_beams
-    best, flat_index = scores[beams].flatten().topk(min(2 * num_beams, len(beams) * V))
+    count = min(2 * num_beams, len(beams) * V)
+    best, flat_index = scores[beams].flatten().topk(count)
     running = []
     ended = []
     seen = set()

@@ -164,6 +164,11 @@ HARD_CODED = [
 ]
 
 
+def renamed(settings: dict, keys: dict[str, str]) -> dict:
+    """The settings that `keys` (ours -> published) lists, under our names."""
+    return {ours: settings[key] for ours, key in keys.items() if key in settings}
+
+
 def read_config(path: str | Path) -> Kosmos2Config:
     """Read a published config.json. Unknown keys are ignored, missing keys default to the published
     values.
@@ -183,12 +188,8 @@ def read_config(path: str | Path) -> Kosmos2Config:
         value = parts[part].get(key, supported)
         if value != supported:
             raise ValueError(f"{path}: {key} is {value!r}; only {supported!r} is supported")
-    vision = {
-        ours: parts["vision_config"][key]
-        for ours, key in VISION_KEYS.items()
-        if key in parts["vision_config"]
-    }
-    text = {ours: parts["text_config"][key] for ours, key in TEXT_KEYS.items() if key in parts["text_config"]}
+    vision = renamed(parts["vision_config"], VISION_KEYS)
+    text = renamed(parts["text_config"], TEXT_KEYS)
     ngram_size = find_ngram_size(path, published)
     if ngram_size is not None:
         text.setdefault("no_repeat_ngram_size", ngram_size)
@@ -477,7 +478,8 @@ def multi_core_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     """
     n_out, n_in = weight.shape
     rows = x.numel() // n_in
-    if rows > FEW_ROWS or weight.numel() < MANY_WEIGHTS or x.device.type != "cpu" or x.dtype != torch.float32:
+    few_rows = rows <= FEW_ROWS and weight.numel() >= MANY_WEIGHTS
+    if not few_rows or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
     slices = max(n for n in range(1, 65) if n_out % n == 0)  # enough for all cores, each still large
     columns = x.reshape(rows, n_in).T.expand(slices, n_in, rows)  # (slices, in, rows)
@@ -514,7 +516,8 @@ class PackedLinear(nn.Module):
         if self.packed is not None:
             y = int8_matmul(x / size, self.packed, input_steps())
         else:
-            y = F.linear((x / size * 127).round() / 127, self.weight.float()) * self.scale
+            rounded = (x / size * 127).round() / 127
+            y = F.linear(rounded, self.weight.float()) * self.scale
         if self.bias is None:
             return y.mul_(size)
         return torch.addcmul(self.bias, y, size, out=y)
@@ -547,7 +550,8 @@ class PackedEmbedding(nn.Module):
         self.parts = nn.ModuleList()  # of the output projection
         for start in range(0, len(weight), MANY_OUTPUTS):
             rows = slice(start, start + MANY_OUTPUTS)
-            self.parts.append(PackedLinear(weight[rows], None, None if scale is None else scale[rows]))
+            part_scale = None if scale is None else scale[rows]
+            self.parts.append(PackedLinear(weight[rows], None, part_scale))
 
     def forward(self, tokens: Tensor) -> Tensor:
         rows = self.weight[tokens].float()  # (B, T, D)
@@ -584,7 +588,8 @@ def input_steps() -> int:
     silently; this checks for it with one small matmul.
     """
     trial = pack(torch.full((16, 64), 127, dtype=torch.int8), None, torch.ones(16))
-    exact = torch.allclose(int8_matmul(torch.ones(1, 64), trial, 127), torch.tensor(64.0 * 127))
+    products = int8_matmul(torch.ones(1, 64), trial, 127)
+    exact = torch.allclose(products, torch.tensor(64.0 * 127))
     return 127 if exact else 63
 
 
@@ -675,7 +680,8 @@ class Checkpoint:
         self.tied = sorted(OUTPUT_PROJECTIONS & self.stored.keys())
         if self.tied and self.names[EMBEDDING] not in self.stored:
             self.names[EMBEDDING] = self.tied.pop()
-        if len(self.stored.keys() & set(self.names.values())) < len(self.names) / 10:
+        known = self.stored.keys() & set(self.names.values())
+        if len(known) < len(self.names) / 10:
             found = listing(sorted(stored), most=3) or "no tensors"
             raise ValueError(
                 f"{path} looks like the checkpoint of another model, not Kosmos-2: it has {found}"
@@ -923,7 +929,9 @@ def find_tokenizer(checkpoint: Checkpoint, path: str | Path | None = None) -> To
 
 def listing(names: list[str], most: int = 10) -> str:
     text = ", ".join(names[:most])
-    return f"{text} and {len(names) - most} more" if len(names) > most else text
+    if len(names) > most:
+        text += f" and {len(names) - most} more"
+    return text
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -25,10 +25,10 @@ import re
 import sys
 import time
 import warnings
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -95,11 +95,12 @@ class Row:
 class Group:
     """Consecutive requests about the same images."""
 
-    rows: list[Row]
-    errors: list[tuple[list[Request], Exception]]  # requests that cannot be answered
-    pixels: list  # tensors (3, image_size, image_size), one for each image
-    size: tuple[int, int]  # of the last image, which the answers are about
-    image: Image.Image | None  # the last image, if it will be drawn
+    requests: list[Request]
+    rows: list[Row] = field(default_factory=list)  # the requests that can be answered
+    errors: list = field(default_factory=list)  # (requests, exception) for the others
+    pixels: list = field(default_factory=list)  # a tensor (3, image_size, image_size) for each image
+    size: tuple[int, int] = (1, 1)  # of the last image, which the answers are about
+    image: Image.Image | None = None  # the last image, if it will be drawn
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ DECODING = [
     (
         "no-repeat-ngram-size",
         int,
-        "forbid repeated n-grams (default: as in the checkpoint; off for --task context)",
+        "forbid repeated n-grams (default: the checkpoint's; off for --task context)",
     ),
     ("seed", int, "make sampling repeatable"),
 ]
@@ -131,72 +132,44 @@ def make_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "images", nargs="*", type=Path, metavar="IMAGE", help="files or folders; default: the bundled image"
-    )
-    add_request_options(p.add_argument_group("what to ask"))
-    decoding = p.add_argument_group("decoding")
+    images_help = "files or folders; default: the bundled image"
+    p.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help=images_help)
+
+    add = p.add_argument_group("what to ask").add_argument
+    add("--task", choices=TASKS, help="use the published prompt of this task (default: caption)")
+    text_help = "phrase, referring expression or question; may be repeated (the image is encoded once)"
+    add("--text", action="append", help=text_help)
+    add("--prompt", help="your own prompt instead of a task; <image> marks where images go")
+    box_help = "box of the next <phrase> in the prompt: 0..1, pixels or two location indices; may be repeated"
+    add("--box", action="append", type=parse_box, metavar="X1,Y1,X2,Y2", help=box_help)
+    add("--top-boxes", type=int, metavar="K", help="the K most likely boxes of a phrase (ground, refer)")
+    requests_help = "a request per line: image, task, text, prompt, boxes; - is stdin"
+    add("--requests", metavar="JSONL", help=requests_help)
+
+    add = p.add_argument_group("decoding").add_argument
     for name, kind, text in DECODING:
-        decoding.add_argument(f"--{name}", type=kind, metavar="N", help=text)
-    add_model_options(p.add_argument_group("the model"))
-    add_output_options(p.add_argument_group("output"))
+        add(f"--{name}", type=kind, metavar="N", help=text)
+
+    add = p.add_argument_group("the model").add_argument
+    add("--checkpoint", default=str(HERE / "tiny"), help="folder, file or hub id (default: bundled model)")
+    add("--tokenizer", help="the sentencepiece model, if it is not next to the weights")
+    add("--device", default="auto", help="auto (default), cpu, cuda, mps")
+    precisions = ["fp32", "bf16", "fp16", "int8"]
+    precision_help = "of the weights: fp32 (default) is exact, int8 is fastest on a CPU, bf16 is for GPUs"
+    add("--precision", choices=precisions, default="fp32", help=precision_help)
+    add("--batch-size", type=int, default=8, metavar="N", help="requests per batch (default: 8)")
+
+    add = p.add_argument_group("output").add_argument
+    output_help = (
+        "draw the boxes: an image file, a folder or page.html (default for one image: STEM.boxes.png)"
+    )
+    add("--output", type=Path, metavar="PATH", help=output_help)
+    add("--json", action="store_true", help="print a JSON object per line instead of the text")
+    results_help = "append each result to this file as soon as it is done"
+    add("--results", type=Path, metavar="JSONL", help=results_help)
+    resume_help = "continue a --results file: skip the requests it already answers"
+    add("--resume", action="store_true", help=resume_help)
     return p
-
-
-def add_request_options(p) -> None:
-    p.add_argument("--task", choices=TASKS, help="use the published prompt of this task (default: caption)")
-    p.add_argument(
-        "--text",
-        action="append",
-        help="phrase, referring expression or question; may be repeated (the image is encoded once)",
-    )
-    p.add_argument("--prompt", help="your own prompt instead of a task; <image> marks where images go")
-    p.add_argument(
-        "--box",
-        action="append",
-        type=parse_box,
-        metavar="X1,Y1,X2,Y2",
-        help="box of the next <phrase> in the prompt: 0..1, pixels or two location indices; may be repeated",
-    )
-    p.add_argument(
-        "--top-boxes", type=int, metavar="K", help="the K most likely boxes of a phrase (ground, refer)"
-    )
-    p.add_argument(
-        "--requests", metavar="JSONL", help="a request per line: image, task, text, prompt, boxes; - is stdin"
-    )
-
-
-def add_model_options(p) -> None:
-    p.add_argument(
-        "--checkpoint", default=str(HERE / "tiny"), help="folder, file or hub id (default: bundled model)"
-    )
-    p.add_argument("--tokenizer", help="the sentencepiece model, if it is not next to the weights")
-    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps")
-    p.add_argument(
-        "--precision",
-        choices=["fp32", "bf16", "fp16", "int8"],
-        default="fp32",
-        help="of the weights: fp32 (default) is exact, int8 is fastest on a CPU, bf16 is for GPUs",
-    )
-    p.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests per batch (default: 8)")
-
-
-def add_output_options(p) -> None:
-    p.add_argument(
-        "--output",
-        type=Path,
-        metavar="PATH",
-        help="draw the boxes: an image file, a folder or page.html (default for one image: STEM.boxes.png)",
-    )
-    p.add_argument("--json", action="store_true", help="print a JSON object per line instead of the text")
-    p.add_argument(
-        "--results", type=Path, metavar="JSONL", help="append each result to this file as soon as it is done"
-    )
-    p.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue a --results file: skip the requests it already answers",
-    )
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -227,10 +200,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return args
 
 
+def parse_number(text: str) -> int | float:
+    return int(text) if text.strip().isdigit() else float(text)
+
+
 def parse_box(text: str) -> tuple:
     """ "120,40,380,300" -> a tuple of four numbers or two location indices."""
     try:
-        values = tuple(int(v) if v.strip().isdigit() else float(v) for v in text.split(","))
+        values = tuple(map(parse_number, text.split(",")))
     except ValueError:
         values = ()
     indices = len(values) == 2 and all(type(v) is int for v in values)
@@ -281,25 +258,16 @@ def command_line_requests(args: argparse.Namespace) -> list[Request]:
 
 def read_requests(source: str) -> list[Request]:
     """The requests in a JSONL file, or in stdin for "-"; ValueError names the line."""
-    folder = Path(source).parent
-    if source == "-":
-        lines = sys.stdin
-        name = "stdin"
-        if hasattr(lines, "reconfigure"):
-            lines.reconfigure(encoding="utf-8-sig")
-    else:
-        lines = open(source, encoding="utf-8-sig")  # noqa: SIM115 (closed below)
-        name = source
-    requests = []
+    name = "stdin" if source == "-" else source
     try:
-        with lines:
-            text = lines.read()
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text ({error}); expected one JSON object per line") from None
+    requests = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                requests.append(read_request(json.loads(line), folder))
+                requests.append(read_request(json.loads(line), Path(source).parent))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{name}, line {number}: {error}") from None
     if not requests:
@@ -394,60 +362,42 @@ def find_images(given: list[Path]) -> list[Path]:
 
 
 def load_group(requests: list[Request], runner: "Runner", keep_image: bool) -> Group:
-    """Read and preprocess the images of requests that share them.
+    """Read and preprocess the images of requests that share them, and encode their prompts.
 
     The full image is kept only if it will be drawn: dozens of photos in memory would take
     gigabytes.
     """
-    image = None
-    pixels = []
+    group = Group(requests)
     sizes = []
     for path in requests[0].images:
-        image = kosmos2.open_image(path)
+        try:
+            image = kosmos2.open_image(path)
+            group.pixels.append(kosmos2.preprocess_image(image, runner.model.config.vision.image_size))
+        except Exception as error:  # Pillow's decoders raise many kinds
+            group.errors.append((requests, error))
+            return group
         sizes.append(image.size)
-        pixels.append(kosmos2.preprocess_image(image, runner.model.config.vision.image_size))
-    rows = []
-    errors = []
+        group.size = image.size
+        group.image = image if keep_image else None
     for request in requests:
         try:
             ids, image_mask = runner.encode_prompt(request, sizes)
-        except (ValueError, TypeError) as error:  # of this request only
-            errors.append(([request], error))
-        else:
-            rows.append(Row(request, ids, image_mask))
-    size = sizes[-1] if sizes else (1, 1)
-    return Group(rows, errors, pixels, size, image if keep_image else None)
+            group.rows.append(Row(request, ids, image_mask))
+        except (ValueError, TypeError) as error:
+            group.errors.append(([request], error))
+    return group
 
 
-def read_ahead(groups: list[list[Request]], load, batch_size: int) -> Iterator[tuple[list[Group], list]]:
-    """Batches of about batch_size requests, as (groups, [(requests, error)]); the next batch loads
-    in the background.
-
-    Any error while an image is opened concerns only the requests about that image.
-    """
-
-    def collect(futures) -> tuple[list[Group], list]:
-        loaded = []
-        errors = []
-        for requests, future in futures:
-            try:
-                group = future.result()
-            except Exception as error:  # Pillow's decoders raise many kinds
-                errors.append((requests, error))
-                continue
-            errors += group.errors
-            if group.rows:
-                loaded.append(group)
-        return loaded, errors
-
+def read_ahead(groups: list[list[Request]], load, batch_size: int) -> Iterator[list[Group]]:
+    """Batches of about batch_size requests; the next batch loads in the background."""
     with ThreadPoolExecutor(2) as pool:
-        waiting: deque = deque()
+        loading: list[Future] = []
         for batch in batched(groups, batch_size):
-            waiting.append([(requests, pool.submit(load, requests)) for requests in batch])
-            if len(waiting) > 1:
-                yield collect(waiting.popleft())
-        while waiting:
-            yield collect(waiting.popleft())
+            following = [pool.submit(load, requests) for requests in batch]
+            if loading:
+                yield [future.result() for future in loading]
+            loading = following
+        yield [future.result() for future in loading]
 
 
 def batched(groups: list[list[Request]], batch_size: int) -> Iterator[list[list[Request]]]:
@@ -584,7 +534,9 @@ class Runner:
     def begins_with_image(self, row: Row) -> bool:
         """Whether the prompt has one image, at its beginning: such prompts can share its prefill."""
         count = len(self.image_ids)
-        return row.ids[:count] == self.image_ids and len(row.ids) > count and not any(row.image_mask[count:])
+        if row.ids[:count] != self.image_ids or len(row.ids) == count:
+            return False
+        return not any(row.image_mask[count:])
 
     def prefill_image(self, image_embeds) -> "kosmos2.DecodeState":
         tokens, image_mask, _ = kosmos2.pad_left([(self.image_ids, self.image_mask)], self.device)
@@ -639,7 +591,8 @@ class Runner:
         if times:
             self.timings += f", first token {(times[0] - started) * 1000:.0f} ms"
         if len(times) > 1:
-            self.timings += f", then {(len(times) - 1) / (times[-1] - times[0]):.0f} tokens/s"
+            seconds = times[-1] - times[0]
+            self.timings += f", then {(len(times) - 1) / seconds:.0f} tokens/s"
         return state.results
 
     def answer_ids(self, row: Row) -> list[int]:
@@ -684,7 +637,8 @@ class Results:
         prompts = {request.prompt for request in requests}
         self.done: Counter = Counter()
         pattern = re.compile(re.escape(path.stem) + r"\.\d+" + re.escape(path.suffix))
-        for file in [path, *sorted(f for f in path.parent.iterdir() if pattern.fullmatch(f.name))]:
+        of_ranks = [file for file in path.parent.iterdir() if pattern.fullmatch(file.name)]
+        for file in [path, *sorted(of_ranks)]:
             if args.resume and file.exists():
                 length = self.read(file, prompts)
                 if file == self.path:
@@ -798,18 +752,7 @@ def print_answers(group: Group, with_names: bool) -> None:
 # ----------------------------------------------------------------------------------------------------
 
 # Dark enough to read as text on white and under white text.
-PALETTE = [
-    "#c62828",
-    "#1565c0",
-    "#2e7d32",
-    "#8e24aa",
-    "#b85a00",
-    "#00798a",
-    "#ad1457",
-    "#4e5d00",
-    "#5d4037",
-    "#37474f",
-]
+PALETTE = ["#c62828", "#1565c0", "#2e7d32", "#8e24aa", "#b85a00", "#00798a", "#ad1457", "#4e5d00"]
 
 
 def draw_answers(image: Image.Image, answers: list[Answer]) -> Image.Image:
@@ -855,11 +798,13 @@ def draw_label(
     x = min(max(left, 0), max(size[0] - width, 0))
     highest = max(size[1] - height, 0)
     choices = [min(max(y, 0), highest) for y in (top - height, top, bottom - height, bottom)]
-    free = [y for y in choices if all(iou((x, y, x + width, y + height), other) == 0 for other in placed)]
-    y = free[0] if free else choices[0]
-    pen.rectangle([x, y, x + width, y + height], fill=color)
-    pen.text((x + 4, y + height / 2), phrase, fill="white", font=font, anchor="lm")
-    return x, y, x + width, y + height
+    rectangles = [(x, y, x + width, y + height) for y in choices]
+    free = [one for one in rectangles if all(iou(one, other) == 0 for other in placed)]
+    rectangle = free[0] if free else rectangles[0]
+    pen.rectangle(rectangle, fill=color)
+    middle = rectangle[1] + height / 2
+    pen.text((x + 4, middle), phrase, fill="white", font=font, anchor="lm")
+    return rectangle
 
 
 HTML_HEAD = """<!DOCTYPE html>
@@ -906,7 +851,8 @@ def html_figure(image: Image.Image | None, answers: list[Answer], title: str = "
             scores = [f"{score:.0%}" for score in entity.scores if score is not None]
             start, end = entity.span
             for x1, y1, x2, y2 in entity.boxes:
-                place = f"left: {x1:.2%}; top: {y1:.2%}; width: {x2 - x1:.2%}; height: {y2 - y1:.2%}"
+                place = f"left: {x1:.2%}; top: {y1:.2%}; "
+                place += f"width: {x2 - x1:.2%}; height: {y2 - y1:.2%}"
                 phrase = html.escape(entity.phrase)
                 boxes += f'<div data-entity="{count}" style="{color}; {place}" title="{phrase}"></div>'
             if start >= done:
@@ -1014,7 +960,8 @@ class Output:
 
 def progress_bar(done: int, total: int, note: str = "") -> str:
     filled = 30 * done // max(total, 1)
-    return f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{total}  {note}"
+    bar = "#" * filled + "." * (30 - filled)
+    return f"[{bar}] {done}/{total}  {note}"
 
 
 class Progress:
@@ -1093,16 +1040,19 @@ def answer_groups(
     def load(requests: list[Request]) -> Group:
         return load_group(requests, runner, keep_image=output.path is not None)
 
-    for batch, errors in read_ahead(groups, load, args.batch_size):
-        for requests, error in errors:
-            progress.message(f"sample: {describe_error(error, requests)}")
-            failed += requests
-        if batch:
-            runner.answer(batch)
+    for batch in read_ahead(groups, load, args.batch_size):
         for group in batch:
+            for requests, error in group.errors:
+                progress.message(f"sample: {describe_error(error, requests)}")
+                failed += requests
+        answered = [group for group in batch if group.rows]
+        if answered:
+            runner.answer(answered)
+        for group in answered:
             lines = [as_json(row, group.size) for row in group.rows]
             if args.json:
-                print("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), flush=True)
+                for line in lines:
+                    print(json.dumps(line, ensure_ascii=False), flush=True)
             elif results is None and not runner.stream:
                 print_answers(group, with_names=len(groups) > 1)
             try:
@@ -1113,8 +1063,7 @@ def answer_groups(
                 continue
             if results is not None:  # written last, so a listed image is complete
                 results.write(lines)
-        count = sum(len(group.rows) for group in batch) + sum(len(requests) for requests, _ in errors)
-        progress.update(count, runner.timings)
+        progress.update(sum(len(group.requests) for group in batch), runner.timings)
     return failed
 
 
@@ -1127,11 +1076,12 @@ def describe_error(error: Exception, requests: list[Request]) -> str:
 
 def main(argv=None) -> int:
     # UTF-8 whatever the locale; file names that are not valid text are escaped.
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8-sig")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(
-                encoding=stream.encoding if stream.isatty() else "utf-8", errors="backslashreplace"
-            )
+            encoding = stream.encoding if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     warnings.showwarning = lambda message, *_, **__: print(f"sample: {message}", file=sys.stderr)

@@ -155,7 +155,9 @@ def box_indices(box, grid: int, training: bool) -> tuple[int, int]:
 
 def is_box_list(box) -> bool:
     """Whether the boxes of one phrase are a list of boxes rather than a single box."""
-    return isinstance(box, (list, tuple)) and bool(box) and not isinstance(box[0], (int, float))
+    if not isinstance(box, (list, tuple)) or not box:
+        return False
+    return not isinstance(box[0], (int, float))
 
 
 def check_box(box) -> None:
@@ -166,10 +168,13 @@ def check_box(box) -> None:
         for one in box:
             check_box(one)
         return
-    is_list = isinstance(box, (list, tuple)) and all(isinstance(v, (int, float)) for v in box)
-    if not is_list or len(box) not in (2, 4):
-        shown = ",".join(str(v) for v in box) if is_list and box else repr(box)
-        raise ValueError(f"box {shown}: expected four numbers or two location indices")
+    shown = repr(box)
+    if isinstance(box, (list, tuple)) and all(isinstance(v, (int, float)) for v in box):
+        if len(box) in (2, 4):
+            return
+        if box:
+            shown = ",".join(map(str, box))
+    raise ValueError(f"box {shown}: expected four numbers or two location indices")
 
 
 def normalize_box(box, size: tuple[int, int]):
@@ -247,7 +252,8 @@ def task_prompts(task: str, texts: list[str], boxes: list) -> list[str]:
         raise ValueError("a text must not contain images (<image>); write your own prompt instead")
     if task == "context":
         phrase = "<grounding><phrase> It</phrase> is" if boxes else ""
-        return ["".join(f"<image>{phrase} {text}" for text in texts) + f"<image>{phrase}"]
+        examples = [f"<image>{phrase} {text}" for text in texts]
+        return ["".join(examples) + f"<image>{phrase}"]
     if task == "text":
         return texts
     if task == "refer" and texts:
@@ -630,6 +636,7 @@ def to_markdown(tagged_text: str) -> str:
         phrase, objects = link.groups(default="")
         space = " " if phrase.startswith(" ") else ""
         boxes = objects.replace(DELIMITER, ", ")
-        markdown += strip_tags(text[done : link.start()]) + f"{space}[{phrase.strip()}]({boxes})"
+        markdown += strip_tags(text[done : link.start()])
+        markdown += f"{space}[{phrase.strip()}]({boxes})"
         done = link.end()
     return (markdown + strip_tags(text[done:])).strip()

@@ -65,7 +65,7 @@ MUTATIONS = [
     ("prefix does not shift positions", MODEL, "token_positions(tokens, pad_mask) + past", "token_positions(tokens, pad_mask)"),
     ("sines and cosines interleaved", MODEL, "torch.cat([angles.sin(), angles.cos()], dim=-1)", "torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)"),
     ("textbook frequencies", MODEL, "math.log(10000) / max(half - 1, 1)", "math.log(10000) / half"),
-    ("embeddings not scaled", MODEL, "x = x * math.sqrt(x.shape[-1]) + sin", "x = x + sin"),
+    ("embeddings not scaled", MODEL, "x = x * math.sqrt(D) + sin", "x = x + sin"),
     ("image inserted after the scale", MODEL, "image_embeds.to(x.dtype))", "image_embeds.to(x.dtype) / math.sqrt(x.shape[-1]))"),
     ("no final norm", MODEL, "return self.layer_norm(x)", "return x"),
     ("loss not shifted", MODEL, "predicted = logits[:, :-1].flatten(0, 1).float()", "predicted = logits[:, 1:].flatten(0, 1).float()"),
