@@ -19,9 +19,10 @@ import os
 import re
 import shutil
 import sys
+import time
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -473,19 +474,52 @@ class MultiCoreEmbedding(Embedding):
 def multi_core_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x (..., in) times weight (out, in) transposed, plus bias (out,).
 
-    PyTorch runs a one-row matmul on one core, which cannot saturate memory bandwidth. A batched
-    matmul over slices of the matrix uses all cores.
+    For a few rows on a CPU, uses the fastest of three kernels. On some CPUs, F.linear runs a single
+    row on one core, which cannot saturate memory bandwidth; a batched matmul over slices of the
+    matrix uses all cores.
     """
     n_out, n_in = weight.shape
     rows = x.numel() // n_in
     few_rows = rows <= FEW_ROWS and weight.numel() >= MANY_WEIGHTS
     if not few_rows or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
-    slices = max(n for n in range(1, 65) if n_out % n == 0)  # enough for all cores, each still large
-    columns = x.reshape(rows, n_in).T.expand(slices, n_in, rows)  # (slices, in, rows)
-    y = torch.bmm(weight.view(slices, n_out // slices, n_in), columns)  # (slices, out / slices, rows)
-    y = y.reshape(n_out, rows).T.reshape(*x.shape[:-1], n_out)  # (..., out)
+    kernel = fastest_kernel(rows)
+    y = kernel(x.reshape(rows, n_in), weight)  # (rows, out)
+    y = y.reshape(*x.shape[:-1], n_out)  # (..., out)
     return y if bias is None else y + bias
+
+
+@lru_cache
+def fastest_kernel(rows: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The fastest kernel for this number of rows. It depends on the CPU, so it is measured, once."""
+    x = torch.ones(rows, 2048)
+    weight = torch.ones(4096, 2048)
+    times: dict[Callable, list[float]] = defaultdict(list)
+    for _ in range(4):
+        for kernel in (F.linear, slices_times_columns, rows_times_slices):
+            started = time.perf_counter()
+            kernel(x, weight)
+            times[kernel].append(time.perf_counter() - started)
+    return min(times, key=lambda kernel: min(times[kernel]))
+
+
+def slices_times_columns(x: Tensor, weight: Tensor) -> Tensor:
+    """x (rows, in) times weight (out, in) transposed, with the weights as the left operand."""
+    slices = slice_outputs(weight)  # (slices, out / slices, in)
+    columns = x.T.expand(len(slices), -1, -1)  # (slices, in, rows)
+    return torch.bmm(slices, columns).flatten(0, 1).T  # (rows, out)
+
+
+def rows_times_slices(x: Tensor, weight: Tensor) -> Tensor:
+    """The same with the weights as the right operand."""
+    slices = slice_outputs(weight).transpose(1, 2)  # (slices, in, out / slices)
+    rows = x.expand(len(slices), -1, -1)  # (slices, rows, in)
+    return torch.bmm(rows, slices).transpose(0, 1).flatten(1)  # (rows, out)
+
+
+def slice_outputs(weight: Tensor) -> Tensor:
+    count = max(n for n in range(1, 65) if len(weight) % n == 0)  # enough for all cores, each still large
+    return weight.unflatten(0, (count, -1))  # (slices, out / slices, in)
 
 
 class PackedLinear(nn.Module):

@@ -12,6 +12,7 @@ from conftest import ROOT, TINY, copy
 from safetensors.torch import load_file, save_file
 from scenes import Scene
 
+import load_weights
 from kosmos2 import Attention, finish, pad_left, preprocess_images
 from load_weights import (
     PackedAttention,
@@ -21,7 +22,9 @@ from load_weights import (
     load_checkpoint,
     multi_core_linear,
     quantize,
+    rows_times_slices,
     save_checkpoint,
+    slices_times_columns,
 )
 
 
@@ -36,9 +39,12 @@ def error(found, expected) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+@pytest.mark.parametrize("kernel", [None, slices_times_columns, rows_times_slices])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (16, 1), (3, 5), (17, 1)])
-def test_few_rows(shape):
+def test_few_rows(shape, kernel, monkeypatch):
     """A few rows times a large matrix equal F.linear, also for a prime number of outputs."""
+    if kernel is not None:
+        monkeypatch.setattr(load_weights, "fastest_kernel", lambda rows: kernel)
     for N in (4096, 4099):
         weight, bias = some_layer(K=256, N=N)
         x = torch.randn(*shape, 256)
