@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 0. One image, from pixels to text
 #
-# Kosmos-2 reads an image and writes a caption whose phrases are linked to boxes in the image. This notebook
-# follows one image through the whole model and looks at the main tensors on the way. The following notebooks
-# explain the parts one by one. (Reading time: 20 minutes.)
+# Kosmos-2 reads an image and writes a caption whose phrases are linked to boxes in the image. This notebook follows
+# one image through the whole model and looks at the main tensors on the way. The following notebooks explain the
+# parts one by one. (Reading time: 20 minutes.)
 #
 # ![The parts of Kosmos-2: vision transformer, resampler, the row of tokens with its image slots, the decoder and the choice of the next token](overview.svg)
 #
@@ -31,9 +31,9 @@ show_image(image, "The image of this notebook: a snowman next to a fire in the s
 # %% [markdown]
 # ## Predicting the shapes
 #
-# The sizes of all tensors follow from the configuration. The ViT cuts the image into a square grid of patches;
-# with [CLS] there are N = grid² + 1 positions. The resampler passes Q vectors to the decoder, whatever the
-# number of patches.
+# The sizes of all tensors follow from the configuration. The ViT cuts the image into a square grid of patches; with
+# [CLS] there are N = grid² + 1 positions. The resampler passes Q vectors to the decoder, whatever the number of
+# patches.
 
 # %%
 vision, text, Q = model.config.vision, model.config.text, model.config.latent_query_num
@@ -51,9 +51,8 @@ table(rows, ("tensor", "dimensions", "predicted shape"))
 # %% [markdown]
 # ## From the image to image embeddings
 #
-# `preprocess_image` squashes the image to a square and normalizes its colors with the mean and standard
-# deviation of CLIP's training images. `record` collects the outputs of blocks and the attention weights while
-# the model runs.
+# `preprocess_image` squashes the image to a square and normalizes its colors with the mean and standard deviation of
+# CLIP's training images. `record` collects the outputs of blocks and the attention weights while the model runs.
 
 # %%
 pixels = preprocess_image(image, size)[None]
@@ -66,8 +65,8 @@ assert image_embeds.shape == (1, Q, text.width)
 print(f"pixels: mean {pixels.mean():.2f}, standard deviation {pixels.std():.2f}")
 
 # %% [markdown]
-# The figure shows the three tensors. The color scale of the features and of the image embeddings is clipped at
-# three standard deviations.
+# The figure shows the three tensors. The color scale of the features and of the image embeddings is clipped at three
+# standard deviations.
 
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", width_ratios=(1, 1.3, 1.3))
@@ -85,11 +84,11 @@ axes[2].set(xlabel="D", ylabel="Q")
 show(fig, "Three panels: the squashed image, the features and the image embeddings as heat maps.")
 
 # %% [markdown]
-# In the middle panel, each row is a position: [CLS] first, then the patches, row by row. In the right panel, each
-# row is a latent.
+# In the middle panel, each row is a position: [CLS] first, then the patches, row by row. In the right panel, each row
+# is a latent.
 #
-# Each feature vector has unit length, because the last step of the ViT divides it by its length. This is one of
-# the differences from a textbook transformer; it matters when training starts (notebook 2).
+# Each feature vector has unit length, because the last step of the ViT divides it by its length. This is one of the
+# differences from a textbook transformer; it matters when training starts (notebook 2).
 
 # %%
 torch.testing.assert_close(features.norm(dim=-1), torch.ones(1, N))
@@ -97,10 +96,10 @@ torch.testing.assert_close(features.norm(dim=-1), torch.ones(1, N))
 # %% [markdown]
 # ## The prompt
 #
-# The prompt has Q slots between `<image>` and `</image>`. The image embeddings replace the token embeddings
-# of these slots, so the ids in them are only placeholders.
+# The prompt has Q slots between `<image>` and `</image>`. The image embeddings replace the token embeddings of these
+# slots, so the ids in them are only placeholders.
 #
-# `<grounding>` at the beginning of the text asks for boxes: in training, no text without it had boxes.
+# `<grounding>` at the beginning of the text asks for boxes: in training, only texts that began with it had boxes.
 
 # %%
 ids, image_mask = tokenizer.encode_prompt("<grounding>An image of")
@@ -115,9 +114,9 @@ assert len(ids) == 3 + Q + len(tokenizer.encode("<grounding>An image of", add_bo
 # %% [markdown]
 # ## One step of the decoder
 #
-# The decoder processes all positions at once and returns, for each, the logits of the next token. To continue
-# the text, only the last position matters. The ViT and the resampler use no mask; in the decoder, each position
-# attends to itself and to earlier ones only.
+# The decoder processes all positions at once and returns, for each, the logits of the next token. To continue the
+# text, only the last position matters. The ViT and the resampler use no mask; in the decoder, each position attends
+# to itself and to earlier ones only.
 #
 # Position ids start at 2 (fairseq reserves 1 for padding, and 0 is unused): `<s>` has 2, `<image>` has 3, and the Q
 # slots have 4 to Q + 3. `</image>` has Q + 4, and the first token of the text has Q + 5. (For Q = 64 that is 69.)
@@ -144,8 +143,8 @@ table(rows, ("p", "next token"))
 assert tokenizer.id_to_token[best.indices[0]] == "<phrase>" and best.values[0] > 0.5
 
 # %% [markdown]
-# `<phrase>` opens a phrase that will be linked to a box. To the decoder, tags and location tokens are ordinary
-# tokens of its vocabulary.
+# `<phrase>` opens a phrase that will be linked to a box. To the decoder, tags and location tokens are ordinary tokens
+# of its vocabulary.
 #
 # ## Token by token
 #
@@ -162,8 +161,8 @@ for t, (i, p) in enumerate(zip(new, result.probabilities, strict=True)):
 table(rows[:14], ("step", "token", "p"))
 
 # %% [markdown]
-# After `<object>` come two location tokens: the cells of the top-left and the bottom-right corner in a 32 x 32
-# grid. Here is the whole answer as tagged text, and as Markdown with links:
+# After `<object>` come two location tokens: the cells of the top-left and the bottom-right corner in a 32 x 32 grid.
+# Here is the whole answer as tagged text, and as Markdown with links:
 
 # %%
 raw = tokenizer.decode(new)
@@ -171,8 +170,8 @@ print(raw, "\n")
 print(to_markdown("An image of" + raw))
 
 # %% [markdown]
-# `parse_output` turns the answer into a caption and its entities: phrases with boxes and scores. The score of a
-# box is the geometric mean of the probabilities of its two tokens (notebook 4).
+# `parse_output` turns the answer into a caption and its entities: phrases with boxes and scores. The score of a box
+# is the geometric mean of the probabilities of its two tokens (notebook 4).
 
 # %%
 caption, entities = tokenizer.parse_output(ids, new, result.probabilities)
@@ -194,8 +193,8 @@ alt = "The image with the boxes of the caption, each labeled with its phrase."
 show_image(labeled, alt, width=400)
 
 # %% [markdown]
-# `show_answers` shows the caption as hyperlinks, as `sample.py` does with `--output page.html`. Hover over a
-# phrase to highlight its box. The percentages are the scores.
+# `show_answers` shows the caption as hyperlinks, as `sample.py` does with `--output page.html`. Hover over a phrase
+# to highlight its box. The percentages are the scores.
 
 # %%
 show_answers(image, answer)
@@ -203,8 +202,8 @@ show_answers(image, answer)
 # %% [markdown]
 # ## Comparison with the reference
 #
-# Hugging Face transformers loads the same folder. The image embeddings and the logits must agree up to rounding,
-# and the generated ids must be equal.
+# Hugging Face transformers loads the same folder. The image embeddings and the logits must agree up to rounding, and
+# the generated ids must be equal.
 
 # %%
 theirs = reference()

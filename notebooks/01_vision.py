@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 1. Vision: from pixels to features
 #
-# The vision tower of Kosmos-2 is CLIP's ViT: it cuts the image into patches, treats each patch as a token, and
-# runs a transformer over them. We write each step by hand in a few lines and compare it with the module in
-# `kosmos2.py` and with transformers. (Reading time: 25 minutes.)
+# The vision tower of Kosmos-2 is CLIP's ViT: it cuts the image into patches, treats each patch as a token, and runs a
+# transformer over them. We write each step by hand in a few lines and compare it with the module in `kosmos2.py` and
+# with transformers. (Reading time: 25 minutes.)
 
 # %%
 from figures import ROOT, overlay, plt, reference, show, table  # isort: skip
@@ -26,9 +26,9 @@ print(f"patch {P}, grid {G} x {G}, width {E}, {config.layers} layers, {config.he
 # %% [markdown]
 # ## Pixels
 #
-# The image is *squashed* to a square; its aspect ratio is not preserved. This distorts shapes a little, but
-# keeps boxes simple: 0.5 is the middle of the square and of the image. Then each channel is normalized with
-# CLIP's mean and standard deviation. By hand:
+# The image is *squashed* to a square; its aspect ratio is not preserved. This distorts shapes a little, but keeps
+# boxes simple: 0.5 is the middle of the square and of the image. Then each channel is normalized with CLIP's mean and
+# standard deviation. By hand:
 
 # %%
 image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
@@ -55,9 +55,9 @@ torch.testing.assert_close(embedded, expected, rtol=1e-4, atol=1e-4)
 print(f"{3 * P * P} numbers in, {E} out")
 
 # %% [markdown]
-# Which patches of length one have the longest embeddings? They are the right singular vectors of the matrix, in
-# order: the first has the longest embedding of all, the second the longest of those orthogonal to the first, and so
-# on. The figure shows the first 16, each scaled to its own minimum and maximum, with its singular value above.
+# Which patches of length one does the matrix stretch most? Its right singular vectors, in order: the first has the
+# longest embedding of all, the second the longest of those orthogonal to the first, and so on. The figure shows the
+# first 16, each scaled to its own minimum and maximum, with its singular value above.
 
 # %%
 _, sizes, directions = torch.linalg.svd(matrix, full_matrices=False)
@@ -205,7 +205,7 @@ alt = "Copies of the image, one per head and query, brighter where the attention
 show(fig, alt)
 
 # %% [markdown]
-# Each panel has a few bright spots. How much of the attention on the patches does a tenth of them get?
+# Each panel has a few bright spots. What share of the attention on the patches goes to the top tenth of them?
 
 # %%
 query_rows = [1 + row * G + col for row, col in queries.values()]
@@ -239,5 +239,4 @@ table(rows, ("ViT blocks", "parameters"))
 # 2. Shuffle them *before*. Why is the result different?
 # 3. Replace `quick_gelu` by `F.gelu` in all blocks. How much do the features change? Would you notice it in a
 #    caption?
-# 4. `vit(pixels_of_another_size)` works, because `interpolate_positions` interpolates. What stays the same for
-#    [CLS]?
+# 4. `vit(pixels_of_another_size)` works, because `interpolate_positions` interpolates. What stays the same for [CLS]?

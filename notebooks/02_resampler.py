@@ -2,9 +2,9 @@
 # # 2. The resampler: from patches to a few latents
 #
 # The 256 patches of the published model would take 256 positions of the prompt, and the decoder's cost grows with
-# each. The resampler condenses them into Q vectors with Q learned queries, 64 in the published model. It is a
-# single attention layer without LayerNorm, residual or MLP, and its queries are also among its keys.
-# (Reading time: 25 minutes.)
+# each. The resampler condenses them into Q vectors with Q learned queries, 64 in the published model. It is a single
+# attention layer without LayerNorm, residual or MLP, and its queries are also among its keys. (Reading time: 25
+# minutes.)
 #
 # Three helpers come from `training/`: `Scene` draws random scenes, scenes from the seed `HELD_OUT` on were not used
 # in training, and `init_weights` initializes a model before training.
@@ -41,8 +41,8 @@ print(f"{N} positions (with [CLS]) go in, {Q} vectors of width {D} come out")
 # %% [markdown]
 # ## By hand
 #
-# `dense` projects the features to the decoder's width. Then the latents are the queries, and keys and values
-# come from the features **and the latents themselves**: N + Q of them. No LayerNorm, no residual, no MLP.
+# `dense` projects the features to the decoder's width. Then the latents are the queries, and keys and values come
+# from the features **and the latents themselves**: N + Q of them. No LayerNorm, no residual, no MLP.
 
 # %%
 attn, latents = resampler.x_attn, resampler.latent_query[None]
@@ -93,9 +93,9 @@ assert share.mean() > 0.5
 # %% [markdown]
 # ## The latents as keys
 #
-# Attention weights sum to one. Without the latents among the keys, each head would have to spend all of its
-# attention on the image. The keys and values of the latents do not depend on the image, so
-# attention to them adds a constant. How large is its share?
+# Attention weights sum to one. Without the latents among the keys, each head would have to spend all of its attention
+# on the image. The keys and values of the latents do not depend on the image: for each head and latent, attention to
+# them adds the same vector for every image, only with a different weight. How large is that weight?
 
 # %%
 on_latents = weights[0, :, :, N:].sum(-1)  # (H, Q)
@@ -224,11 +224,11 @@ table(rows, ("resampler", "parameters"))
 # %% [markdown]
 # ## Exercises
 #
-# 1. What would change if the latents were not among their own keys *during training*? What could a head then
-#    not express?
+# 1. What would change if the latents were not among their own keys *during training*? What could a head then not
+#    express?
 # 2. Use half as many latents: `Kosmos2(replace(config, latent_query_num=Q // 2))`. Which tensors change shape?
 # 3. Give the resampler features of length ten instead of one. What happens to `on_latents`, and why?
-# 4. Add a second resampler layer. How must it start, so that a trained model writes the same text at first?
-#    (Hint: a residual, and an `out_proj` of zeros.)
-# 5. Two images in one prompt take 2 x (Q + 2) positions. At which Q would eight images exceed the 2,048 positions
-#    of the published model?
+# 4. Add a second resampler layer. How must it start, so that a trained model writes the same text at first? (Hint: a
+#    residual, and an `out_proj` of zeros.)
+# 5. Two images in one prompt take 2 x (Q + 2) positions. At which Q would eight images exceed the 2,048 positions of
+#    the published model?

@@ -3,9 +3,9 @@
 #
 # A causal transformer that continues a sequence of tokens. Most of it is the textbook transformer, including the
 # factor √D for the embeddings ("Attention Is All You Need", section 3.4). Not in the textbook: position ids that
-# start at 2, a table with all sines before the cosines, sub-LN, and image embeddings that are inserted *before*
-# the scale. We write the decoder by hand; [10_departures](10_departures.ipynb) measures what it costs to undo
-# each of these differences. (Reading time: 30 minutes.)
+# start at 2, a table with all sines before the cosines and slightly different wavelengths, sub-LN, and image
+# embeddings that are inserted *before* the scale. We write the decoder by hand; [10_departures](10_departures.ipynb)
+# measures what it costs to undo each of these differences. (Reading time: 30 minutes.)
 
 # %%
 from figures import ROOT, plt, reference, show, table  # isort: skip
@@ -40,8 +40,8 @@ print(f"{T} tokens, {sum(image_mask)} of them image slots")
 # %% [markdown]
 # ## Embeddings, scaled
 #
-# Each id selects a row of the embedding matrix, which is also the output projection ("tied"). Position encodings
-# have a length of √(D/2). How long are the embeddings of tokens and images, before and after the factor √D?
+# Each id selects a row of the embedding matrix, which is also the output projection ("tied"). Position encodings have
+# a length of √(D/2). How long are the embeddings of tokens and images, before and after the factor √D?
 
 # %%
 embeds = decoder.embed_tokens.weight[tokens]  # (1, T, D)
@@ -65,7 +65,9 @@ assert lengths["image embeddings"] > 10 * lengths["tokens"]
 # embeddings are more than ten times as long as token embeddings. They are inserted *before* the scale, so they are
 # scaled and given positions like tokens. If they were inserted after it, they would be √D times shorter than in
 # training, and the position encodings, which have no factor, would weigh √D times as much against them. Notebook 10
-# measures what that costs. By hand:
+# measures what that costs.
+#
+# The input of the decoder, by hand:
 
 # %%
 x = embeds.clone()
@@ -204,9 +206,9 @@ assert all(share[-1, t] > 0.9 for t, name in enumerate(names) if name == "a")
 # %% [markdown]
 # ## Counting
 #
-# How large is the cache of a 500-token caption in the published model? Two tensors per layer, D numbers per
-# position, 4 bytes per number. There are 71 positions of the prompt (<s>, <image>, 64 slots, </image>, <grounding>
-# and three pieces) and all new tokens but the last.
+# How large is the cache of a 500-token caption in the published model? Two tensors per layer, D numbers per position,
+# 4 bytes per number. There are 71 positions of the prompt (<s>, <image>, 64 slots, </image>, <grounding> and three
+# pieces) and all new tokens but the last.
 
 # %%
 full = kosmos2.TextConfig()

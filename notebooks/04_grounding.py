@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 4. Grounding: boxes as tokens
 #
-# The decoder has no special code for boxes. A box is two tokens of the vocabulary, and a grounded caption is
-# text. So grounding is next-token prediction: boxes have probabilities, can be sampled, and can be part of a
-# prompt. This notebook explains the format of such texts. (Reading time: 25 minutes.)
+# The decoder has no special code for boxes. A box is two tokens of the vocabulary, and a grounded caption is text. So
+# grounding is next-token prediction: boxes have probabilities, can be sampled, and can be part of a prompt. This
+# notebook explains the format of such texts. (Reading time: 25 minutes.)
 #
 # `grit_to_text` and `encode_record` are helpers from `training/data.py`; they prepare training texts.
 
@@ -27,10 +27,10 @@ pixels = preprocess_image(image, model.config.vision.image_size)[None]
 # %% [markdown]
 # ## The vocabulary
 #
-# Control tokens (`<s>`, `<pad>`, `</s>`, `<unk>`), sentencepiece pieces, eleven tags, and one location token for
-# each of the 32 x 32 cells. The published model has 63,997 pieces, and its first location token has the id 64,013.
-# Not all tags are for boxes: `</doc>`, `</chunk>` and `</line>` are for longer documents. `<mask>`, one more control
-# token, comes from fairseq.
+# Control tokens (`<s>`, `<pad>`, `</s>`, `<unk>`), sentencepiece pieces, eleven tags, and one location token for each
+# of the 32 x 32 cells. The published model has 63,997 pieces, and its first location token has the id 64,013. Not all
+# tags are for boxes: `</doc>`, `</chunk>` and `</line>` are for longer documents. `<mask>`, one more control token,
+# comes from fairseq.
 
 # %%
 first = tokenizer.first_location
@@ -49,11 +49,11 @@ assert tokenizer.id_to_token[first - 12] == "<mask>"
 # %% [markdown]
 # ## A box and its two tokens
 #
-# Cells are numbered row by row from zero: cell 44 is column 12 of row 1. A box is written as the cell of its
-# top-left corner and the cell of its bottom-right corner. (In spite of the name `patch_index`, cells are not the
-# patches of the ViT: the published model has 16 x 16 patches.) Decoded, the corners are the *centers* of these
-# cells, so they are off by at most half a cell in each direction. If both cells are in one row or column, a box from
-# center to center would be empty, so it covers the cells entirely.
+# Cells are numbered row by row from zero: cell 44 is column 12 of row 1. A box is written as the cell of its top-left
+# corner and the cell of its bottom-right corner. (In spite of the name `patch_index`, cells are not the patches of
+# the ViT: the published model has 16 x 16 patches.) Decoded, the corners are the *centers* of these cells, so they
+# are off by at most half a cell in each direction. If both cells are in one row or column, a box from center to
+# center would be empty, so it covers the cells entirely.
 
 # %%
 box = (0.39, 0.05, 0.99, 0.82)
@@ -206,8 +206,8 @@ print(f"score of the box: sqrt({p1:.2f} · {p2:.2f}) = {(p1 * p2).sqrt():.2f}")
 #
 # GRIT is the data set of the paper: web images whose captions were linked to boxes automatically. Its records have a
 # caption, and boxes for ranges of its characters: for phrases (`noun_chunks`) and for longer expressions around them
-# (`ref_exps`), which the original training used. Nested expressions are dropped. `grit_to_text` writes a record as
-# tagged text, and `encode_record` as token ids.
+# (`ref_exps`); the original training used the latter. Nested expressions are dropped. `grit_to_text` writes a record
+# as tagged text, and `encode_record` as token ids.
 
 # %%
 caption = "A dog in a field of flowers"

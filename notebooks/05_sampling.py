@@ -40,8 +40,8 @@ def generate(**options):
 # %% [markdown]
 # ## The key-value cache
 #
-# A new token attends to the keys and values of all earlier tokens, and with causal attention these never change.
-# So they can be kept. Without a cache, the whole sequence is run again for every token. The ids must be the same.
+# A new token attends to the keys and values of all earlier tokens, and with causal attention these never change. So
+# they can be kept. Without a cache, the whole sequence is run again for every token. The ids must be the same.
 
 # %%
 sequence, steps = list(ids), 12
@@ -67,8 +67,8 @@ state = model.prefill(tokens, image_embeds=image_embeds, image_mask=mask, max_ne
 assert [new_ids[0] for new_ids in decode(state)] == generate()[:steps]
 
 # %% [markdown]
-# How much does the cache save? The number of positions that go through the decoder for n new tokens after a prompt
-# of T tokens is T + n - 1 with a cache, and T + (T + 1) + ... + (T + n - 1) without.
+# How much does the cache save? The number of positions that go through the decoder for n new tokens after a prompt of
+# T tokens is T + n - 1 with a cache, and T + (T + 1) + ... + (T + n - 1) without.
 
 # %%
 n = 100
@@ -141,8 +141,8 @@ assert not torch.allclose(logits[-1], expected, atol=1)
 
 # %% [markdown]
 # The last column of the shorter row holds a padding token. The logits of its prompt are further to the left, at its
-# last token, and they are correct there. So `forward`, which training uses, accepts
-# padding on either side. Generation continues from the last column, so `generate` raises an error:
+# last token, and they are correct there. So `forward`, which training uses, accepts padding on either side.
+# Generation continues from the last column, so `generate` raises an error:
 
 # %%
 try:
@@ -218,10 +218,9 @@ print("predicted for top-p 0.8:", [round(v, 3) for v in expected.tolist()])
 assert abs(float(rows[4][1]) - float(expected[0])) < 0.02
 
 # %% [markdown]
-# `sample` inverts the cumulative distribution, with one uniform random number per token. With a seed, each step
-# draws one number and uses it for every row, so a row gets the same result in any batch. (Equal prompts in one batch
-# therefore get equal samples.) The first 150 characters at
-# three temperatures:
+# `sample` inverts the cumulative distribution, with one uniform random number per token. With a seed, each step draws
+# one number and uses it for every row, so a row gets the same result in any batch. (Equal prompts in one batch
+# therefore get equal samples.) The first 150 characters at three temperatures:
 
 # %%
 for name, options in (
@@ -235,10 +234,10 @@ for name, options in (
 # ## Beams
 #
 # The most likely text does not have to begin with the most likely token. Beam search keeps the K best sequences so
-# far. Finished texts of different lengths are compared by the mean log-probability of their tokens. A prompt is done
-# when K texts have ended and the best unfinished one is no better than the worst of these. This takes K times the
-# arithmetic and K times the cache, but each step still reads the weights only once. (It takes
-# the most likely tokens and cannot be combined with a temperature.)
+# far. Finished texts of different lengths are compared by the mean log-probability of their tokens. The search stops
+# once K texts have ended and no unfinished one scores better than the worst of them. This takes K times the
+# arithmetic and K times the cache, but each step still reads the weights only once. (It is deterministic, so it
+# cannot be combined with a temperature.)
 
 # %%
 rows = []
@@ -266,9 +265,9 @@ print("forbidden:", forbidden)
 assert forbidden == ["▁star"]
 
 # %% [markdown]
-# Tags are tokens like all others. After the second link of a list and a comma, the rule forbids opening another
-# link, because `</object>`, the comma and `<phrase>` would repeat. (`encode_answer` from `training/data.py` returns
-# the tokens that a model generates for a text. `Tokenizer.encode`, for prompts, would put a space before the comma.)
+# Tags are tokens like all others. After the second link of a list and a comma, the rule forbids opening another link,
+# because `</object>`, the comma and `<phrase>` would repeat. (`encode_answer` from `training/data.py` returns the
+# tokens that a model generates for a text. `Tokenizer.encode`, for prompts, would put a space before the comma.)
 
 # %%
 star = "<phrase> a red star</phrase><object><patch_index_0661><patch_index_0927></object>"
@@ -317,9 +316,9 @@ assert ",," in tokenizer.decode(blocked)
 
 # %% [markdown]
 # Both texts are the same up to the first repeated 3-gram. There the rule forces another token, and everything after
-# it depends on that token; here, a comma is doubled. The config of the bundled model
-# turns the rule off; `sample.py` uses the checkpoint's setting, except for `--task context`, where the rule is off
-# because the prompt repeats itself.
+# it depends on that token. Here, a comma is doubled, and the rest of the text is worse than before. The config of the
+# bundled model turns the rule off; `sample.py` uses the checkpoint's setting, except for `--task context`, where the
+# rule is off because the prompt repeats itself.
 #
 # ## Complete boxes
 #

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # 6. Weights: what is in a checkpoint
 #
-# A model consists of an architecture and its parameters (1.66 billion in the published model). Checkpoint
-# files hold these parameters under different tensor names: ours, the published ones (Hugging Face)
-# or the original ones (fairseq). This notebook reads a checkpoint by hand, draws the map of names,
-# counts parameters, and then changes a trained model. (Reading time: 25 minutes.)
+# A model consists of an architecture and its parameters (1.66 billion in the published model). Checkpoint files hold
+# these parameters under different tensor names: ours, the published ones (Hugging Face) or the original ones
+# (fairseq). This notebook reads a checkpoint by hand, draws the map of names, counts parameters, and then changes a
+# trained model. (Reading time: 25 minutes.)
 #
-# `Scene` draws random images whose things and boxes are known; scenes from seed `HELD_OUT` on were
-# not used in training. Both come from `training/` and are needed at the end.
+# `Scene` draws random images whose things and boxes are known; scenes from seed `HELD_OUT` on were not used in
+# training. Both come from `training/` and are needed at the end.
 
 # %%
 from figures import COLORS, ROOT, plt, reference, show, table  # isort: skip  (sets the paths)
@@ -30,9 +30,8 @@ from tokenizer import Tokenizer, boxes_to_text
 # %% [markdown]
 # ## A safetensors file, by hand
 #
-# The file begins with eight bytes that hold the length of the header. The header is JSON: the
-# dtype, the shape and the offsets of each tensor. The data follows. There is no code in such a
-# file.
+# The file begins with eight bytes that hold the length of the header. The header is JSON: the dtype, the shape and
+# the offsets of each tensor. The data follows. There is no code in such a file.
 
 # %%
 content = (ROOT / "tiny" / "model.safetensors").read_bytes()
@@ -43,8 +42,8 @@ print(f"file of {len(content):,} bytes, header of {size:,} bytes, {len(header) -
 print("image_to_text_projection.latent_query:", entry)
 
 # %% [markdown]
-# These are the latents of the resampler. Their bytes, read in the given dtype, are the parameter
-# that the loader puts into the model:
+# These are the latents of the resampler. Their bytes, read in the given dtype, are the parameter that the loader puts
+# into the model:
 
 # %%
 start, end = (8 + size + offset for offset in entry["data_offsets"])
@@ -58,10 +57,9 @@ print("equal:", tuple(by_hand.shape))
 # %% [markdown]
 # ## The map of names
 #
-# `NAMES` in `load_weights.py` lists the prefixes of names in three columns; {} is the number of a
-# layer. What follows the prefix is the same in all three. Tensors are only renamed, never
-# transposed, split or merged. Here each column is sorted alphabetically; lines connect the names of
-# one tensor.
+# `NAMES` in `load_weights.py` lists the prefixes of names in three columns; {} is the number of a layer. What follows
+# the prefix is the same in all three. Tensors are only renamed, never transposed, split or merged. Here each column
+# is sorted alphabetically; lines connect the names of one tensor.
 
 # %%
 columns = [("here", 0), ("published (Hugging Face)", 0.27), ("original (fairseq)", 0.69)]
@@ -89,9 +87,9 @@ axis.axis("off")
 show(fig, "The prefixes of tensor names in three columns; lines connect the names of one tensor.")
 
 # %% [markdown]
-# Two published names are misleading. `final_layer_norm` occurs in every block of the decoder: it is
-# the norm before the MLP, not the last norm of the model. And `pre_layrnorm` is misspelled in
-# the files. Do we have a name for each published tensor, and only for those?
+# Two published names are misleading. `final_layer_norm` occurs in every block of the decoder: it is the norm before
+# the MLP, not the last norm of the model. And `pre_layrnorm` is misspelled in the files. Do our names match the
+# published tensors one to one?
 
 # %%
 published = set(reference().state_dict()) - {"text_model.lm_head.weight"}  # tied to the embedding
@@ -99,8 +97,8 @@ assert {rename(ours, HUGGING_FACE) for ours in model.state_dict()} == published
 print(f"our {len(published)} names map to exactly those of transformers")
 
 # %% [markdown]
-# The loader recognizes the layout by the names. As a test, we write the bundled model under its
-# fairseq names, as a file like the original `kosmos-2.pt`, and read it back:
+# The loader recognizes the layout by the names. As a test, we write the bundled model under its fairseq names, as a
+# file like the original `kosmos-2.pt`, and read it back:
 
 # %%
 state = {rename(name, FAIRSEQ): tensor for name, tensor in model.state_dict().items()}
@@ -115,9 +113,9 @@ print(list(state)[-1], "is read as", list(model.state_dict())[-1])
 # %% [markdown]
 # ## Where the parameters are
 #
-# Try to predict how many of the 1.66 billion parameters are in the ViT, in the embedding and in
-# the decoder. First the formula for one block: four projections and two matrices of the MLP, all with
-# biases, two norms, and with sub-LN two more.
+# Try to predict how many of the 1.66 billion parameters are in the ViT, in the embedding and in the decoder. First
+# the formula for one block: four projections and two matrices of the MLP, all with biases, two norms, and with sub-LN
+# two more.
 
 
 # %%
@@ -156,8 +154,8 @@ table([(part, f"{n:>13,}", f"{shares[part]:.1%}") for part, n in predicted.items
       ("part", "parameters", "share"))  # fmt: skip
 
 # %% [markdown]
-# (The last norm of the decoder is counted with its blocks.) Is the prediction right? On the "meta"
-# device, tensors have shapes but no memory, so we can build the published model and count:
+# (The last norm of the decoder is counted with its blocks.) Is the prediction right? On the "meta" device, tensors
+# have shapes but no memory, so we can build the published model and count:
 
 # %%
 with torch.device("meta"):
@@ -181,16 +179,15 @@ assert 0.70 < shares["decoder, 24 blocks"] < 0.75 and 0.18 < shares["ViT, 24 blo
 show(fig, "A bar of five parts: the decoder's blocks take almost three quarters, the ViT a fifth.")
 
 # %% [markdown]
-# The decoder's blocks hold almost three quarters of all parameters, the ViT less than a fifth, the
-# resampler a hundredth. Each new token needs every parameter of the decoder once, more than 1.3
-# billion; notebook 9 predicts the speed from that.
+# The decoder's blocks hold almost three quarters of all parameters, the ViT less than a fifth, the resampler a
+# hundredth. Each new token needs every parameter of the decoder once, more than 1.3 billion; notebook 9 predicts the
+# speed from that.
 #
 # ## Pickles
 #
-# `pytorch_model.bin` and `kosmos-2.pt` are pickles, and a pickle can call any function while it is
-# loaded. Here is one that creates a file. `read_torch` in `load_weights.py` uses PyTorch's
-# restricted unpickler (`weights_only=True`) and replaces everything else that the file names by
-# inert stand-ins.
+# `pytorch_model.bin` and `kosmos-2.pt` are pickles, and a pickle can call any function while it is loaded. Here is
+# one that creates a file. `read_torch` in `load_weights.py` uses PyTorch's restricted unpickler (`weights_only=True`)
+# and replaces everything else that the file names by inert stand-ins.
 
 
 # %%
@@ -215,8 +212,8 @@ print("file created:", os.path.exists(gotcha))
 assert os.path.exists(gotcha)
 
 # %% [markdown]
-# Functions that PyTorch considers dangerous, like those of the module `os`, have no stand-in: such
-# a file is not read at all.
+# Functions that PyTorch considers dangerous, like those of the module `os`, have no stand-in: such a file is not read
+# at all.
 
 
 # %%
@@ -237,8 +234,8 @@ shutil.rmtree(folder)
 # %% [markdown]
 # ## Incomplete checkpoints
 #
-# A model with a missing tensor would still generate text, only worse. So the loader checks every
-# tensor and raises an error that lists what is missing, unexpected or of the wrong shape.
+# A model with a missing tensor would still generate text, only worse. So the loader checks every tensor and raises an
+# error that lists what is missing, unexpected or of the wrong shape.
 
 # %%
 checkpoint = Checkpoint(ROOT / "tiny")
@@ -250,13 +247,12 @@ assert "image_to_text_projection.latent_query" in checkpoint.problems()[0]
 # %% [markdown]
 # ## Changing a trained model
 #
-# To change a model and keep what it has learned: read its weights, change some tensors, build a
-# model of the new sizes, load the weights into it, save. As an example, the bundled model gets a
-# grid of 16 x 16 cells instead of 32 x 32. Location tokens are last in the vocabulary, so all other
-# tokens keep their ids.
+# To change a model and keep what it has learned: read its weights, change some tensors, build a model of the new
+# sizes, load the weights into it, save. As an example, the bundled model gets a grid of 16 x 16 cells instead of 32 x
+# 32. Location tokens are last in the vocabulary, so all other tokens keep their ids.
 #
-# Each new cell covers four old ones. Should its embedding be random (with the standard deviation of
-# the old embeddings), or the mean of the four? Make a prediction.
+# Each new cell covers four old ones. Should its embedding be random (with the standard deviation of the old
+# embeddings), or the mean of the four? Make a prediction.
 
 # %%
 coarse = Tokenizer(tokenizer.model_file, model.config.latent_query_num, grid=16)
@@ -287,9 +283,9 @@ changed = with_locations(mean_of_four)
 print("embedding:", tuple(embedding.shape), "->", tuple(changed.decoder.embed_tokens.weight.shape))
 
 # %% [markdown]
-# We compare them by their loss on the boxes of things in 100 unseen scenes, one thing from each
-# scene that has one with a unique name. Each text is a phrase and its box, `<phrase> the red
-# cup</phrase><object>...</object>`, and only location tokens are counted.
+# We compare them by their loss on the boxes of things in 100 unseen scenes, one thing from each scene that has one
+# with a unique name. Each text is a phrase and its box, `<phrase> the red cup</phrase><object>...</object>`, and only
+# location tokens are counted.
 
 # %%
 images, prompts = [], []
@@ -321,10 +317,10 @@ assert losses["mean of four"] < losses["uniform"] < losses["random"]
 assert losses["mean of four"] < losses["random"] - 1
 
 # %% [markdown]
-# With random embeddings the model is worse than a uniform choice; with the mean of four it is much
-# better before any training. The mean of four embeddings is only useful if they are similar, so
-# we check that. (In the bundled model they are similar from the start: see `init_weights` in
-# `training/train.py`. We cannot tell how similar those of the published model are.)
+# With random embeddings the model is worse than a uniform choice; with the mean of four it is much better before any
+# training. The mean of four embeddings is only useful if they are similar, so we check that. (In the bundled model
+# they are similar from the start: see `init_weights` in `training/train.py`. We cannot tell how similar those of the
+# published model are.)
 
 # %%
 cells = torch.nn.functional.normalize(embedding[first:], dim=1).view(32, 32, D)
@@ -334,8 +330,8 @@ print(f"cosine similarity of neighbors {neighbors:.2f}, of cells half an image a
 assert neighbors > others + 0.2
 
 # %% [markdown]
-# The changed model is saved like any other. The loader computes the grid from the size of
-# the vocabulary, so nothing else has to be stored.
+# The changed model is saved like any other. The loader computes the grid from the size of the vocabulary, so nothing
+# else has to be stored.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -346,18 +342,14 @@ assert torch.equal(saved.decoder.embed_tokens.weight, changed.decoder.embed_toke
 print(f"vocabulary {tokenizer.vocab_size} -> {saved.config.text.vocab_size}, grid 16 x 16")
 
 # %% [markdown]
-# The command of notebook 11, with `--checkpoint FOLDER`, would train the model further on your own
-# boxes, with the new grid. (`--data` is required: the texts about scenes are written for a grid of
-# 32 x 32 cells.)
+# The command of notebook 11, with `--checkpoint FOLDER`, would train the model further on your own boxes, with the
+# new grid. (`--data` is required: the texts about scenes are written for a grid of 32 x 32 cells.)
 #
 # ## Exercises
 #
 # Predict, then run. Answers are in `answers.py`.
 #
 # 1. How many bytes would the published model take in fp32 if its embedding were not tied?
-# 2. Old files contain `position_ids` and `embed_positions.weights`; the loader ignores them. Why is
-#    that correct?
-# 3. Which rows of the parameter table change with 32 instead of 24 decoder layers? With 128
-#    latents?
-# 4. Make a copy of the checkpoint with one NaN and load it. Which line finds it, and how much
-#    memory does that take?
+# 2. Old files contain `position_ids` and `embed_positions.weights`; the loader ignores them. Why is that correct?
+# 3. Which rows of the parameter table change with 32 instead of 24 decoder layers? With 128 latents?
+# 4. Make a copy of the checkpoint with one NaN and load it. Which line finds it, and how much memory does that take?

@@ -1,13 +1,12 @@
 # %% [markdown]
 # # 7. Tasks: one model, many prompts
 #
-# Captions, phrase grounding, referring expressions, questions, few-shot examples: for Kosmos-2,
-# each task is a prompt. We try each on one image, look at the raw and the parsed answers, and then
-# measure accuracy and look at failures. (Reading time: 25 minutes.)
+# Captions, phrase grounding, referring expressions, questions, few-shot examples: for Kosmos-2, each task is a
+# prompt. We try each on one image, look at the raw and the parsed answers, and then measure accuracy and look at
+# failures. (Reading time: 25 minutes.)
 #
-# `demo_scenes` describes the images in `tiny/` exactly (their things and boxes), and `Scene` draws
-# random ones. Both are from `training/scenes.py`; `training/evaluate.py` selects and scores
-# examples.
+# `demo_scenes` describes the images in `tiny/` exactly (their things and boxes), and `Scene` draws random ones. Both
+# are from `training/scenes.py`; `training/evaluate.py` selects and scores examples.
 
 # %%
 from figures import ROOT, show_answers, show_image, table  # isort: skip  (sets the paths)
@@ -37,9 +36,9 @@ print("the scene:", ", ".join(thing.name for thing in scene.things))
 show_image(image, "A drawing of two orange cats, a blue car, a cloud and a sun.", width=300)
 
 # %% [markdown]
-# A function that continues a prompt about this image, or about other images. Decoding is
-# constrained to valid markup, so boxes are always complete (notebook 5). Boxes for the phrases of
-# the prompt can be given separately: `encode_prompt` inserts them after the phrases.
+# A function that continues a prompt about this image, or about other images. Decoding is constrained to valid markup,
+# so boxes are always complete (notebook 5). Boxes for the phrases of the prompt can be given separately:
+# `encode_prompt` inserts them after the phrases.
 
 
 # %%
@@ -58,9 +57,9 @@ print(ask(PROMPTS["caption"]).text)
 # %% [markdown]
 # ## Captions
 #
-# `PROMPTS` in `tokenizer.py` lists the prompts of the paper. Three of them make captions: brief
-# with boxes, brief without (the same prompt without `<grounding>`), and detailed. Which of the raw
-# answers will contain location tokens?
+# `PROMPTS` in `tokenizer.py` lists the prompts of the paper. Three of them make captions: brief with boxes, brief
+# without (the same prompt without `<grounding>`), and detailed. Which of the raw answers will contain location
+# tokens?
 
 # %%
 captions = {task: ask(PROMPTS[task]) for task in ("caption", "plain", "detail")}
@@ -70,8 +69,8 @@ assert captions["caption"].entities and captions["detail"].entities
 assert strip_tags(captions["plain"].raw) == captions["plain"].raw
 
 # %% [markdown]
-# Only the prompts with `<grounding>` lead to boxes. The two grounded captions as hyperlinks (in
-# Jupyter, hovering over a phrase highlights its box):
+# Only the prompts with `<grounding>` lead to boxes. The two grounded captions as hyperlinks (in Jupyter, hovering
+# over a phrase highlights its box):
 
 # %%
 show_answers(image, captions["caption"], captions["detail"])
@@ -82,8 +81,8 @@ for phrase, _, boxes, scores in captions["caption"].entities:
 # %% [markdown]
 # ## Questions
 #
-# Questions have the form `Question: ... Answer:`. With `<grounding>` in front, the answer has
-# boxes, too. A question can also be about a box: here "it" is the box of the car.
+# Questions have the form `Question: ... Answer:`. With `<grounding>` in front, the answer has boxes, too. A question
+# can also be about a box: here "it" is the box of the car.
 
 # %%
 car = scene.find("car")[0]
@@ -100,10 +99,9 @@ for prompt, question, boxes in asked:
 # %% [markdown]
 # ## Referring, in both directions
 #
-# Given a box, the model writes an expression for it (referring expression generation); given an
-# expression, it writes a box (referring expression comprehension). If the expression fits only that
-# thing, the second step should lead back to the first box. `resolve` decides by rules which things
-# an expression fits.
+# Given a box, the model writes an expression for it (referring expression generation); given an expression, it writes
+# a box (referring expression comprehension). If the expression fits only that thing, the second step should lead back
+# to the first box. `resolve` decides by rules which things an expression fits.
 
 # %%
 rows = []
@@ -117,16 +115,14 @@ for thing in scene.things:
 table(rows, ("thing", "expression for its box", "fits only this", "IoU of its box"))
 
 # %% [markdown]
-# The cats have the same name, so a good expression for them needs a relation ("the cat left of
-# ..."). Where the third column is "no", the expression fits several things, and the box may be on
-# another one.
+# The cats have the same name, so a good expression for them needs a relation ("the cat left of ..."). Where the third
+# column is "no", the expression fits several things, and the box may be on another one.
 #
 # ## Ranked boxes
 #
-# "a cat" fits two things. Greedy decoding gives one answer; `rank_boxes` gives several. It runs a
-# beam search over the two location tokens of a box: it combines the 32 most likely top-left corners
-# with all bottom-right ones, and of boxes that overlap with IoU 0.5 or more, it keeps only the most
-# likely.
+# "a cat" fits two things. Greedy decoding gives one answer; `rank_boxes` gives several. It runs a beam search over
+# the two location tokens of a box: it combines the 32 most likely top-left corners with all bottom-right ones, and of
+# boxes that overlap with IoU 0.5 or more, it keeps only the most likely.
 
 # %%
 prompt = PROMPTS["ground"].format(text="a cat") + "<object>"
@@ -144,15 +140,15 @@ show_answers(image, Answer("a cat", prompt, entities))
 assert ranked == sorted(ranked, reverse=True)
 
 # %% [markdown]
-# The score is the square root of the product of both probabilities, so it can be read like the
-# score of a generated box. The list is sorted by it. It does not end where the right boxes end,
-# and no threshold on the score finds that point: right boxes share the probability of the first token,
-# so the second cat has a much lower score than the first.
+# The score is the square root of the product of both probabilities, so it can be read like the score of a generated
+# box. The list is sorted by it. It does not end where the right boxes end, and no single threshold finds that point
+# for all phrases: right boxes share the probability of the first token, so the second cat has a much lower score than
+# the first.
 #
 # ## Few-shot prompts
 #
-# A prompt can contain several images. In the text, each `<image>` stands for one; in the tokens it
-# is followed by Q slots and `</image>`. The images are given in the order of their tags.
+# A prompt can contain several images. In the text, each `<image>` stands for one; in the tokens it is followed by Q
+# slots and `</image>`. The images are given in the order of their tags.
 
 # %%
 ids, mask = tokenizer.encode_prompt("<image> red.<image>", 2)
@@ -161,10 +157,10 @@ table([(t, tokenizer.id_to_token[i]) for t, i in visible], ("position", "token")
 assert sum(mask) == 2 * tokenizer.num_image_tokens
 
 # %% [markdown]
-# The prompt below does not say whether to name the color or the kind of the thing. The model has to
-# infer it from the example, a sentence about a box in the first image. (The bundled model was trained on
-# such prompts with boxes, and only on those: without boxes, few-shot prompts do not work with it.
-# The published model was trained on web pages with many images.)
+# The prompt below does not say whether to name the color or the kind of the thing. The model has to infer it from the
+# example, a sentence about a box in the first image. (The bundled model was trained on such prompts with boxes, and
+# only on those: without boxes, few-shot prompts do not work with it. The published model was trained on web pages
+# with many images.)
 
 # %%
 pair = [demo_scenes()[name] for name in ("first.png", "second.png")]
@@ -185,10 +181,9 @@ assert len(set(replies.values())) == 2  # the answer depends on the example
 #
 # ## Accuracy
 #
-# `choose_examples` takes one example of each task for each of 30 unseen scenes, if the scene has
-# one. (`tiny/README.md` has a table for more scenes.
-# `refer` here is text to box, `describe box` is box to text.) First, one
-# example of each task:
+# `choose_examples` takes one example of each task for each of 30 unseen scenes, if the scene has one.
+# (`tiny/README.md` has a table for more scenes. `refer` here is text to box, `describe box` is box to text.) First,
+# one example of each task:
 
 # %%
 examples = choose_examples(30, HELD_OUT + 20_000)
@@ -198,10 +193,9 @@ for task in sorted(one_each):
     print(f"{task:20}{strip_tags(example.prompt)} ...{strip_tags(example.answer)}"[:99])
 
 # %% [markdown]
-# `score` returns a hit or a miss for an answer; for captions, one for each thing in the scene, and
-# for phrases that fit several things, one for each of these.
-# Boxes must overlap the right one with IoU 0.5 or more. Phrases for absent things ("ground absent")
-# have no right answer and are left out.
+# `score` returns a list of hits and misses: one entry for most answers, but one for each thing in the scene for
+# captions, and one for each right thing for phrases that fit several. Boxes must overlap the right one with IoU 0.5
+# or more. Phrases for absent things ("ground absent") have no right answer and are left out.
 
 # %%
 hits, misses = defaultdict(list), []
@@ -218,9 +212,9 @@ assert accuracy["ground"] > 0.5 and accuracy["kind in box"] > 0.3
 assert accuracy["color of box"] >= accuracy["kind in box"]
 
 # %% [markdown]
-# A random guess among 30 kinds is right about 3% of the time. The color of a thing is recognized at
-# least as often as its kind, which depends on details of the outline. (With so few examples per row,
-# small differences mean nothing.)
+# A random guess among 30 kinds is right about 3% of the time. The color of a thing is recognized at least as often as
+# its kind, which shows only in details of the outline. (With so few examples per row, small differences mean
+# nothing.)
 #
 # ## Failures
 #
@@ -233,8 +227,8 @@ for _, example, result in random.Random(1).sample(misses, min(5, len(misses))):
     print(f"   right  {example.answer}\n")
 
 # %% [markdown]
-# Below is a caption with an error, if there is one: first the right caption, then the model's. If a
-# box is on a thing and only its name is wrong, the model has found the thing but not recognized it.
+# Below is a caption with an error, if there is one: first the right caption, then the model's. If a box is on a thing
+# and only its name is wrong, the model has found the thing but not recognized it.
 
 # %%
 for s, example, result in [miss for miss in misses if miss[1].task == "caption"][:1]:
@@ -250,9 +244,6 @@ for s, example, result in [miss for miss in misses if miss[1].task == "caption"]
 # Predict, then run. Answers are in `answers.py`.
 #
 # 1. Ground something that is not there. What happens to the score?
-# 2. Put the example after the question: the second image and its sentence last. Does it still
-#    work?
-# 3. Which task gets worse first when images have fewer pixels (draw at 28 pixels)? Measure with
-#    `score`.
-# 4. `score` compares answers to questions letter by letter. Find a correct answer that is scored
-#    as a miss.
+# 2. Put the example after the question: the second image and its sentence last. Does it still work?
+# 3. Which task gets worse first when images have fewer pixels (draw at 28 pixels)? Measure with `score`.
+# 4. `score` compares answers to questions letter by letter. Find a correct answer that is scored as a miss.

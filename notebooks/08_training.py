@@ -45,9 +45,9 @@ print(len(encode_record(tokenizer, record)), "tokens")
 # ## The objective and its mask
 #
 # The loss is the mean of -log p(next token). Only the tokens of answers contribute, not those of prompts. (In the
-# original training on GRIT, and in `Grit` of `training/data.py`, all tokens of the text contribute.) Each row has
-# one image in front and several texts about it that do not attend to each other, so the image is encoded only once.
-# Here is a part of a row with its targets. In answers, tags and location tokens count like all other tokens.
+# original training on GRIT, and in `Grit` of `training/data.py`, all tokens of the text contribute.) Each row has one
+# image in front and several texts about it that do not attend to each other, so the image is encoded only once. Here
+# is a part of a row with its targets. In answers, tags and location tokens count like all other tokens.
 
 # %%
 source = Scenes(tokenizer, model.config, length=256, first=5)
@@ -222,8 +222,8 @@ for seed in (1, 2):
     print("model:", parse(tokenizer.decode(new))[0])
 
 # %% [markdown]
-# These look like captions. Do they depend on the image? We give each row of a batch the image of
-# another row, and compare the losses.
+# These look like captions, but they do not fit the scenes. Do they depend on the image at all? We give each row of a
+# batch the image of another row, and compare the losses.
 
 # %%
 batch = collate([lessons.row(1000 + n) for n in range(8)])
@@ -237,14 +237,14 @@ for name, learner in (("after 60 steps", student), ("bundled model", model)):
 assert abs(increase["after 60 steps"]) < 0.2 and increase["bundled model"] > 0.5
 
 # %% [markdown]
-# After 60 steps, the image makes almost no difference: this is a blind model, as in notebook 2. For the bundled
-# model, the loss rises with the wrong image.
+# After 60 steps, the image makes almost no difference to the loss: the model is nearly as blind as the one in
+# notebook 2. For the bundled model, the loss rises with the wrong image.
 #
 # ## The bundled model
 #
-# The log of the run that made it, one JSON object per line. The first steps train only the ViT, so their lines
-# have no `words` or `locations`; the [model card](../tiny/README.md) has the details of the run. How do
-# the losses and the accuracy develop?
+# The log of the run that made it, one JSON object per line. The first steps train only the ViT, so their lines have
+# no `words` or `locations`; the [model card](../tiny/README.md) has the details of the run. How do the losses and the
+# accuracy develop?
 
 # %%
 log = [json.loads(line) for line in (ROOT / "tiny" / "log.jsonl").read_text().splitlines()]
@@ -284,8 +284,7 @@ show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on
 #
 # 1. A loss of 0.3 nats per location token: how many equally likely cells does that correspond to?
 # 2. Include the prompts in the loss as well. Which line of `data.py` is it? What would you expect?
-# 3. Give location tokens random initial embeddings instead of smooth ones (`init_weights`). What would a near
-#    miss then teach the model about the neighboring cell?
-# 4. Train only the resampler of the bundled model:
-#    `python training/train.py --checkpoint tiny --out NEW --train resampler --optimizer adamw --lr 3e-4 --steps 100`.
-#    How many parameters move?
+# 3. Give location tokens random initial embeddings instead of smooth ones (`init_weights`). What would a near miss
+#    then teach the model about the neighboring cell?
+# 4. Train only the resampler of the bundled model: `python training/train.py --checkpoint tiny --out NEW --train
+#    resampler --optimizer adamw --lr 3e-4 --steps 100`. How many parameters move?

@@ -17,11 +17,11 @@
 # | positions | start at 2 | start at 0 | fairseq reserves position 1 for padding |
 # | | all sines, then all cosines | interleaved | as in fairseq; any order can be learned |
 # | | wavelengths up to 2π · 10,000 exactly | a little less | i / (D/2 - 1) instead of i / (D/2) |
-# | blocks | sub-LN | pre-norm or post-norm | stable training of deep decoders |
+# | blocks | pre-norm and sub-LN | pre-norm or post-norm alone | stable training of deep decoders |
 #
 # Not every row is measured below, and the tables also have mistakes that a port could make, such as positions from
 # 1. The helpers are in [`departures.py`](departures.py): a departure is a list of `unittest.mock.patch` objects, and
-# `Trial` runs the model on unseen scenes with them. `Scene` and the scores come from `training/`.
+#    `Trial` runs the model on unseen scenes with them. `Scene` and the scores come from `training/`.
 
 # %%
 from figures import ROOT, plt, show, table  # isort: skip
@@ -105,7 +105,7 @@ assert logit_change(right, blocks["tanh GELU in the decoder"]) < 0.05
 # ## Some changes go unnoticed
 #
 # Every departure as a point: the change of the logits, and the cost in IoU with its standard error. Red points have a
-# star in one of the two columns, so a red point can lose no IoU if it loses names instead.
+# star in one of the two columns, so a red point may have a cost of zero here if it loses names instead.
 
 # %%
 measured = vision | inputs | blocks
@@ -126,8 +126,8 @@ print(f"{quiet} of {len(measured)} departures have no measurable cost on 40 scen
 assert quiet >= 2
 
 # %% [markdown]
-# The cost of a blue point may be chance; 40 scenes cannot tell. Comparing numbers with the reference finds all of
-# them. `tests/mutations.py` applies many of them and checks that a test fails.
+# The cost of a blue point may be chance; 40 scenes cannot tell. Comparing logits with the reference finds every one
+# of them. `tests/mutations.py` applies many of them and checks that a test fails.
 #
 # These numbers show what happens when a part is removed from a model that was trained with it. Training without it is
 # another question.

@@ -61,7 +61,7 @@ def write_record(thing: Thing, ladder: tuple) -> dict:
 
 
 # %% [markdown]
-# An example is such a scene with a ladder, unless there is no room for one.
+# `example` draws such a scene with a ladder, or returns None if there is no room for one.
 
 
 # %%
@@ -101,7 +101,7 @@ print(json.dumps(examples[0][1]))
 # %% [markdown]
 # ## Before
 #
-# For each held-out image: does the caption name the ladder, with a box of IoU 0.5? Does it name the other thing?
+# For each held-out image: does the caption name the ladder, with a box of IoU 0.5? And the other thing?
 
 
 # %%
@@ -188,8 +188,9 @@ for trained in (["vision", "resampler", "decoder"], ["resampler", "decoder"], ["
 # %% [markdown]
 # Activations need additional memory; `--recompute` keeps only those between blocks, and `--accumulate` computes a
 # batch in parts. With a few hundred images, freeze the ViT (`--train resampler decoder`): it was pretrained on far
-# more images than you have, and the released training code of Kosmos-2 freezes it, too. For a new kind of image, such
-# as X-rays, train it as well. Measure the old abilities as well as the new one on held-out images, as above.
+# more images than you have, and the released training code of Kosmos-2 freezes it, too (its option to train
+# everything has no effect on the ViT). For a new kind of image, such as X-rays, train it as well. Measure the old
+# abilities as well as the new one on held-out images, as above.
 #
 # ## Exercises
 #

@@ -111,11 +111,7 @@ class Thing:
         stretch = rng.uniform(0.88, 1.14) * rng.choice([-1, 1])  # negative: mirrored
         turned = []
         for part in parts:
-            points = [(x * stretch, y) for x, y in part.points]
-            points = [
-                (x * math.cos(tilt) - y * math.sin(tilt), x * math.sin(tilt) + y * math.cos(tilt))
-                for x, y in points
-            ]
+            points = [rotate(x * stretch, y, tilt) for x, y in part.points]
             turned.append(Part(points, part.color))
         x1, y1, x2, y2 = extent(turned)
         scale = self.size / max(x2 - x1, y2 - y1)
@@ -124,13 +120,13 @@ class Thing:
         x_middle = (x1 + x2) / 2
         y_middle = (y1 + y2) / 2
         cx, cy = self.center
-        return [
-            Part(
-                [(cx + (x - x_middle) * x_scale, cy + (y - y_middle) * y_scale) for x, y in part.points],
-                part.color,
-            )
-            for part in turned
-        ]
+        placed = []
+        for part in turned:
+            points = []
+            for x, y in part.points:
+                points.append((cx + (x - x_middle) * x_scale, cy + (y - y_middle) * y_scale))
+            placed.append(Part(points, part.color))
+        return placed
 
     @cached_property
     def box(self) -> Box:
@@ -153,8 +149,9 @@ class Thing:
     @property
     def clear_place(self) -> str | None:
         """Its place; None if its center is too close to the border of two places."""
-        if any(abs(c - border) < 0.03 for c in self.center for border in (1 / 3, 2 / 3)):
-            return None
+        for coordinate in self.center:
+            if abs(coordinate - 1 / 3) < 0.03 or abs(coordinate - 2 / 3) < 0.03:
+                return None
         return self.place
 
     @property
@@ -162,15 +159,21 @@ class Thing:
         return self.kind if self.color is None else f"{self.color} {self.kind}"
 
     def is_a(self, kind: str, color: str | None = None, size: str | None = None) -> bool:
-        return (
-            kind in (self.kind, ANYTHING) and color in (self.color, None) and size in (self.size_word, None)
-        )
+        if kind not in (self.kind, ANYTHING):
+            return False
+        return color in (self.color, None) and size in (self.size_word, None)
 
     def side_of(self, side: str, other: "Thing") -> bool | None:
         """Whether it is left of (right of, above, below) another; None if too close to say."""
         dx, dy = SIDES[side]
-        distance = dx * (self.center[0] - other.center[0]) + dy * (self.center[1] - other.center[1])
+        across = self.center[0] - other.center[0]
+        down = self.center[1] - other.center[1]
+        distance = dx * across + dy * down
         return None if abs(distance) < MARGIN else distance > 0
+
+
+def rotate(x: float, y: float, angle: float) -> tuple[float, float]:
+    return x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
 
 
 def extent(parts: list[Part]) -> Box:
@@ -211,7 +214,8 @@ def random_thing(rng: random.Random, others: list[Thing], background: str, aspec
             continue
         x = rng.uniform(half_width, 1 - half_width)
         y = rng.uniform(half_height, 1 - half_height)
-        if background in ("day", "night", "snow") and rng.random() < 0.8 and (y < 0.45) != (kind in AIRBORNE):
+        in_landscape = background in ("day", "night", "snow") and rng.random() < 0.8
+        if in_landscape and (y < 0.45) != (kind in AIRBORNE):
             continue
         thing = replace(thing, center=(x, y))
         if not any(overlap(thing.box, other.box, gap) for other in others):
@@ -220,7 +224,9 @@ def random_thing(rng: random.Random, others: list[Thing], background: str, aspec
 
 
 def overlap(a: Box, b: Box, gap: float) -> bool:
-    return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap
+    across = a[0] < b[2] + gap and b[0] < a[2] + gap
+    down = a[1] < b[3] + gap and b[1] < a[3] + gap
+    return across and down
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -333,7 +339,8 @@ def counted(group: list[Thing]) -> str:
     name = group[0].name
     if len(group) == 1:
         return f"{article(name)} {name}"
-    return f"{NUMBERS[len(group)]} {name.removesuffix(group[0].kind)}{plural(group[0].kind)}"
+    kind = group[0].kind
+    return f"{NUMBERS[len(group)]} {name.removesuffix(kind)}{plural(kind)}"
 
 
 def described(thing: Thing) -> str:
@@ -372,9 +379,8 @@ def paint_background(
         low, high = rng.choice([(0, 255), (150, 255), (0, 110)])
         colors = [random_color(rng, low, high), random_color(rng, low, high)]
         ramp = Image.linear_gradient("L").rotate(rng.choice([0, 90, 180, 270])).resize(size)
-        return Image.composite(
-            Image.new("RGB", size, colors[0]), Image.new("RGB", size, colors[1]), ramp
-        ), colors
+        first, second = (Image.new("RGB", size, color) for color in colors)
+        return Image.composite(first, second, ramp), colors
     if name in ("day", "night", "snow"):
         return paint_landscape(name, width, height, rng)
     low, high = {"white": (250, 255), "light": (170, 255), "dark": (0, 80), "any": (0, 255)}[name]
@@ -441,9 +447,8 @@ def draw_thing(
     pen = ImageDraw.Draw(image)
     if thing.kind in SHAPES and not hidden and rng.random() < 0.1:  # only its outline, in its color
         points = polygons[0][0]
-        pen.line(
-            [*points, *points[:2]], fill=body, width=max(line, round(side * thing.size * 0.09)), joint="curve"
-        )
+        thick = max(line, round(side * thing.size * 0.09))
+        pen.line([*points, *points[:2]], fill=body, width=thick, joint="curve")
         return
     if outlined or hidden:
         for points, _ in polygons:
@@ -466,8 +471,10 @@ def add_noise(image: Image.Image, rng: random.Random) -> Image.Image:
     """Gaussian noise on every pixel, gray or colored."""
     generator = np.random.default_rng(rng.getrandbits(32))
     channels = rng.choice([1, 3])
-    noise = generator.normal(0, rng.uniform(2, 12), (image.height, image.width, channels)).astype(np.float32)
-    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+    shape = (image.height, image.width, channels)
+    noise = generator.normal(0, rng.uniform(2, 12), shape).astype(np.float32)
+    noisy = (np.asarray(image) + noise).clip(0, 255)
+    return Image.fromarray(noisy.astype(np.uint8))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -587,14 +594,15 @@ def link(phrase: str, things) -> str:
 def linked_caption(scene: Scene, detailed: bool = False) -> str:
     """The caption of a scene with a link for every phrase."""
     record = scene.record(detailed)
+    caption = record["caption"]
     groups = [[thing] for thing in scene.things] if detailed else scene.groups()
     spans = dict.fromkeys((row[0], row[1]) for row in record["noun_chunks"])
     text = ""
     done = 0
     for (start, end), group in zip(spans, groups, strict=True):
-        text += record["caption"][done : start - 1] + link(record["caption"][start:end], group)
+        text += caption[done : start - 1] + link(caption[start:end], group)
         done = end
-    return text + record["caption"][done:]
+    return text + caption[done:]
 
 
 def captions(scene: Scene) -> list[Example]:
@@ -633,8 +641,9 @@ def grounding(scene: Scene, rng: random.Random) -> list[Example]:
     if not resolve(absent, scene):
         (x1, x2) = sorted(rng.random() for _ in "xx")
         (y1, y2) = sorted(rng.random() for _ in "yy")
-        box = boxes_to_text([(x1, y1, min(1, x2 + 0.01), min(1, y2 + 0.01))], training=True)
-        found.append(Example("ground absent", ground_prompt(f"{article(absent)} {absent}"), box))
+        box = (x1, y1, min(1, x2 + 0.01), min(1, y2 + 0.01))
+        prompt = ground_prompt(f"{article(absent)} {absent}")
+        found.append(Example("ground absent", prompt, boxes_to_text([box], training=True)))
     return found
 
 
@@ -650,16 +659,13 @@ def referring(scene: Scene, rng: random.Random) -> list[Example]:
     for thing in scene.things:
         by_looks = names(thing, scene)
         by_position = list(islice(relations(thing, scene, rng), 2))
-        found += [Example("refer", ground_prompt(words), objects([thing]), (thing,)) for words in by_looks]
-        found += [
-            Example("refer relation", ground_prompt(words), objects([thing]), (thing,))
-            for words in by_position
-        ]
+        for task, expressions in (("refer", by_looks), ("refer relation", by_position)):
+            for words in expressions:
+                found.append(Example(task, ground_prompt(words), objects([thing]), (thing,)))
         full_names = [words for words in by_looks if thing.name in words]
         for words in (full_names or by_position)[:1]:
-            found.append(
-                Example("describe box", f"<grounding>{link('It', [thing])} is", f" {words}.", (thing,))
-            )
+            prompt = f"<grounding>{link('It', [thing])} is"
+            found.append(Example("describe box", prompt, f" {words}.", (thing,)))
     return found
 
 
@@ -680,40 +686,30 @@ def questions(scene: Scene, rng: random.Random) -> list[Example]:
         a_name = f"{article(thing.name)} {thing.name}"
         the_name = f"the {thing.name}"
         if thing.color and len(scene.find(thing.kind)) == 1:
-            the_kind = link(f"the {thing.kind}", [thing])
-            found += ask(
-                "color",
-                f"What color is the {thing.kind}?",
-                thing.color,
-                f"{the_kind} is {thing.color}.",
-                [thing],
-            )
+            question = f"What color is the {thing.kind}?"
+            grounded = f"{link(f'the {thing.kind}', [thing])} is {thing.color}."
+            found += ask("color", question, thing.color, grounded, [thing])
         if thing.color and len(scene.find(ANYTHING, thing.color)) == 1:
-            found += ask(
-                "kind", f"Which thing is {thing.color}?", thing.kind, f"{link(a_name, [thing])}.", [thing]
-            )
+            question = f"Which thing is {thing.color}?"
+            found += ask("kind", question, thing.kind, f"{link(a_name, [thing])}.", [thing])
         if len(scene.find(thing.kind, thing.color)) == 1:
             if thing.clear_place:
                 grounded = f"{link(the_name, [thing])} is {thing.place}."
                 found += ask("where", f"Where is {the_name}?", thing.place, grounded, [thing])
             for side in SIDES:
-                answers = [
-                    (other, other.side_of(side, thing)) for other in scene.things if other is not thing
-                ]
-                there = [other for other, answer in answers if answer]
-                if len(there) == 1 and not any(answer is None for _, answer in answers):
-                    name = f"{article(there[0].name)} {there[0].name}"
-                    found += ask(
-                        "relation", f"What is {side} {the_name}?", name, f"{link(name, there)}.", there
-                    )
+                others = [other for other in scene.things if other is not thing]
+                answers = [other.side_of(side, thing) for other in others]
+                if answers.count(True) == 1 and None not in answers:
+                    there = others[answers.index(True)]
+                    name = f"{article(there.name)} {there.name}"
+                    question = f"What is {side} {the_name}?"
+                    found += ask("relation", question, name, f"{link(name, [there])}.", [there])
         it = link("it", [thing])
         if thing.color:
-            found.append(
-                Example(
-                    "color of box", PROMPTS["vqa"].replace("{text}", f"What color is{it}?"), f" {thing.color}"
-                )
-            )
-        found.append(Example("kind in box", PROMPTS["vqa"].replace("{text}", f"What is{it}?"), f" {a_name}"))
+            prompt = PROMPTS["vqa"].replace("{text}", f"What color is{it}?")
+            found.append(Example("color of box", prompt, f" {thing.color}"))
+        prompt = PROMPTS["vqa"].replace("{text}", f"What is{it}?")
+        found.append(Example("kind in box", prompt, f" {a_name}"))
     return found
 
 
@@ -730,17 +726,18 @@ def counting(scene: Scene, rng: random.Random) -> list[Example]:
         group = scene.find(kind, color)
         prefix = "" if color is None else f"{color} "
         number = NUMBERS[len(group)]
-        words = f"{number} {prefix}{kind if len(group) == 1 else plural(kind)}"
-        grounded = f"{link(words, group)}." if group else f"{number}."
+        noun = kind if len(group) == 1 else plural(kind)
+        grounded = f"{link(f'{number} {prefix}{noun}', group)}." if group else f"{number}."
         found += ask("count", f"How many {prefix}{plural(kind)} are there?", number, grounded, group)
     present = [rng.choice(scene.things).name] if scene.things else []
     for name in [*present, random_name(rng)]:
         number, meaning = read_words(name)
         group = scene.find(**meaning)
-        grounded = f"yes,{link(counted(group), group)}." if group else "no."
-        found += ask(
-            "yes or no", f"Is there {article(name)} {name}?", "yes" if group else "no", grounded, group
-        )
+        question = f"Is there {article(name)} {name}?"
+        if group:
+            found += ask("yes or no", question, "yes", f"yes,{link(counted(group), group)}.", group)
+        else:
+            found += ask("yes or no", question, "no", "no.", group)
     return found
 
 
@@ -763,9 +760,8 @@ def in_context(scene: Scene, rng: random.Random) -> list[Example]:
         shown = rng.choice(scene.things)
         asked = rng.choice(second.things)
         if say(shown) and say(asked):
-            prompt = (
-                f"<grounding>{link('It', [shown])} is {say(shown)}.<image><grounding>{link('It', [asked])} is"
-            )
+            prompt = f"<grounding>{link('It', [shown])} is {say(shown)}."
+            prompt += f"<image><grounding>{link('It', [asked])} is"
             found.append(Example("example of a box", prompt, f" {say(asked)}.", (asked,), second))
     return found
 
@@ -777,9 +773,7 @@ def unseen(scene: Scene) -> Example:
     """
     words = scene.record()["caption"].split(" ")
     cut = 3 + scene.seed % (len(words) - 3)
-    return Example(
-        "text alone", " ".join(words[:cut]), "".join(f" {word}" for word in words[cut:]), alone=True
-    )
+    return Example("text alone", " ".join(words[:cut]), " " + " ".join(words[cut:]), alone=True)
 
 
 def is_caption(text: str) -> bool:
@@ -807,7 +801,10 @@ def is_caption(text: str) -> bool:
     joints = re.split("|".join(map(re.escape, phrases)), text.removeprefix("An image of "))
     if len(groups) == 2 and len(groups[0]) == len(groups[1]) == 1:  # they are joined by their relation
         return joints[1] in (" next to ", " above ", " below ", " left of ") and joints[2] == "."
-    return joints == ["", *[", "] * (len(phrases) - 2), *[" and "] * (len(phrases) > 1), "."]
+    expected = ["", *[", "] * (len(phrases) - 2), "."]
+    if len(phrases) > 1:
+        expected.insert(-1, " and ")
+    return joints == expected
 
 
 def tasks(scene: Scene, rng: random.Random) -> list[Example]:
