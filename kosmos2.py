@@ -12,9 +12,9 @@ Kosmos-2 (Peng et al. 2023, "Grounding Multimodal Large Language Models to the W
 
 Data flow, with the sizes of the published model:
 
-    image  ─ preprocess_image ──> pixels        (B, 3, 224, 224)
-           ─ VisionTransformer ─> features      (B, N=257, E=1024)  unit length, [CLS] + 16 x 16 patches
-           ─ Resampler ─────────> image_embeds  (B, Q=64, D=2048)
+    image  ─ preprocess_image ──> pixels        (I, 3, 224, 224)
+           ─ VisionTransformer ─> features      (I, N=257, E=1024)  unit length, [CLS] + 16 x 16 patches
+           ─ Resampler ─────────> image_embeds  (I, Q=64, D=2048)
     tokens ─ embed ─────────────> x             (B, T, D)  image_embeds in the image slots
            ─ Decoder ───────────> x             (B, T, D)  24 causal blocks
            ─ unembed ───────────> logits        (B, T, V=65037)  tied to the embedding matrix
@@ -40,6 +40,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -151,8 +152,8 @@ class Kosmos2Config:
 
 
 def random_parameter(*shape: int, bound: float) -> nn.Parameter:
-    """Uniform initial weights. (On the "meta" device, where the loader builds models, normal_()
-    would make PyTorch import its compiler, which takes a second.)"""
+    """Initial weights. (Uniform, because on the meta device, where the loader builds models,
+    normal_() makes PyTorch import its compiler, which takes about a second.)"""
     return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
 
 
@@ -190,8 +191,7 @@ class KVCache:
 class Attention(nn.Module):
     """Multi-head attention with biases on all four projections.
 
-    Differs from the textbook in `sub_ln`: MAGNETO (arXiv 2210.06423) normalizes the concatenated
-    heads once more before the output projection, which keeps deep decoders stable.
+    Differs from the textbook in `sub_ln`, a LayerNorm before the output projection: see `Block`.
     """
 
     def __init__(self, width: int, heads: int, sub_ln: bool = False, eps: float = 1e-5):
@@ -219,12 +219,15 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, hd), S including all earlier positions
         # softmax(q·kᵀ / √hd)·v
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, hd)
-        heads = heads.transpose(1, 2).reshape(B, T, D)  # (B, T, D)
-        return self.out_proj(self.inner_attn_ln(heads))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, hd)
+        attended = attended.transpose(1, 2).reshape(B, T, D)  # (B, T, D)
+        return self.out_proj(self.inner_attn_ln(attended))
 
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, hd), keys and values (B, H, S, hd)."""
+        """Queries (B, H, T, hd), keys and values (B, H, S, hd).
+
+        (A method of its own, because load_weights.py replaces it by one with packed weights.)
+        """
         if context is None:
             context = x
         q = self.q_proj(x)
@@ -243,7 +246,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Two linear layers around an activation; sub_ln adds a LayerNorm after the activation."""
+    """Two linear layers around an activation; sub_ln adds a LayerNorm after it: see `Block`."""
 
     def __init__(self, width: int, mlp_width: int, activation, sub_ln: bool, eps: float):
         super().__init__()
@@ -283,8 +286,8 @@ class Block(nn.Module):
 # ----------------------------------------------------------------------------------------------------
 
 # CLIP's per-channel mean and standard deviation, RGB.
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 
 def preprocess_image(image: Image.Image, image_size: int) -> Tensor:
@@ -296,7 +299,7 @@ def preprocess_image(image: Image.Image, image_size: int) -> Tensor:
     """
     image = to_rgb(image).resize((image_size, image_size), Image.Resampling.BICUBIC)
     pixels = np.asarray(image, dtype=np.float32) / 255  # (image_size, image_size, 3)
-    pixels = (pixels - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
+    pixels = (pixels - PIXEL_MEAN) / PIXEL_STD
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, image_size, image_size)
 
 
@@ -404,12 +407,12 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(E, eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, height, width) -> features (B, N, E)."""
-        patches = self.patch_embedding(pixels)  # (B, E, rows, columns)
+        """pixels (I, 3, height, width) -> features (I, N, E)."""
+        patches = self.patch_embedding(pixels)  # (I, E, rows, columns)
         positions = self.interpolate_positions(patches.shape[2], patches.shape[3])  # (N, E)
-        patches = patches.flatten(2).transpose(1, 2)  # (B, N-1, E), row by row from the top left
-        cls = self.class_embedding.expand(len(pixels), 1, -1)  # (B, 1, E)
-        x = torch.cat([cls, patches], dim=1)  # (B, N, E)
+        patches = patches.flatten(2).transpose(1, 2)  # (I, N-1, E), row by row from the top left
+        cls = self.class_embedding.expand(len(pixels), 1, -1)  # (I, 1, E)
+        x = torch.cat([cls, patches], dim=1)  # (I, N, E)
         x = self.pre_layernorm(x + positions)
         for layer in self.layers:
             x = layer(x)
@@ -444,10 +447,10 @@ class Resampler(nn.Module):
         self.x_attn = Attention(D, config.text.heads)
 
     def forward(self, features: Tensor) -> Tensor:
-        """features (B, N, E) -> image_embeds (B, Q, D)."""
-        features = self.dense(features)  # (B, N, D)
-        latents = self.latent_query.expand(len(features), -1, -1)  # (B, Q, D)
-        return self.x_attn(latents, context=torch.cat([features, latents], dim=1))  # (B, Q, D)
+        """features (I, N, E) -> image_embeds (I, Q, D)."""
+        features = self.dense(features)  # (I, N, D)
+        latents = self.latent_query.expand(len(features), -1, -1)  # (I, Q, D)
+        return self.x_attn(latents, context=torch.cat([features, latents], dim=1))  # (I, Q, D)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -531,8 +534,8 @@ class Decoder(nn.Module):
         """Embeddings x (B, T, D) and position ids (B, T) -> x (B, T, D) after the last norm.
 
         The factor sqrt(D) brings token embeddings, which are stored with a length of about one, to
-        the scale of the position encodings. Image embeddings are inserted before, so they are scaled
-        and given positions like any token.
+        the scale of the position encodings. Image embeddings are already in place, so they are
+        scaled and given positions like any token.
         """
         D = x.shape[-1]
         x = x * math.sqrt(D) + sinusoidal_positions(positions, D).to(x.dtype)
@@ -637,7 +640,9 @@ class Kosmos2(nn.Module):
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens: expected (B, T) with T >= 1, got {tuple(tokens.shape)}")
         if tokens.numel() and (tokens.min() < 0 or tokens.max() >= V):
-            raise ValueError(f"token ids must be in 0..{V - 1}; is this the tokenizer of another checkpoint?")
+            raise ValueError(
+                f"token ids must be in 0..{V - 1}; does the tokenizer belong to another checkpoint?"
+            )
 
     def _check_slots(self, image_embeds: Tensor | None, image_mask: Tensor | None) -> None:
         Q = self.config.latent_query_num
@@ -647,7 +652,9 @@ class Kosmos2(nn.Module):
         images = 0 if image_embeds is None else len(image_embeds)
         slots = [0] if image_mask is None else image_mask.sum(dim=1).tolist()
         if sum(slots) != images * Q or any(count % Q for count in slots):
-            raise ValueError(f"image_mask marks {slots} slots per row; {images} images need {Q} slots each")
+            raise ValueError(
+                f"image_mask marks {slots} slots per row; expected {Q} for each image, images: {images}"
+            )
 
     def _check_length(self, positions: Tensor, new_tokens: int = 0) -> None:
         if not positions.numel():
@@ -662,7 +669,7 @@ class Kosmos2(nn.Module):
         if new_tokens > room:
             raise ValueError(
                 f"the prompt has {length} tokens and the context holds {limit}; "
-                f"{new_tokens} new tokens do not fit, ask for at most {room}"
+                f"{new_tokens} new tokens do not fit; ask for at most {room}"
             )
 
     @torch.inference_mode()
@@ -721,16 +728,14 @@ class Kosmos2(nn.Module):
         heads = self.config.text.heads
         capacity = past + T + max(checked.max_new_tokens - 1, 0)
         caches = [KVCache(B, heads, capacity, D // heads, like=x) for _ in self.decoder.layers]
-        prompts = [row.tolist() for row in tokens]
+        prompts = tokens.tolist()
         if pad_mask is not None:
             prompts = [row[~padding].tolist() for row, padding in zip(tokens, pad_mask, strict=True)]
             pad_mask = F.pad(pad_mask, (past, 0), value=False)  # (B, past + T)
         if prefix is not None:
             prompts = [prefix.prompts[0] + prompt for prompt in prompts]
             for cache, shared in zip(caches, prefix.caches, strict=True):
-                keys = shared.keys[:, :, :past].expand(B, -1, -1, -1)
-                values = shared.values[:, :, :past].expand(B, -1, -1, -1)
-                cache.append(keys, values)
+                cache.append(shared.keys[:, :, :past], shared.values[:, :, :past])  # the same for all rows
 
         x = self.decoder(x, positions, causal_mask(T, past + T, pad_mask, x.device), caches)  # (B, T, D)
         next_position = positions[:, -1:] + 1  # (B, 1)
@@ -767,7 +772,7 @@ class GenerationOptions:
     top_k: int | None = None  # sample among the k most likely tokens
     top_p: float | None = None  # sample among the most likely tokens that together reach probability p
     num_beams: int = 1  # above 1: beam search; excludes sampling
-    # Forbid any n-gram that has occurred already, in the prompt and image slots, too. The published model
+    # Forbid any n-gram that has occurred already, including in the prompt and its slots. The published model
     # is used with 3 (config.text.no_repeat_ngram_size); transformers 5.23 loses that setting while loading.
     no_repeat_ngram_size: int = 0
     # With a seed, all rows share one random stream, so batching does not change results. (Equal prompts
@@ -775,7 +780,7 @@ class GenerationOptions:
     seed: int | None = None
     constraint: Constraint | None = None  # such as Tokenizer.allowed_tokens, which keeps boxes complete
     # Ids so far -> ids that probably follow, such as Tokenizer.likely_next. They are run in the same pass
-    # as the last token, which costs little where reading the weights is the limit. A correct guess saves
+    # as the last token, which costs little when decoding is memory-bound. A correct guess saves
     # a pass; the result stays the same. Used for one sequence without padding, not in beam search.
     draft: Callable[[list[int]], list[int]] | None = None
 
@@ -852,7 +857,7 @@ class DecodeState:
         """The ids of sequence i, those of its prompt included."""
         return self.prompts[self.rows[i]] + self.sequences[i].ids
 
-    def append(self, parents: list[int], tokens: list[int]) -> list[Generated]:
+    def extended(self, parents: list[int], tokens: list[int]) -> list[Generated]:
         """The sequences `parents`, each with one more token."""
         logits = self.logits[parents, tokens]  # (len(parents),)
         probabilities = (logits - self.logits.logsumexp(dim=-1)[parents]).exp().tolist()
@@ -862,7 +867,7 @@ class DecodeState:
         return longer
 
     def step(self, parents: list[int], sequences: list[Generated]) -> None:
-        """Continue with these sequences only, made by `append`: run their last tokens through the
+        """Continue with these sequences only, made by `extended`: run their last tokens through the
         decoder.
 
         parents: for each sequence, the index of the one it extends. An index may repeat;
@@ -882,7 +887,7 @@ class DecodeState:
         self.next_position = position + 1
         if not sequences:
             return
-        if self._take_guess(sequences[0].ids[-1]):
+        if self._accept_guess(sequences[0].ids[-1]):
             return
         if self.pad_mask is not None:
             self.pad_mask = F.pad(self.pad_mask, (0, 1), value=False)  # (B, S)
@@ -897,10 +902,11 @@ class DecodeState:
         self.logits = logits[:, 0]
         self.drafted = [(token, logits[:, i]) for i, token in enumerate(draft, start=1)]
 
-    def _take_guess(self, token: int) -> bool:
-        """Whether this token was guessed, so that the logits after it are known already.
+    def _accept_guess(self, token: int) -> bool:
+        """Whether this token was guessed (only for a single sequence): then `logits` become those
+        after it.
 
-        If not, the guesses are wrong and leave the cache.
+        If not, the guesses were wrong and are dropped from the caches.
         """
         if self.drafted and self.drafted[0][0] == token:
             self.logits = self.drafted.pop(0)[1]
@@ -945,13 +951,11 @@ def decode(state: DecodeState) -> Iterator[list[int | None]]:
         sampled = sample(logits, options.temperature, options.top_k, options.top_p, uniform).tolist()
         tokens = []
         for i, token in enumerate(sampled):
-            if state.rows[i] in cut:
-                tokens.append(EOS)
-                continue
-            tokens.append(cut_markup(state, i, token, remaining))
-            if tokens[i] != token:
+            kept = EOS if state.rows[i] in cut else cut_markup(state, i, token, remaining)
+            if kept != token:
                 cut.add(state.rows[i])
-        sequences = state.append(list(range(len(tokens))), tokens)
+            tokens.append(kept)
+        sequences = state.extended(list(range(len(tokens))), tokens)
         new_ids: list[int | None] = [None] * len(state.prompts)
         for row, sequence in zip(state.rows, sequences, strict=True):
             state.results[row] = sequence
@@ -986,6 +990,7 @@ def mask_logits(scores: Tensor, state: DecodeState) -> Tensor:
         if len(sequence.ids) < options.min_new_tokens:
             rules.append([EOS])
         if options.constraint is not None:
+            # As if there were no length limit: `cut_markup` applies it.
             allowed = options.constraint(ids, state.model.config.text.max_positions)
             if allowed is not None:
                 rules.append(~torch.from_numpy(allowed).to(scores.device))
@@ -1002,8 +1007,8 @@ def mask_logits(scores: Tensor, state: DecodeState) -> Tensor:
 def cut_markup(state: DecodeState, i: int, token: int, remaining: int) -> int:
     """The token, or a replacement if it is markup that no longer fits into the length limit.
 
-    The replacement is </s>, or the tag that closes what is open. So the limit can shorten a text,
-    but changes nothing before the cut.
+    The replacement is </s>, even before min_new_tokens, or the tag that closes what is open. So the
+    limit only truncates: everything before the cut stays the same.
     """
     if state.options.constraint is None:
         return token
@@ -1066,15 +1071,23 @@ def sample(
 # ----------------------------------------------------------------------------------------------------
 
 
+class Candidate(NamedTuple):
+    """A sequence with one more token."""
+
+    score: float  # summed log-probability of its new tokens
+    parent: int  # the sequence it extends
+    token: int
+
+
 @torch.inference_mode()
 def beam_search(state: DecodeState) -> list[Generated]:
     """Keep the num_beams most likely sequences of every prompt at each step; returns the best
     finished one of each.
 
-    The score of a finished sequence is the mean log-probability of its new tokens. A prompt is done
-    when it has num_beams finished sequences and its best unfinished one scores no better than the
-    worst of them. As with `decode`, a state can be searched only once; `state.results` keeps the
-    result.
+    The score of a finished sequence is the mean log-probability of its new tokens (of the original
+    token where `cut_markup` replaced it). A prompt is done when it has num_beams finished sequences
+    and its best unfinished one scores no better than the worst of them. As with `decode`, a state
+    can be searched only once; `state.results` keeps the result.
     """
     if any(result.ids for result in state.results):
         return state.results
@@ -1089,31 +1102,36 @@ def beam_search(state: DecodeState) -> list[Generated]:
         for row in dict.fromkeys(state.rows):
             beams = [i for i, r in enumerate(state.rows) if r == row]
             running, ended = best_continuations(state, scores, beams, remaining=limit - length + 1)
-            parents = [i for _, i, _ in ended]
-            sequences = state.append(parents, [token for _, _, token in ended])
-            for (score, _, _), sequence in zip(ended, sequences, strict=True):
-                finished[row].append((score / length, sequence))
+            for candidate, sequence in zip(ended, extend(state, ended), strict=True):
+                finished[row].append((candidate.score / length, sequence))
             finished[row] = sorted(finished[row], key=lambda found: -found[0])[:num_beams]
-            best = running[0][0] / length if running else -math.inf
+            best = running[0].score / length if running else -math.inf
             if len(finished[row]) < num_beams or best > finished[row][-1][0]:
                 kept += running
         if not kept:
             break
-        parents = [i for _, i, _ in kept]
-        sequences = state.append(parents, [token for _, _, token in kept])
-        totals = torch.tensor([score for score, _, _ in kept])
-        state.step(parents, sequences)
+        totals = torch.tensor([candidate.score for candidate in kept])
+        state.step([candidate.parent for candidate in kept], extend(state, kept))
     state.results = [found[0][1] if found else Generated() for found in finished]
     return state.results
 
 
-def best_continuations(state: DecodeState, scores: Tensor, beams: list[int], remaining: int):
-    """The best candidates (score, beam, token) of one prompt: num_beams that go on, and those of
-    the best that end.
+def extend(state: DecodeState, candidates: list[Candidate]) -> list[Generated]:
+    """The sequences of these candidates."""
+    parents = [candidate.parent for candidate in candidates]
+    return state.extended(parents, [candidate.token for candidate in candidates])
+
+
+def best_continuations(
+    state: DecodeState, scores: Tensor, beams: list[int], remaining: int
+) -> tuple[list[Candidate], list[Candidate]]:
+    """The best continuations of one prompt: num_beams that go on, and those of the best that end.
+
+    scores (B, V): summed log-probabilities; beams: the sequences of this prompt.
 
     A sequence ends in only one way, by </s>, so of 2 * num_beams candidates at least num_beams go on,
-    unless the length limit ends them, too. Where it replaces several tokens of a beam by the same
-    one (`cut_markup`), only the most likely of these candidates counts.
+    unless the length limit ends them, too. Where `cut_markup` replaces several tokens of a beam with
+    the same one, only the most likely of these candidates counts.
     """
     V = scores.shape[1]
     num_beams = state.options.num_beams
@@ -1131,9 +1149,9 @@ def best_continuations(state: DecodeState, scores: Tensor, beams: list[int], rem
             continue
         seen.add((beam, token))
         if token != EOS and remaining > 1:
-            running.append((score, beam, token))
+            running.append(Candidate(score, beam, token))
         elif len(seen) <= num_beams:
-            ended.append((score, beam, token))
+            ended.append(Candidate(score, beam, token))
     return running[:num_beams], ended
 
 
@@ -1159,7 +1177,7 @@ def rank_boxes(
     first = state.logits[0].softmax(dim=-1)[first_location:].cpu()  # (grid²,)
     p_first, top_left = first.topk(min(beam, len(cells)))  # (beam,)
     parents = [0] * len(top_left)
-    state.step(parents, state.append(parents, (top_left + first_location).tolist()))
+    state.step(parents, state.extended(parents, (top_left + first_location).tolist()))
     p_second = state.logits.softmax(dim=-1)[:, first_location:].cpu()  # (beam, grid²)
     below = cells // grid >= top_left[:, None] // grid
     right = cells % grid >= top_left[:, None] % grid

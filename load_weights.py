@@ -106,13 +106,14 @@ UNUSED_BUFFERS = {  # stored by older versions
 WRAPPERS = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
 
 
-def rename(name: str, layout: int) -> str | None:
+def rename(name: str, layout: int) -> str:
     """The name of one of our tensors in another layout."""
     for row in NAMES:
-        match = re.match(re.escape(row[OURS]).replace(r"\{\}", r"(\d+)"), name)
+        pattern = re.escape(row[OURS]).replace(r"\{\}", r"(\d+)")  # {} stands for the number of a block
+        match = re.match(pattern, name)
         if match:
             return row[layout].format(*match.groups()) + name[match.end() :]
-    return None
+    raise ValueError(f"no published name for {name}")
 
 
 def strip_wrappers(names: list[str]) -> dict[str, str]:
@@ -326,23 +327,23 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
     }
 
 
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module", "ema")  # of training checkpoints
+MOST_NESTED = 4  # a file may be malicious and contain itself
+
+
 def unwrap_state_dict(content, path: Path) -> dict[str, Tensor]:
     """The state dict in what torch.save stored: the object itself, or an entry such as "model"."""
-    for _ in range(4):
+    for _ in range(MOST_NESTED):
         if not isinstance(content, dict):
             break
+        inner = [content[key] for key in STATE_DICT_KEYS if isinstance(content.get(key), dict)]
+        if inner:
+            content = inner[0]
+            continue
         tensors = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
-        entries = [
-            content[key]
-            for key in ("state_dict", "model_state_dict", "model", "module", "ema")
-            if key in content
-        ]
-        inner = [entry for entry in entries if isinstance(entry, dict)]
-        if not inner and tensors:
-            return tensors
-        if not inner:
+        if not tensors:
             break
-        content = inner[0]
+        return tensors
     raise ValueError(
         f"{path} has no state dict; expected tensors by name, or a dict with a state_dict or model entry"
     )
@@ -392,18 +393,15 @@ def find_checkpoint(path: str | Path) -> tuple[Path, list[Path]]:
         if not looks_like_hub_id or path.suffix in (".safetensors", ".bin", ".pt", ".json"):
             raise FileNotFoundError(f"no checkpoint at {given}")
         path = download(given)
-    if path.is_file():
-        return path.parent, read_index(path) if path.name.endswith(".index.json") else [path]
-    for name in WEIGHT_FILES:
-        file = path / name
+    candidates = [path] if path.is_file() else [path / name for name in WEIGHT_FILES]
+    for file in candidates:
         if file.is_file():
-            return path, read_index(file) if name.endswith(".index.json") else [file]
-    others = [
-        f"{file.name} is {kind}"
-        for file in sorted(path.iterdir())
-        for _, e, kind in OTHER_FORMATS
-        if file.suffix.lower() == e
-    ]
+            return file.parent, read_index(file) if file.name.endswith(".index.json") else [file]
+    others = []
+    for file in sorted(path.iterdir()):
+        for _, ending, kind in OTHER_FORMATS:
+            if file.suffix.lower() == ending:
+                others.append(f"{file.name} is {kind}")
     if (path / "adapter_model.safetensors").is_file():
         others.append("adapter_model.safetensors is a LoRA adapter: merge it into its base model first")
     hint = f" ({'; '.join(others)})" if others else ""
@@ -421,7 +419,7 @@ def read_index(index: Path) -> list[Path]:
         raise ValueError(f"{index} is not a shard index; download it again") from None
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
-        raise FileNotFoundError(f"{index} lists {', '.join(missing)}, which are missing; download them")
+        raise FileNotFoundError(f"missing next to {index}: {', '.join(missing)}; download them")
     return shards
 
 
@@ -518,7 +516,7 @@ def rows_times_slices(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def slice_outputs(weight: Tensor) -> Tensor:
-    count = max(n for n in range(1, 65) if len(weight) % n == 0)  # enough for all cores, each still large
+    count = max(n for n in range(1, 65) if len(weight) % n == 0)  # for all cores, yet each still large
     return weight.unflatten(0, (count, -1))  # (slices, out / slices, in)
 
 
@@ -528,7 +526,7 @@ class PackedLinear(nn.Module):
     In int8, the weights of output n are scale[n] * q[n] with q in -127..127. Each row of x is
     rounded the same way, to 127 steps (63 on CPUs without VNNI: see `input_steps`), with a scale of
     its own, so rows are independent of each other; sums are exact. Uses PyTorch's fbgemm kernels
-    where they are available. Elsewhere (ARM), plain arithmetic saves memory, but no time.
+    where they are available. Elsewhere (ARM), plain arithmetic saves memory but not time.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None):
@@ -655,15 +653,9 @@ def use_multi_core_layers(model: Kosmos2) -> None:
     with torch.device("meta"):
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear:
-                replacement = MultiCoreLinear(module.in_features, module.out_features)
-                set_module(model, name, replacement)
+                model.set_submodule(name, MultiCoreLinear(module.in_features, module.out_features))
             elif type(module) is Embedding:
-                set_module(model, name, MultiCoreEmbedding.from_pretrained(module.weight, freeze=False))
-
-
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+                model.set_submodule(name, MultiCoreEmbedding.from_pretrained(module.weight, freeze=False))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -753,17 +745,15 @@ class Checkpoint:
                 problems.append(f"{count} {what}: {listing(names)}")
         if problems and not self.has_config:
             problems.append(
-                "there is no config.json next to the weights, so the published sizes were expected"
+                "there is no config.json next to the weights, so the published sizes were assumed"
             )
         if any("lora_" in name for name in unexpected):
             problems.append("some are LoRA weights: merge the adapter into its base model first")
         return problems
 
     def notes(self) -> list[str]:
-        """What a user should know about a complete checkpoint."""
-        if (self.folder / "adapter_model.safetensors").is_file() or (
-            self.folder / "adapter_model.bin"
-        ).is_file():
+        """Warnings that do not prevent loading."""
+        if any((self.folder / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
             return [f"the LoRA adapter in {self.folder} is not applied; merge it into the weights first"]
         return []
 
@@ -806,10 +796,8 @@ def choose_device(device: str, precision: str) -> torch.device:
     has_mps = torch.backends.mps.is_available()
     if device == "auto":
         device = "cpu"
-        if precision != "int8" and has_mps:
-            device = "mps"
-        if precision != "int8" and has_cuda:
-            device = "cuda"
+        if precision != "int8" and (has_cuda or has_mps):
+            device = "cuda" if has_cuda else "mps"
     chosen = torch.device(device)
     if (chosen.type == "cuda" and not has_cuda) or (chosen.type == "mps" and not has_mps):
         raise ValueError(f"device {device} is not available; use cpu")
@@ -888,7 +876,7 @@ def read_packed(checkpoint: Checkpoint, precision: str) -> Kosmos2:
     largest_first = sorted(sources, key=size, reverse=True)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for name, module in zip(largest_first, pool.map(read, largest_first), strict=True):
-            set_module(model, name, module)
+            model.set_submodule(name, module)
     rest = {name: checkpoint.tensor(name, torch.float32) for name in model.state_dict()}
     model.load_state_dict(rest, strict=True, assign=True)
     return model.requires_grad_(False)
@@ -949,7 +937,7 @@ def find_tokenizer(checkpoint: Checkpoint, path: str | Path | None = None) -> To
     if model_file.is_dir():
         model_file /= SENTENCEPIECE
     if not model_file.is_file():
-        raise FileNotFoundError(f"no {SENTENCEPIECE} at {model_file}; pass the path of one as the tokenizer")
+        raise FileNotFoundError(f"no {SENTENCEPIECE} at {model_file}; pass its path as the tokenizer")
     others = open_sentencepiece(model_file).vocab_size() + 1 + len(TAGS) + 1  # pieces, <pad>, tags, <mask>
     vocab_size = checkpoint.config.text.vocab_size
     grid = math.isqrt(max(0, vocab_size - others))
@@ -987,7 +975,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def save_checkpoint(model: Kosmos2, sentencepiece_file: str | Path, folder: str | Path) -> None:
     """Write a model in the published layout, which this loader and transformers both read.
 
-    ValueError for a model in int8, or in fp16 on a CPU: the original weights are gone.
+    ValueError for a model in int8, or in fp16 on a CPU: it has only packed weights.
     """
     if isinstance(model.decoder.embed_tokens, PackedEmbedding):
         raise ValueError("a packed model cannot be saved; load it as fp32 or bf16")
@@ -1004,8 +992,8 @@ def save_packed(
     gives the same numbers as the original does.
 
     The matrices that `read_packed` packs are stored in float16, or as int8 with one scale per
-    output under NAME_scale; everything else in float32. transformers reads fp16, and finds no
-    weights in an int8 folder.
+    output under NAME_scale; everything else in float32, unless it was float16 already. transformers
+    reads fp16, and finds no weights in an int8 folder.
     """
     config = published_config(checkpoint.config)
     if precision == "fp16":
@@ -1074,19 +1062,20 @@ def report(checkpoint: Checkpoint) -> str:
         dtypes = Counter(tensor.dtype for tensor in tensors)
         stored_as = ", ".join(f"{dtype} x {count}" for dtype, count in dtypes.items())
         lines.append(f"{part:<12}{len(tensors):>8}{parameters:>15,}  {stored_as}")
-    unused = sorted(
-        (OUTPUT_PROJECTIONS | UNUSED_BUFFERS) & checkpoint.stored.keys() - set(checkpoint.names.values())
-    )
+    unused = (OUTPUT_PROJECTIONS | UNUSED_BUFFERS) & checkpoint.stored.keys()
+    unused -= set(checkpoint.names.values())
     if unused:
-        lines.append(f"not needed: {', '.join(unused)}")
+        lines.append(f"not needed: {', '.join(sorted(unused))}")
     return "\n".join(lines + checkpoint.notes())
 
 
 def stored_precision(checkpoint: Checkpoint) -> str:
-    """The precision in which most tensors are stored."""
+    """The precision in which most weights are stored."""
     if checkpoint.scales:
         return "int8"
-    dtypes = Counter(tensor.dtype for tensor in checkpoint.stored.values())
+    dtypes: Counter = Counter()
+    for tensor in checkpoint.stored.values():
+        dtypes[tensor.dtype] += math.prod(tensor.shape)
     names = {"float16": "fp16", "bfloat16": "bf16"}
     return names.get(dtypes.most_common(1)[0][0], "fp32")
 

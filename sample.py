@@ -10,8 +10,8 @@
     python sample.py --requests requests.jsonl --json         a request per line: image, task, text, prompt
 
 Text and JSON go to stdout, progress, timings and errors to stderr. Exit status: 0 done, 1 something
-could not be read or run (the other images are still done), 2 usage, 130 interrupted. Under
-torchrun, requests are split across processes.
+failed (the other requests are still answered), 2 usage, 130 interrupted. Under torchrun, requests
+are split across processes.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from tokenizer import (
     CONTINUED,
     TASKS,
     Entity,
+    as_boxes,
     check_box,
     iou,
     normalize_box,
@@ -155,7 +156,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tokenizer", help="the sentencepiece model, if it is not next to the weights")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
     precisions = ["fp32", "bf16", "fp16", "int8"]
-    precision_help = "of the weights: fp32 (default) is exact, int8 is fastest on a CPU, bf16 is for GPUs"
+    precision_help = "fp32 (default) is exact, int8 is the fastest on a CPU, bf16 is for GPUs"
     add("--precision", choices=precisions, default="fp32", help=precision_help)
     add("--batch-size", type=int, default=8, metavar="N", help="requests per batch (default: 8)")
 
@@ -278,7 +279,7 @@ def read_requests(source: str) -> list[Request]:
 def read_request(row, folder: Path) -> Request:
     """One line of a requests file.
 
-    Relative image paths start at the current directory or at the folder of the file.
+    Relative image paths are resolved against the current directory, then against the folder of the file.
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {row!r}")
@@ -294,8 +295,9 @@ def read_request(row, folder: Path) -> Request:
     boxes = as_list(extra.pop("boxes", None))
     if boxes and isinstance(boxes[0], (int, float)):
         boxes = [boxes]
-    for box in boxes:
-        check_box(box)
+    for entry in boxes:
+        for box in as_boxes(entry):
+            check_box(box)
     if prompt is not None and (task or texts):
         raise ValueError("prompt replaces task and text; use one or the other")
     if len(texts) > 1 and task != "context":
@@ -397,7 +399,8 @@ def read_ahead(groups: list[list[Request]], load, batch_size: int) -> Iterator[l
             if loading:
                 yield [future.result() for future in loading]
             loading = following
-        yield [future.result() for future in loading]
+        if loading:
+            yield [future.result() for future in loading]
 
 
 def batched(groups: list[list[Request]], batch_size: int) -> Iterator[list[list[Request]]]:
@@ -448,8 +451,9 @@ class Runner:
         )
         self.image_ids, self.image_mask = self.tokenizer.encode_prompt("")
         self.context = self.model.config.text.max_positions
-        least = max(1, self.options.get("min_new_tokens", 0))
-        self.longest_prompt = self.context - self.options.get("max_new_tokens", least)
+        # Leave room for --max-new-tokens if given, otherwise for the fewest tokens of an answer.
+        fewest = 3 if args.top_boxes else max(1, self.options.get("min_new_tokens", 0))
+        self.longest_prompt = self.context - self.options.get("max_new_tokens", fewest)
         if self.longest_prompt < 1:
             raise ValueError(
                 f"no room for a prompt: the context holds {self.context} tokens, new ones included"
@@ -463,23 +467,25 @@ class Runner:
             new = self.context - self.longest_prompt
             raise ValueError(
                 f"the prompt has {len(ids)} tokens; the context holds {self.context}, "
-                f"of which new tokens take {new}"
+                f"of which {new} are reserved for new tokens"
             )
         return ids, image_mask
 
     def normalize_boxes(self, request: Request, sizes: list[tuple[int, int]]) -> list:
-        """The boxes of a request in 0..1. Boxes in pixels are in the image in front of their phrase."""
+        """The boxes of a request in 0..1. Boxes in pixels refer to the image before their phrase."""
         starts = [match.start() for match in re.finditer("<phrase>", request.prompt)]
         boxes = []
         for i, box in enumerate(request.boxes):
             before = request.prompt[: starts[i]] if i < len(starts) else ""
             image = max(before.count("<image>") - 1, 0)
             size = sizes[min(image, len(sizes) - 1)] if sizes else (1, 1)
-            boxes.append(normalize_box(box, size))
+            boxes.append([normalize_box(one, size) for one in as_boxes(box)])
         return boxes
 
     def answer(self, groups: list[Group]) -> None:
         """Answer all requests of a batch: sets `row.answer`."""
+        if not groups:
+            return
         self.encode_images(groups)
         together = []
         for group in groups:
@@ -523,6 +529,7 @@ class Runner:
             return
         with torch.inference_mode():
             image_embeds = self.model.encode_image(torch.stack(pixels).to(self.device))  # (I, Q, D)
+            image_embeds[0, 0, 0].item()  # waits for a GPU
         self.timings = f"vision {(time.perf_counter() - started) * 1000:.0f} ms"
         start = 0
         for group in groups:
@@ -532,7 +539,7 @@ class Runner:
             start = end
 
     def begins_with_image(self, row: Row) -> bool:
-        """Whether the prompt has one image, at its beginning: such prompts can share its prefill."""
+        """Whether the prompt has one image, followed by text: such prompts can share its prefill."""
         count = len(self.image_ids)
         if row.ids[:count] != self.image_ids or len(row.ids) == count:
             return False
@@ -578,9 +585,12 @@ class Runner:
     def decode(self, state, row: Row, started: float) -> list:
         """Generate to the end; prints the text of the row on the way if self.stream is set."""
         times = []
+        tokens = 0  # after the first of each row
         printed = ""
-        for _ in kosmos2.decode(state):
+        for new_ids in kosmos2.decode(state):
             times.append(time.perf_counter())
+            if len(times) > 1:
+                tokens += sum(token is not None for token in new_ids)
             if self.stream:
                 ids = self.answer_ids(row) + state.results[0].ids
                 text = strip_tags(self.tokenizer.decode(ids)).lstrip()
@@ -592,7 +602,7 @@ class Runner:
             self.timings += f", first token {(times[0] - started) * 1000:.0f} ms"
         if len(times) > 1:
             seconds = times[-1] - times[0]
-            self.timings += f", then {(len(times) - 1) / seconds:.0f} tokens/s"
+            self.timings += f", then {tokens / seconds:.0f} tokens/s"
         return state.results
 
     def answer_ids(self, row: Row) -> list[int]:
@@ -631,18 +641,15 @@ class Results:
         self.checkpoint = str(checkpoint.resolve()) if checkpoint.exists() else args.checkpoint
         self.path = rank_file(path, rank, world)
         for file in (path, self.path):
-            if file.exists() and not args.resume:
+            if file.exists() and file.stat().st_size > 0 and not args.resume:
                 raise ValueError(f"{file} already exists; pass --resume to continue it, or another name")
         make_folder(self.path.parent)
         prompts = {request.prompt for request in requests}
         self.done: Counter = Counter()
-        pattern = re.compile(re.escape(path.stem) + r"\.\d+" + re.escape(path.suffix))
-        of_ranks = [file for file in path.parent.iterdir() if pattern.fullmatch(file.name)]
-        for file in [path, *sorted(of_ranks)]:
-            if args.resume and file.exists():
-                length = self.read(file, prompts)
-                if file == self.path:
-                    os.truncate(file, length)  # drops a line that was cut off
+        for file in existing_files(path) if args.resume else []:
+            length = self.read(file, prompts)
+            if file == self.path:
+                os.truncate(file, length)  # drops a line that was cut off
         self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
 
     def read(self, file: Path, prompts: set[str]) -> int:
@@ -657,7 +664,7 @@ class Results:
                 images = tuple(map(text_path, as_list(row["image"])))
                 request = Request(images, row["prompt"], tuple(row["given_boxes"]))
                 checkpoint = row["checkpoint"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{file} is not a results file: {line[:60]!r}") from None
             if request.prompt not in prompts:
                 raise ValueError(
@@ -672,7 +679,7 @@ class Results:
         return length
 
     def remaining(self, groups: list[list[Request]], rank: int, world: int) -> list[list[Request]]:
-        """The requests of this process that the files do not have yet; each of their lines counts once."""
+        """The requests of this process that are not in the files yet; each line answers one request."""
         left = []
         for number, group in enumerate(groups):
             requests = []
@@ -691,6 +698,12 @@ class Results:
         self.file.flush()
 
 
+def existing_files(path: Path) -> list[Path]:
+    """A results file and those of the torchrun processes (`rank_file`), as far as they exist."""
+    pattern = re.compile(re.escape(path.stem) + r"(\.\d+)?" + re.escape(path.suffix))
+    return sorted(file for file in path.parent.iterdir() if pattern.fullmatch(file.name))
+
+
 def as_json(row: Row, size: tuple[int, int]) -> dict:
     """A line of --json and --results. Boxes are in 0..1, and in pixels of the upright image."""
     width, height = size
@@ -699,8 +712,11 @@ def as_json(row: Row, size: tuple[int, int]) -> dict:
         pixel_boxes = [[x1 * width, y1 * height, x2 * width, y2 * height] for x1, y1, x2, y2 in entity.boxes]
         entities.append(entity._asdict() | {"pixel_boxes": pixel_boxes})
     images = [path_text(path) for path in row.request.images]
+    image = None
+    if images:
+        image = images[0] if len(images) == 1 else images
     return row.request.extra | {
-        "image": images[0] if len(images) == 1 else images or None,
+        "image": image,
         "prompt": row.request.prompt,
         "given_boxes": row.request.boxes,
         "text": row.answer.text,
@@ -788,7 +804,7 @@ def draw_label(
 ) -> tuple:
     """Draw a phrase above its box, or inside or below it if there is no room.
 
-    Returns the rectangle that the label takes.
+    Returns the rectangle that the label occupies.
     """
     font = ImageFont.load_default(font_size)
     while pen.textlength(phrase, font=font) + 8 > size[0] and len(phrase) > 2:
@@ -877,37 +893,40 @@ def html_figure(image: Image.Image | None, answers: list[Answer], title: str = "
     return f"<figure>{shown_image}<figcaption>{captions}</figcaption></figure>\n"
 
 
+def choose_output(args: argparse.Namespace, groups: list[list[Request]]) -> Path | None:
+    """--output, or STEM.boxes.png for a single image on the command line."""
+    if args.output or args.json or args.results or args.requests:
+        return args.output
+    if len(groups) > 1 or not groups[0][0].images:
+        return None
+    return Path(f"{groups[0][0].images[-1].stem}.boxes.png")
+
+
 class Output:
-    """Where annotated images go: one file, a folder, an HTML page, or nowhere.
+    """Where annotated images go: one file, a folder or an HTML page.
 
     Each torchrun process writes its own page, NAME.RANK.html.
     """
 
-    def __init__(self, args: argparse.Namespace, groups: list[list[Request]], rank: int, world: int):
+    def __init__(self, path: Path, groups: list[list[Request]], resume: bool, rank: int, world: int):
         """groups: those of all processes."""
-        self.args = args
-        self.path = args.output
-        self.files: dict[int, Path] = {}  # number of a request -> its file in the folder
-        with_images = [group for group in groups if group[0].images]
-        single = len(with_images) == 1
-        if self.path is None and single and not (args.json or args.results or args.requests):
-            self.path = Path(f"{with_images[0][0].images[-1].stem}.boxes.png")
-        self.page = self.path is not None and self.path.suffix.lower() in (".html", ".htm")
-        self.folder = self.path is not None and (self.path.is_dir() or not self.path.suffix)
-        if self.path is None:
-            return
-        if self.page:
-            self.path = rank_file(self.path, rank, world)
-            make_folder(self.path.parent)
-            if not (args.resume and self.path.exists()):
-                self.path.write_text(HTML_HEAD, encoding="utf-8")
-        elif self.folder:
-            make_folder(self.path)
-            self.name_files(with_images)
+        groups = [group for group in groups if group[0].images]
+        if not groups:
+            raise ValueError(f"--output {path}: no request has an image")
+        self.page: Path | None = None
+        self.files: dict[int, Path] = {}  # number of a request -> its file
+        if path.suffix.lower() in (".html", ".htm"):
+            self.page = rank_file(path, rank, world)
+            self.head = "" if resume and self.page.exists() else HTML_HEAD
+            make_folder(self.page.parent)
+        elif path.is_dir() or not path.suffix:
+            make_folder(path)
+            self.name_files(path, groups)
         else:
-            self.check_file(with_images)
+            check_output_file(path, groups)
+            self.files = {request.number: path for request in groups[0]}
 
-    def name_files(self, groups: list[list[Request]]) -> None:
+    def name_files(self, folder: Path, groups: list[list[Request]]) -> None:
         """Choose a file for every image; images of the same name get numbers.
 
         The names follow from the list of all requests, so they are the same in a resumed run and in
@@ -916,41 +935,44 @@ class Output:
         used = set()
         for group in groups:
             stem = group[0].images[-1].stem
-            file = self.path / f"{stem}.boxes.png"
+            file = folder / f"{stem}.boxes.png"
             number = 2
             while file in used:
-                file = self.path / f"{stem}-{number}.boxes.png"
+                file = folder / f"{stem}-{number}.boxes.png"
                 number += 1
             used.add(file)
             for request in group:
                 self.files[request.number] = file
 
-    def check_file(self, groups: list[list[Request]]) -> None:
-        if len(groups) > 1:
-            raise ValueError(
-                f"--output {self.path} is one file for {len(groups)} images; pass a folder or page.html"
-            )
-        if Image.registered_extensions().get(self.path.suffix.lower()) not in Image.SAVE:
-            raise ValueError(f"--output {self.path}: cannot write images of type {self.path.suffix}")
-        image = groups[0][0].images[-1]
-        if self.path.exists() and image.exists() and self.path.samefile(image):
-            raise ValueError(f"--output {self.path} is the image itself; use another name")
-
-    def write(self, group: Group) -> None:
-        """Write the annotated image of a group, or add it to the page."""
-        if self.path is None or group.image is None:
-            return
-        source = group.rows[0].request.images[-1]
+    def write(self, group: Group) -> Path | None:
+        """Write the annotated image of a group, or add it to the page; returns a file that is complete."""
+        if group.image is None:
+            return None
+        request = group.rows[0].request
         answers = [row.answer for row in group.rows]
-        if self.page:
-            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as page:
-                page.write(html_figure(group.image, answers, path_text(Path(source.name))))
-            return
-        file = self.files.get(group.rows[0].request.number, self.path)
+        if self.page is not None:
+            figure = html_figure(group.image, answers, path_text(Path(request.images[-1].name)))
+            mode = "w" if self.head else "a"
+            with open(self.page, mode, encoding="utf-8", errors="backslashreplace") as page:
+                page.write(self.head + figure)
+            self.head = ""
+            return None
+        file = self.files[request.number]
         kind = Image.registered_extensions()[file.suffix.lower()]
         with load_weights.replacing(file) as part:
             draw_answers(group.image, answers).save(part, format=kind)
-        print(f"wrote {file}", file=sys.stderr)
+        return file
+
+
+def check_output_file(path: Path, groups: list[list[Request]]) -> None:
+    """ValueError if the annotated images cannot go to this file."""
+    if len(groups) > 1:
+        raise ValueError(f"--output {path} is one file for {len(groups)} images; pass a folder or page.html")
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--output {path}: cannot write images of type {path.suffix}")
+    image = groups[0][0].images[-1]
+    if path.exists() and image.exists() and path.samefile(image):
+        raise ValueError(f"--output {path} is the image itself; use another name")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -965,7 +987,7 @@ def progress_bar(done: int, total: int, note: str = "") -> str:
 
 
 class Progress:
-    """Progress and messages on stderr; on a terminal, the bar stays in one line."""
+    """Progress and messages on stderr; on a terminal, the bar stays on one line."""
 
     def __init__(self, total: int):
         self.total = total
@@ -973,21 +995,25 @@ class Progress:
         self.started = time.perf_counter()
         self.in_place = sys.stderr.isatty()
 
-    def message(self, text: str, end: str = "\n") -> None:
+    def clear(self) -> None:
+        """Remove the bar, before anything else is printed."""
         if self.in_place:
-            text = "\r\033[K" + text  # over the bar
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def message(self, text: str, end: str = "\n") -> None:
+        self.clear()
         print(text, end=end, file=sys.stderr, flush=True)
 
     def update(self, count: int, timings: str) -> None:
-        """After a batch of `count` requests: the bar, or for a single batch its timings."""
+        """After a batch of `count` requests: the bar, or its timings if it is the only batch."""
         self.done += count
-        if count == self.total:
+        finished = self.done == self.total
+        if finished and count == self.total:
             if timings:
                 self.message(timings)
             return
         per_minute = 60 * self.done / (time.perf_counter() - self.started)
         minutes = (self.total - self.done) / per_minute
-        finished = self.done == self.total
         bar = progress_bar(self.done, self.total, f"{per_minute:.0f} per minute, {minutes:.1f} min left")
         self.message(bar, end="\n" if finished or not self.in_place else "")
 
@@ -998,25 +1024,24 @@ def run(args: argparse.Namespace) -> int:
     requests = read_requests(args.requests) if args.requests else command_line_requests(args)
     requests = [request._replace(number=i) for i, request in enumerate(requests)]
     if args.top_boxes and not all(request.wants_boxes for request in requests):
-        raise ValueError("--top-boxes requires a request for boxes: task ground or refer with a text")
+        raise ValueError("--top-boxes requires --task ground or refer with a text in every request")
     import_model_code()
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
     groups = [list(group) for _, group in groupby(requests, key=lambda request: request.images)]
     if len(groups) == 1:
         for path in groups[0][0].images:
             kosmos2.open_image(path)  # fail on a bad path before loading the model
     if not args.temperature and (args.top_k or args.top_p or args.seed is not None):
         print("sample: --top-k, --top-p and --seed have no effect at --temperature 0", file=sys.stderr)
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     results = Results(args, requests, rank, world) if args.results else None
-    output = Output(args, groups, rank, world)
-    mine = groups[rank::world]
-    if results is not None:
-        mine = results.remaining(groups, rank, world)
+    path = choose_output(args, groups)
+    output = Output(path, groups, args.resume, rank, world) if path else None
+    mine = results.remaining(groups, rank, world) if results else groups[rank::world]
     runner = Runner(args)
     print(f"loaded {args.checkpoint} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    failed = answer_groups(mine, runner, output, results)
     total = sum(map(len, mine))
-    failed = answer_groups(mine, Progress(total), runner, output, results)
     if failed and total > 1:
         names = dict.fromkeys(str(path) for request in failed for path in request.images[-1:])
         which = f": {', '.join(names)}" if names else ""
@@ -1025,51 +1050,64 @@ def run(args: argparse.Namespace) -> int:
 
 
 def answer_groups(
-    groups: list[list[Request]],
-    progress: Progress,
-    runner: Runner,
-    output: Output,
-    results: Results | None,
+    groups: list[list[Request]], runner: Runner, output: Output | None, results: Results | None
 ) -> list[Request]:
     """Answer all requests, batch by batch, and write the results; returns the requests that failed."""
     args = runner.args
-    on_terminal = sys.stdout.isatty() and not (args.json or results or args.top_boxes)
-    runner.stream = on_terminal and progress.total == 1
+    progress = Progress(sum(map(len, groups)))
+    print_text = not args.json and results is None
+    runner.stream = print_text and progress.total == 1 and can_stream(args, groups[0][0])
     failed = []
 
     def load(requests: list[Request]) -> Group:
-        return load_group(requests, runner, keep_image=output.path is not None)
+        return load_group(requests, runner, keep_image=output is not None)
+
+    def fail(requests: list[Request], reason: str) -> None:
+        progress.message(f"sample: {reason}")
+        failed.extend(requests)
 
     for batch in read_ahead(groups, load, args.batch_size):
         for group in batch:
             for requests, error in group.errors:
-                progress.message(f"sample: {describe_error(error, requests)}")
-                failed += requests
+                fail(requests, describe_error(error, requests))
         answered = [group for group in batch if group.rows]
-        if answered:
+        try:
             runner.answer(answered)
+        except (RuntimeError, ValueError, MemoryError) as error:  # such as a GPU without enough memory
+            requests = [row.request for group in answered for row in group.rows]
+            fail(requests, describe_error(error, requests))
+            answered = []
+        progress.clear()
         for group in answered:
             lines = [as_json(row, group.size) for row in group.rows]
             if args.json:
                 for line in lines:
                     print(json.dumps(line, ensure_ascii=False), flush=True)
-            elif results is None and not runner.stream:
+            elif print_text and not runner.stream:
                 print_answers(group, with_names=len(groups) > 1)
             try:
-                output.write(group)
+                written = output.write(group) if output else None
             except OSError as error:
-                progress.message(f"sample: cannot write {output.path}: {error.strerror or error}")
-                failed += [row.request for row in group.rows]
+                requests = [row.request for row in group.rows]
+                fail(requests, f"cannot write --output {args.output}: {error.strerror or error}")
                 continue
+            if written:
+                progress.message(f"wrote {written}")
             if results is not None:  # written last, so a listed image is complete
                 results.write(lines)
         progress.update(sum(len(group.requests) for group in batch), runner.timings)
     return failed
 
 
+def can_stream(args: argparse.Namespace, request: Request) -> bool:
+    """Whether the answer can be printed while it is generated: text alone, on a terminal."""
+    beam_search = args.num_beams is not None and args.num_beams > 1
+    return sys.stdout.isatty() and not beam_search and not request.wants_boxes
+
+
 def describe_error(error: Exception, requests: list[Request]) -> str:
-    """One line that names the image."""
-    names = ", ".join(str(path) for path in requests[0].images)
+    """One line that names the images."""
+    names = ", ".join(dict.fromkeys(str(path) for request in requests for path in request.images))
     text = str(error).split("\n")[0] or type(error).__name__
     return text if names in text else f"{names}: {text}"
 

@@ -55,9 +55,9 @@ class Entity(NamedTuple):
 def box_to_tokens(box: Box, grid: int = GRID, training: bool = False) -> tuple[int, int]:
     """A box in 0..1 -> the location indices of its top-left and bottom-right cell.
 
-    A bottom-right coordinate exactly on a cell boundary is assigned to the inner cell.
-    (training=True follows the original data loader, which used the outer cell; otherwise the two
-    agree.) ValueError for a box that is empty, reversed or outside the image.
+    A bottom-right coordinate exactly on a cell boundary is assigned to the inner cell, or, with
+    training=True, to the outer one, as in the original data loader. ValueError for a box that is
+    empty, reversed or outside the image.
     """
     x1, y1, x2, y2 = (float(v) for v in box)
     if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):  # also true for NaN
@@ -113,8 +113,8 @@ def iou(a: Box, b: Box) -> float:
     return width * height / (area_a + area_b - width * height)
 
 
-def geometric_mean(pair: Sequence[float | None]) -> float | None:
-    """The score of a box: the geometric mean of its tokens' probabilities; None if one is unknown."""
+def box_score(pair: Sequence[float | None]) -> float | None:
+    """The geometric mean of the probabilities of a box's two tokens; None if they are unknown."""
     if len(pair) != 2 or None in pair:
         return None
     return math.sqrt(pair[0] * pair[1])
@@ -139,54 +139,41 @@ def boxes_to_text(boxes, grid: int = GRID, training: bool = False) -> str:
 
 def box_indices(box, grid: int, training: bool) -> tuple[int, int]:
     """Four floats or two location indices -> two location indices."""
-    error = ValueError(f"box: expected four floats in 0..1 or two integer location indices, got {box!r}")
     try:
         values = tuple(box)
         if len(values) == 4:
             return box_to_tokens(values, grid, training)
     except TypeError:
-        raise error from None
+        values = ()
     if len(values) != 2 or any(type(v) is not int for v in values):
-        raise error
-    ul, lr = values
-    tokens_to_box(ul, lr, grid)  # raises if they are not on the grid
-    return ul, lr
+        raise ValueError(f"box: expected four floats in 0..1 or two integer location indices, got {box!r}")
+    tokens_to_box(*values, grid)  # raises if they are not on the grid
+    return values
 
 
-def is_box_list(box) -> bool:
-    """Whether the boxes of one phrase are a list of boxes rather than a single box."""
-    if not isinstance(box, (list, tuple)) or not box:
-        return False
-    return not isinstance(box[0], (int, float))
+def as_boxes(entry) -> list:
+    """The boxes of one phrase as a list. An entry may be None, one box, or a list of boxes."""
+    if entry is None:
+        return []
+    if isinstance(entry, (list, tuple)) and (not entry or hasattr(entry[0], "__len__")):
+        return list(entry)
+    return [entry]
 
 
 def check_box(box) -> None:
-    """ValueError unless this is None, four numbers, two location indices, or a list of those."""
-    if box is None:
-        return
-    if is_box_list(box):
-        for one in box:
-            check_box(one)
-        return
+    """ValueError unless a box is four numbers or two location indices."""
     shown = repr(box)
     if isinstance(box, (list, tuple)) and all(isinstance(v, (int, float)) for v in box):
         if len(box) in (2, 4):
             return
-        if box:
-            shown = ",".join(map(str, box))
+        shown = ",".join(map(str, box)) or shown
     raise ValueError(f"box {shown}: expected four numbers or two location indices")
 
 
-def normalize_box(box, size: tuple[int, int]):
-    """A box in 0..1, in pixels of an image of this (width, height), or as two location indices.
-
-    Returns it in 0..1, or the indices as they are; for a list of boxes, a list.
-    """
+def normalize_box(box, size: tuple[int, int]) -> tuple:
+    """A box in 0..1, in pixels of an image of this (width, height), or as two location indices ->
+    the box in 0..1, or the indices as they are."""
     check_box(box)
-    if box is None:
-        return None
-    if is_box_list(box):
-        return [normalize_box(one, size) for one in box]
     if len(box) == 2:
         return tuple(box)
     typed = ",".join(str(v) for v in box)
@@ -194,7 +181,7 @@ def normalize_box(box, size: tuple[int, int]):
     if not (0 <= x1 < x2 and 0 <= y1 < y2):
         raise ValueError(f"box {typed}: expected 0 <= x1 < x2 and 0 <= y1 < y2")
     if max(box) <= 1:
-        return box
+        return tuple(box)
     if any(0 < v < 1 for v in box):
         raise ValueError(f"box {typed} mixes 0..1 and pixels")
     width, height = size
@@ -243,15 +230,15 @@ def task_prompts(task: str, texts: list[str], boxes: list) -> list[str]:
         raise ValueError("task refer needs a box (to describe it) or a text (an expression, to find it)")
     missing = not texts and task != "refer"
     if task in TAKES_TEXT and (missing or "" in texts):
-        raise ValueError(f"task {task} needs a text that is not empty: {TAKES_TEXT[task]}")
+        raise ValueError(f"task {task} needs a non-empty text: {TAKES_TEXT[task]}")
     if texts and boxes and task in ("ground", "refer"):
         raise ValueError(
-            f"task {task} takes a text (to find its box) or a box, not both; or use your own prompt"
+            f"task {task} takes a text (to find its box) or a box, not both; for both, write a prompt"
         )
     if any("<image>" in text or "</image>" in text for text in texts):
-        raise ValueError("a text must not contain images (<image>); write your own prompt instead")
+        raise ValueError("a text must not contain <image>; write your own prompt instead")
     if task == "context":
-        phrase = "<grounding><phrase> It</phrase> is" if boxes else ""
+        phrase = PROMPTS["refer"] if boxes else ""
         examples = [f"<image>{phrase} {text}" for text in texts]
         return ["".join(examples) + f"<image>{phrase}"]
     if task == "text":
@@ -284,9 +271,9 @@ class Tokenizer:
         locations = [location_token(i, grid) for i in range(grid * grid)]
         self.id_to_token = [*CONTROL, *pieces, "<mask>", *TAGS, *locations]
         self.vocab_size = len(self.id_to_token)
-        first_tag = len(CONTROL) + len(pieces)
-        special = [*range(len(CONTROL)), *range(first_tag, self.vocab_size)]
-        self.special_ids = {self.id_to_token[i]: i for i in special}  # tokens that are not made of pieces
+        end_of_pieces = len(CONTROL) + len(pieces)
+        special = [*range(len(CONTROL)), *range(end_of_pieces, self.vocab_size)]
+        self.special_ids = {self.id_to_token[i]: i for i in special}  # tokens that are not pieces
         self.special_pattern = re.compile(
             "(" + "|".join(re.escape(token) for token in self.special_ids) + ")"
         )
@@ -301,17 +288,8 @@ class Tokenizer:
         """Tokens allowed outside of phrases and boxes, bool (V,)."""
         allowed = np.ones(self.vocab_size, dtype=bool)
         allowed[self.first_location :] = False
-        for tag in (
-            "<s>",
-            "<pad>",
-            IMAGE_OPEN,
-            IMAGE_CLOSE,
-            "<phrase>",
-            "</phrase>",
-            "<object>",
-            "</object>",
-            DELIMITER,
-        ):
+        link_tags = ["<phrase>", "</phrase>", "<object>", "</object>", DELIMITER]
+        for tag in ["<s>", "<pad>", IMAGE_OPEN, IMAGE_CLOSE, *link_tags]:
             allowed[self.special_ids[tag]] = False
         return allowed
 
@@ -321,7 +299,7 @@ class Tokenizer:
         """Tagged text -> ids. `boxes` has one entry for each <phrase>...</phrase>: see
         `insert_boxes`.
 
-        Text between two tags is tokenized separately, as in the original demo and the reference, so
+        Text between two tags is tokenized separately, as in the original demo and in transformers, so
         "</phrase>." ends in two tokens, a space and the period. The model was trained on texts
         tokenized as a whole (training/data.py), but all published prompts were tokenized this way.
         """
@@ -462,7 +440,7 @@ class Tokenizer:
         room to close it. Has no effect on output that is already valid.
         """
         begin = self.special_ids["<s>"]
-        before_last, last = [begin, begin, *ids[-2:]][-2:]
+        before_last, last = [begin, begin, *ids[-2:]][-2:]  # as if <s> came before
         opens_box = last in (self.special_ids["<object>"], self.special_ids[DELIMITER])
         if opens_box or self.location_index(last) is not None:
             return self._allowed_in_object(before_last, last, remaining)
@@ -509,9 +487,8 @@ class Tokenizer:
         if corner is None:  # the top-left corner comes next
             locations[:] = True
         elif self.location_index(before_last) is None:  # the bottom-right corner comes next
-            rows, columns = np.divmod(np.arange(self.grid**2), self.grid)
             top, left = divmod(corner, self.grid)
-            locations[:] = (rows >= top) & (columns >= left)
+            locations.reshape(self.grid, self.grid)[top:, left:] = True  # a view
         else:
             allowed[self.special_ids["</object>"]] = True
             allowed[self.special_ids[DELIMITER]] = remaining >= 4  # itself, two corners, </object>
@@ -547,10 +524,9 @@ def insert_boxes(text: str, boxes, grid: int = GRID) -> str:
     if len(phrases) != len(boxes):
         raise ValueError(f"got {len(boxes)} boxes for {len(phrases)} phrases; pass one entry for each")
     for match, box in reversed(list(zip(phrases, boxes, strict=True))):
-        if box is None or (isinstance(box, (list, tuple)) and not box):
-            continue
-        objects = boxes_to_text(box if is_box_list(box) else [box], grid)
-        text = text[: match.end()] + objects + text[match.end() :]
+        if as_boxes(box):
+            objects = boxes_to_text(as_boxes(box), grid)
+            text = text[: match.end()] + objects + text[match.end() :]
     return text
 
 
@@ -583,9 +559,9 @@ def parse(
     probabilities: of the location tokens in the text, in order, None for those of the prompt. The
     score of a box is the geometric mean of its two, sqrt(p(top left) p(bottom right)).
 
-    Equal to the published post-processing on well-formed text. Malformed links and boxes off the
-    grid are left out; swapped corners are reordered. A box without a phrase becomes an entity with
-    an empty span, named by its tokens.
+    Gives the same result as the published post-processing on well-formed text. Malformed links and
+    boxes off the grid are left out; swapped corners are reordered. A box without a phrase becomes an
+    entity with an empty span, whose phrase is its two tokens.
     """
     text = tagged_text.rsplit(IMAGE_CLOSE, 1)[-1]  # what precedes the last image is not part of the caption
     offset = len(tagged_text) - len(text)
@@ -595,7 +571,7 @@ def parse(
     entities = []
     for link in LINK.finditer(text):
         phrase, objects = link.groups()
-        first = len(re.findall(LOCATION, tagged_text[: offset + link.start(2)]))
+        first = len(re.findall(LOCATION, tagged_text[: offset + link.start(2)]))  # tokens before these
         boxes = read_boxes(objects, grid, probabilities[first:])
         start = len(strip_tags(text[: link.start()])) - indent
         if phrase is None:
@@ -620,15 +596,17 @@ def read_boxes(
     for i, pair in enumerate(objects.split(DELIMITER)):
         ul, lr = map(int, re.findall(r"\d+", pair))
         if max(ul, lr) < grid * grid:
-            score = geometric_mean(probabilities[2 * i : 2 * i + 2])
-            name = f"<patch_index_{ul}><patch_index_{lr}>"  # without leading zeros, as in the reference
+            score = box_score(probabilities[2 * i : 2 * i + 2])
+            name = f"<patch_index_{ul}><patch_index_{lr}>"  # without leading zeros, as in transformers
             found.append((name, ordered_box(ul, lr, grid), score))
     return found
 
 
 def to_markdown(tagged_text: str) -> str:
-    """Tagged text as the hyperlinks of the paper: `[a
-    snowman](<patch_index_0044><patch_index_0863>)`."""
+    """Tagged text as the hyperlinks of the paper:
+
+    `[a snowman](<patch_index_0044><patch_index_0863>)`.
+    """
     text = tagged_text.rsplit(IMAGE_CLOSE, 1)[-1]
     markdown = ""
     done = 0

@@ -176,7 +176,7 @@ with torch.inference_mode():
     for _ in range(2):
         p = state.logits[0].softmax(-1)[first:].view(GRID, GRID)
         corners.append(p)
-        state.step([0], state.append([0], [first + int(p.argmax())]))
+        state.step([0], state.extended([0], [first + int(p.argmax())]))
 
 # %% [markdown]
 # The maps show the square root of p, so that small probabilities are visible. Cells below p = 0.001 are left out.

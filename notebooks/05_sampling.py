@@ -61,7 +61,7 @@ with torch.inference_mode():
     state = model.prefill(tokens, image_embeds=image_embeds, image_mask=mask, max_new_tokens=steps)
     for _ in range(steps - 1):
         token = int(state.logits[0].argmax())
-        state.step([0], state.append([0], [token]))
+        state.step([0], state.extended([0], [token]))
 assert state.sequences[0].ids == generate()[: steps - 1]
 state = model.prefill(tokens, image_embeds=image_embeds, image_mask=mask, max_new_tokens=steps)
 assert [new_ids[0] for new_ids in decode(state)] == generate()[:steps]

@@ -34,7 +34,7 @@ MODEL, TOKENIZER, LOADER, DATA = "kosmos2.py", "tokenizer.py", "load_weights.py"
 # fmt: off
 MUTATIONS = [
     # name, file, the code as it is, the code as it should not be
-    ("no sub-LN in attention", MODEL, "self.out_proj(self.inner_attn_ln(heads))", "self.out_proj(heads)"),
+    ("no sub-LN in attention", MODEL, "self.out_proj(self.inner_attn_ln(attended))", "self.out_proj(attended)"),
     ("no sub-LN in the MLP", MODEL, "self.fc2(self.ffn_layernorm(hidden))", "self.fc2(hidden)"),
     ("sub-LN before the activation", MODEL, "hidden = self.activation(self.fc1(x))\n        return self.fc2(self.ffn_layernorm(hidden))", "return self.fc2(self.activation(self.ffn_layernorm(self.fc1(x))))"),
     ("sub-LN in the ViT as well", MODEL, "quick_gelu, sub_ln=False", "quick_gelu, sub_ln=True"),
@@ -51,7 +51,7 @@ MUTATIONS = [
     ("no bias on values", MODEL, "v = self.v_proj(context)", "v = F.linear(context, self.v_proj.weight)"),
     ("no bias on queries", MODEL, "q = self.q_proj(x)", "q = F.linear(x, self.q_proj.weight)"),
     ("attention not scaled", MODEL, "(q, k, v, attn_mask=mask)", "(q, k, v, attn_mask=mask, scale=1.0)"),
-    ("heads not in order", MODEL, "heads.transpose(1, 2).reshape(B, T, D)", "heads.reshape(B, T, D)"),
+    ("heads not in order", MODEL, "attended.transpose(1, 2).reshape(B, T, D)", "attended.reshape(B, T, D)"),
     ("one token of the future", MODEL, "device=device).tril(S - T)", "device=device).tril(S - T + 1)"),
     ("a token does not attend to itself", MODEL, "device=device).tril(S - T)", "device=device).tril(S - T - 1)"),
     ("padding is attended to", MODEL, "mask = mask & ~pad_mask[:, None, :]", "mask = mask.expand(len(pad_mask), -1, -1)"),
@@ -78,7 +78,7 @@ MUTATIONS = [
     ("the cache forgets a token", MODEL, "self.keys[:, :, start : self.length] = k", "self.keys[:, :, start + 1 : self.length] = k[:, :, 1:]"),
     ("nucleus without the token that crosses p", MODEL, "probs[before >= top_p] = 0", "probs[probs.cumsum(dim=-1) > top_p] = 0"),
     ("nucleus of all tokens by subtraction", MODEL, "F.pad(probs.cumsum(dim=-1)[:, :-1], (1, 0))", "probs.cumsum(dim=-1) - probs"),
-    ("beams not scored by length", MODEL, "(score / length, sequence)", "(score, sequence)"),
+    ("beams not scored by length", MODEL, "(candidate.score / length, sequence)", "(candidate.score, sequence)"),
     ("n-grams one too short", MODEL, "repeated_ngrams(ids, options.no_repeat_ngram_size)", "repeated_ngrams(ids, options.no_repeat_ngram_size - 1)"),
     ("<pad> is generated", MODEL, "scores[:, PAD] = -math.inf", "scores[:, PAD] += 0"),
     ("the length limit changes the text", MODEL, "options.constraint(ids, state.model.config.text.max_positions)", "options.constraint(ids, options.max_new_tokens - len(sequence.ids))"),
@@ -91,7 +91,7 @@ MUTATIONS = [
     ("box corners of the training code", TOKENIZER, "math.ceil(x2 * grid - 1)\n        bottom = math.ceil(y2 * grid - 1)", "math.floor(x2 * grid - 1e-9)\n        bottom = math.floor(y2 * grid)"),
     ("cells instead of centers", TOKENIZER, "left + 0.5, top + 0.5, right + 0.5, bottom + 0.5", "left, top, right + 1, bottom + 1"),
     ("thin boxes from center to center", TOKENIZER, "if left == right or top == bottom:", "if False:"),
-    ("bottom-right corner anywhere", TOKENIZER, "(rows >= top) & (columns >= left)", "rows >= 0"),
+    ("bottom-right corner anywhere", TOKENIZER, "[top:, left:] = True", "[:] = True"),
     ("score of one corner only", TOKENIZER, "probabilities[2 * i : 2 * i + 2]", "[probabilities[2 * i]] * 2 if probabilities else []"),
     ("spans end at the shared prefix", DATA, "return first, len(through)", "return first, len(through) - 1"),
 ]

@@ -170,6 +170,14 @@ def save_as(folder, precision, to) -> str:
     return load_weights.report(Checkpoint(to))
 
 
+def test_a_checkpoint_is_saved_as_stored(small_folder, tmp_path):
+    """Most weights of an fp16 checkpoint are float16, although most of its tensors are float32."""
+    first = save_as(small_folder, "fp16", tmp_path / "first")
+    assert load_weights.main([str(tmp_path / "first"), "--save", str(tmp_path / "second")]) == 0
+    second = load_weights.report(Checkpoint(tmp_path / "second"))
+    assert first.splitlines()[1:] == second.splitlines()[1:]
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_packed_checkpoint_computes_the_same(small_folder, tmp_path, precision):
     """A checkpoint saved in fp16 or int8 gives the same bits as one packed while it is loaded."""

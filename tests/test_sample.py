@@ -99,7 +99,8 @@ def test_results_and_resume(capsys, tmp_path):
     assert [Path(row["image"]).stem for row in rows[::2]] == list("01234")
     for keep in (0, 3, 1500, len(complete.read_bytes()) - 1):
         cut.write_bytes(complete.read_bytes()[:keep])
-        assert run(capsys, *ask, "--results", cut)[0] == 1  # the file exists
+        if keep:
+            assert run(capsys, *ask, "--results", cut)[0] == 1  # the file exists
         assert run(capsys, *ask, "--results", cut, "--resume")[0] == 0
         assert cut.read_text() == complete.read_text()
     status, _, err = run(capsys, folder, "--results", complete, "--resume")
@@ -179,7 +180,7 @@ def test_streaming_on_a_terminal(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["--task", "ground"], 2, "needs a text"), (["--task", "vqa", "--text", " "], 2, "needs a text"),
+        (["--task", "ground"], 2, "needs a non-empty text"), (["--task", "vqa", "--text", " "], 2, "needs a non-empty text"),
         (["--task", "refer"], 2, "needs a box"), (["--task", "dance"], 2, "invalid choice"), (["--box", "1,2,3"], 2, "1,2,3"),
         (["--prompt", "a", "--text", "b"], 2, "--prompt"), (["--batch-size", "0"], 2, "--batch-size"),
         (["--text", "a"], 2, "takes no text"), (["--top-boxes", "3"], 2, "--top-boxes"), (["none.png"], 1, "no image at none.png"),
@@ -188,8 +189,8 @@ def test_streaming_on_a_terminal(capsys, monkeypatch):
         (["--box", "0.1,0.1,0.5,0.5"], 1, "1 boxes for 0 phrases"), (["--device", "toaster"], 1, "toaster"),
         (["--task", "refer", "--box", "1,1,9000,9000"], 1, "beyond the image"), (["."], 1, "no images in folder"),
         (["--prompt", "<image> and <image>"], 1, "2 <image> tags"), (["--task", "text", "--text", "a", "--output", "x.png"], 2, "--output"), (["--output", "no/such/x.png"], 1, "no/such"),
-        (["--task", "refer", "--text", " "], 2, "not empty"), (["--task", "ground", "--text", "a", "--box", "1,2"], 2, "not both"),
-        (["--task", "vqa", "--text", "<image>?"], 2, "images"), (["--task", "refer", "--box", "0.1,0.1,1.5,0.5"], 1, "mixes"),
+        (["--task", "refer", "--text", " "], 2, "non-empty"), (["--task", "ground", "--text", "a", "--box", "1,2"], 2, "not both"),
+        (["--task", "vqa", "--text", "<image>?"], 2, "<image>"), (["--task", "refer", "--box", "0.1,0.1,1.5,0.5"], 1, "mixes"),
         ([SCENE, "--output", SCENE], 1, "itself"), (["--output", "x.xyz"], 1, "x.xyz"), (["--output", "x.psd"], 1, "x.psd"), (["--device", "cuda:9"], 1, "cuda"),
         (["--checkpoint", "../nothing/here"], 1, "no checkpoint at"),
     ],
@@ -421,7 +422,7 @@ def test_many_requests_about_one_image(capsys, monkeypatch, requests_file):
     ("line", "words"),
     [
         ("nonsense", "Expecting value"), ("[1]", "JSON object"), ('{"task": "dance"}', "'dance'"),
-        ('{"image": "a.png", "task": "vqa"}', "needs a text"), ('{"prompt": "a", "task": "caption"}', "one or the other"),
+        ('{"image": "a.png", "task": "vqa"}', "needs a non-empty text"), ('{"prompt": "a", "task": "caption"}', "one or the other"),
         ('{"task": "vqa", "text": ["a", "b"]}', "one text"), ('{"images": "a.png"}', "needs an image"),
         ('{"image": 5}', "image: expected"), ('{"image": "a.png", "prompt": 5}', "prompt: expected"),
         ('{"image": "a.png", "task": "vqa", "text": 5}', "text: expected"),
@@ -645,3 +646,62 @@ def test_processes_write_their_own_pages_and_agree_on_what_is_done(capsys, monke
     assert sorted(names) == ["a.png", "a.png", "b.png"]
     figures = [Path(f"page.{rank}.html").read_text().count("<figure>") for rank in (0, 1)]
     assert figures == [1, 1] and not Path("page.html").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--num-beams", "3"], ["--task", "ground", "--text", "the fire"]])
+def test_a_terminal_shows_the_same_as_a_pipe(capsys, monkeypatch, arguments):
+    """Beam search cannot be streamed, and boxes are known only at the end."""
+    expected = run(capsys, SCENE, *arguments)[1]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert expected and run(capsys, SCENE, *arguments)[1] == expected
+
+
+def test_answers_are_not_printed_behind_the_progress_bar(capsys, monkeypatch):
+    for name in ("a.png", "b.png", "c.png"):
+        Image.open(SCENE).save(name)
+    monkeypatch.setattr(script.Progress, "clear", lambda self: print("cleared"))
+    lines = run(capsys, "a.png", "b.png", "c.png", "--batch-size", "1")[1].splitlines()
+    answers = [i for i, line in enumerate(lines) if "An image of" in line]
+    assert len(answers) == 3 and all(lines[i - 1] == "cleared" for i in answers)
+
+
+def test_output_needs_an_image(capsys, monkeypatch):
+    lines = ['{"task": "text", "text": "An image of"}']
+    for path in ("o.png", "folder", "page.html"):
+        status, out, err = ask_stdin(capsys, monkeypatch, lines, "--output", path)
+        assert status == 1 and "no request has an image" in err and "Traceback" not in err and out == ""
+
+
+def test_a_wrong_checkpoint_leaves_earlier_files_alone(capsys):
+    """A failed start does not make the results file count as existing, nor empty the page."""
+    assert run(capsys, SCENE, "--output", "page.html")[0] == 0
+    page = Path("page.html").read_text(encoding="utf-8")
+    options = [SCENE, "--output", "page.html", "--results", "out.jsonl"]
+    assert run(capsys, *options, "--checkpoint", "nothing")[0] == 1
+    assert Path("page.html").read_text(encoding="utf-8") == page
+    assert run(capsys, *options)[0] == 0 and len(Path("out.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_results_file_of_something_else(capsys):
+    Path("out.jsonl").write_text('{"image": 42, "prompt": "a", "given_boxes": [], "checkpoint": "b"}\n')
+    status, _, err = run(capsys, SCENE, "--results", "out.jsonl", "--resume")
+    assert status == 1 and "not a results file" in err
+
+
+def test_a_batch_that_fails_does_not_stop_the_others(capsys, monkeypatch):
+    """Such as one that needs more memory than the GPU has."""
+    for name in ("a.png", "b.png", "c.png"):
+        Image.open(SCENE).save(name)
+    encode = Kosmos2.encode_image
+    calls = []
+
+    def fail_once(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory\nand a long report")
+        return encode(self, *args)
+
+    monkeypatch.setattr(Kosmos2, "encode_image", fail_once)
+    status, out, err = run(capsys, "a.png", "b.png", "c.png", "--batch-size", "1", "--json")
+    assert status == 1 and [json.loads(line)["image"] for line in out.splitlines()] == ["a.png", "c.png"]
+    assert "sample: b.png: out of memory\n" in err and "1 of 3 failed: b.png" in err

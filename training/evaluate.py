@@ -40,8 +40,8 @@ from tokenizer import (  # noqa: E402
     Box,
     Entity,
     Tokenizer,
+    box_score,
     box_to_tokens,
-    geometric_mean,
     iou,
     parse,
     strip_tags,
@@ -292,7 +292,7 @@ def first_scores(tokenizer: Tokenizer, chosen: Chosen, results: list[Generated])
                 for i, p in zip(result.ids, result.probabilities, strict=True)
                 if tokenizer.location_index(i) is not None
             ]
-            scores[example.task].append(geometric_mean(locations[:2]) or 0.0)
+            scores[example.task].append(box_score(locations[:2]) or 0.0)
     return scores
 
 
@@ -311,9 +311,9 @@ def scored_boxes(model, tokenizer, chosen: Chosen) -> list[tuple[float, float, b
                 name = name_of(entity.phrase)
                 right = [thing.box for thing in scene.things if name and thing.name == name[0]]
             exact = [tokens_to_box(*box_to_tokens(box, training=True)) for box in right]
-            for box, box_score in zip(entity.boxes, entity.scores, strict=True):
+            for box, score in zip(entity.boxes, entity.scores, strict=True):
                 best = max((iou(box, truth) for truth in right), default=0.0)
-                found.append((box_score, best, box in exact))
+                found.append((score, best, box in exact))
     return found
 
 
