@@ -155,10 +155,11 @@ tuned, _ = load_checkpoint(folder / "run")
 after = accuracy(tuned, tokenizer)
 rows = [("before", *map("{:.2f}".format, before)), ("after", *map("{:.2f}".format, after))]
 table(rows, ("", "other things named and boxed", "ladders named and boxed"))
-assert after[1] > 0.5
+assert after[1] > 0.5 and after[0] > before[0] - 0.15
 
 # %% [markdown]
-# One of the held-out images, with the answer of the fine-tuned model:
+# Most ladders are found now, and few of the other things are lost. One of the held-out images, with the answer of the
+# fine-tuned model:
 
 # %%
 held_out[0][0].save(folder / "ladder.png")
