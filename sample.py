@@ -612,7 +612,8 @@ class Runner:
     def rank_boxes(self, row: Row) -> Answer:
         """The most likely boxes for the phrase that a prompt ends with, best first."""
         prefix = self.prefill_image(row.image_embeds)
-        ids = [*row.ids[len(self.image_ids) :], self.tokenizer.special_ids["<object>"]]
+        ids = row.ids[len(self.image_ids) :]
+        ids.append(self.tokenizer.special_ids["<object>"])
         tokens = torch.tensor([ids], device=self.device)
         state = self.model.prefill(tokens, prefix=prefix, max_new_tokens=2)
         ranked = kosmos2.rank_boxes(state, self.tokenizer, self.args.top_boxes)
@@ -621,7 +622,8 @@ class Runner:
         self.timings += f", ranked {len(boxes)} boxes"
         raw = self.tokenizer.decode(row.ids)
         text, _ = self.tokenizer.parse(raw)
-        return Answer(text, raw.strip(), [Entity(text, (0, len(text)), boxes, scores)])
+        entity = Entity(text, (0, len(text)), boxes, scores)
+        return Answer(text, raw.strip(), [entity])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -709,7 +711,9 @@ def as_json(row: Row, size: tuple[int, int]) -> dict:
     width, height = size
     entities = []
     for entity in row.answer.entities:
-        pixel_boxes = [[x1 * width, y1 * height, x2 * width, y2 * height] for x1, y1, x2, y2 in entity.boxes]
+        pixel_boxes = []
+        for x1, y1, x2, y2 in entity.boxes:
+            pixel_boxes.append([x1 * width, y1 * height, x2 * width, y2 * height])
         entities.append(entity._asdict() | {"pixel_boxes": pixel_boxes})
     images = [path_text(path) for path in row.request.images]
     image = None
@@ -812,9 +816,11 @@ def draw_label(
     width = pen.textlength(phrase, font=font) + 8
     height = round(font_size * 1.35)
     x = min(max(left, 0), max(size[0] - width, 0))
-    highest = max(size[1] - height, 0)
-    choices = [min(max(y, 0), highest) for y in (top - height, top, bottom - height, bottom)]
-    rectangles = [(x, y, x + width, y + height) for y in choices]
+    lowest = max(size[1] - height, 0)
+    rectangles = []
+    for y in (top - height, top, bottom - height, bottom):
+        y = min(max(y, 0), lowest)
+        rectangles.append((x, y, x + width, y + height))
     free = [one for one in rectangles if all(iou(one, other) == 0 for other in placed)]
     rectangle = free[0] if free else rectangles[0]
     pen.rectangle(rectangle, fill=color)
@@ -1043,9 +1049,11 @@ def run(args: argparse.Namespace) -> int:
     failed = answer_groups(mine, runner, output, results)
     total = sum(map(len, mine))
     if failed and total > 1:
-        names = dict.fromkeys(str(path) for request in failed for path in request.images[-1:])
-        which = f": {', '.join(names)}" if names else ""
-        print(f"sample: {len(failed)} of {total} failed{which}", file=sys.stderr)
+        summary = f"sample: {len(failed)} of {total} failed"
+        paths = [str(path) for request in failed for path in request.images[-1:]]
+        if paths:
+            summary += f": {', '.join(dict.fromkeys(paths))}"
+        print(summary, file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -1107,7 +1115,8 @@ def can_stream(args: argparse.Namespace, request: Request) -> bool:
 
 def describe_error(error: Exception, requests: list[Request]) -> str:
     """One line that names the images."""
-    names = ", ".join(dict.fromkeys(str(path) for request in requests for path in request.images))
+    paths = [str(path) for request in requests for path in request.images]
+    names = ", ".join(dict.fromkeys(paths))
     text = str(error).split("\n")[0] or type(error).__name__
     return text if names in text else f"{names}: {text}"
 

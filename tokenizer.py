@@ -104,13 +104,16 @@ def ordered_box(ul: int, lr: int, grid: int = GRID) -> Box:
 
 def iou(a: Box, b: Box) -> float:
     """Intersection over union of two boxes, in any unit."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
+    ax1, ay1, ax2, ay2 = a
+    bx1, by1, bx2, by2 = b
+    width = min(ax2, bx2) - max(ax1, bx1)
+    height = min(ay2, by2) - max(ay1, by1)
     if width <= 0 or height <= 0:
         return 0.0
-    area_a = (a[2] - a[0]) * (a[3] - a[1])
-    area_b = (b[2] - b[0]) * (b[3] - b[1])
-    return width * height / (area_a + area_b - width * height)
+    intersection = width * height
+    area_a = (ax2 - ax1) * (ay2 - ay1)
+    area_b = (bx2 - bx1) * (by2 - by1)
+    return intersection / (area_a + area_b - intersection)
 
 
 def box_score(pair: Sequence[float | None]) -> float | None:
@@ -317,7 +320,8 @@ class Tokenizer:
 
     def encode_words(self, text: str) -> list[int]:
         """Text -> ids of pieces; tags in it are ordinary text."""
-        return [i + 1 if i else self.special_ids["<unk>"] for i in self.sp_model.encode(text)]
+        unknown = self.special_ids["<unk>"]
+        return [i + 1 if i else unknown for i in self.sp_model.encode(text)]
 
     def encode_prompt(self, prompt: str, num_images: int = 1, boxes=None) -> tuple[list[int], list[bool]]:
         """A prompt and its images -> (ids, image_mask), the mask True on the image slots.
@@ -419,9 +423,10 @@ class Tokenizer:
     def after_images(self, ids: list[int]) -> list[int]:
         """The ids after the last image, where the caption begins."""
         closing = self.special_ids[IMAGE_CLOSE]
-        if closing not in ids:
-            return ids
-        return ids[len(ids) - ids[::-1].index(closing) :]
+        for end in range(len(ids), 0, -1):
+            if ids[end - 1] == closing:
+                return ids[end:]
+        return ids
 
     def location_index(self, token_id: int) -> int | None:
         """The cell that an id stands for; None for all other tokens."""
@@ -582,9 +587,8 @@ def parse(
             start += len(phrase) - len(phrase.lstrip())
             phrase = phrase.strip()
             span = (start, start + len(phrase))
-            entities.append(
-                Entity(phrase, span, [box for _, box, _ in boxes], [score for _, _, score in boxes])
-            )
+            scores = [score for _, _, score in boxes]
+            entities.append(Entity(phrase, span, [box for _, box, _ in boxes], scores))
     return caption, entities
 
 
