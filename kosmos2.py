@@ -632,7 +632,8 @@ class Kosmos2(nn.Module):
         if labels is None:
             return logits
         predicted = logits[:, :-1].flatten(0, 1).float()  # (B * (T - 1), V)
-        loss = F.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=-100)
+        targets = labels[:, 1:].flatten()  # (B * (T - 1),)
+        loss = F.cross_entropy(predicted, targets, ignore_index=-100)
         return logits, loss
 
     def _check_tokens(self, tokens: Tensor) -> None:
@@ -1136,7 +1137,7 @@ def best_continuations(
     V = scores.shape[1]
     num_beams = state.options.num_beams
     count = min(2 * num_beams, len(beams) * V)
-    best, flat_index = scores[beams].flatten().topk(count)
+    best, flat_index = scores[beams].flatten().topk(count)  # (count,), most likely first
     running = []
     ended = []
     seen = set()

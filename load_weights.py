@@ -911,8 +911,8 @@ def packed_module(checkpoint: Checkpoint, precision: str, sources: list[str]) ->
         else:
             weight = checkpoint.tensor(f"{source}.weight", torch.float16)
         weights.append(weight)
-    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    scale = torch.cat(scales) if scales else None
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # (out, in), of all sources
+    scale = torch.cat(scales) if scales else None  # (out,)
     if f"{sources[0]}.weight" == EMBEDDING:
         check_tied(checkpoint)
         return PackedEmbedding(weight, scale)
