@@ -48,7 +48,7 @@ from kosmos2 import (
     TextConfig,
     VisionConfig,
 )
-from tokenizer import GRID, TAGS, Tokenizer, open_sentencepiece
+from tokenizer import GRID, TAGS, Tokenizer, open_sentencepiece, refuse_lfs_pointer
 
 SENTENCEPIECE = "sentencepiece.bpe.model"
 
@@ -371,10 +371,9 @@ WEIGHT_FILES = [
 
 def read_tensors(file: Path) -> dict[str, LazyTensor]:
     """The tensors of a file in any supported format; for others, ValueError names the format."""
+    refuse_lfs_pointer(file)
     with open(file, "rb") as opened:
         beginning = opened.read(40)
-    if beginning.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull`")
     for magic, ending, kind in OTHER_FORMATS:
         if (magic and beginning.startswith(magic)) or file.suffix.lower() == ending:
             raise ValueError(f"{file} is {kind}; expected .safetensors, .bin or .pt")
@@ -889,7 +888,7 @@ def share_qkv(model: Kosmos2) -> dict[str, list[str]]:
     {qkv_proj: [q_proj, k_proj, v_proj]}.
     """
     sources = {}
-    for name, module in model.named_modules():
+    for name, module in list(model.named_modules()):
         if isinstance(module, Block):
             with torch.device("meta"):
                 attention = PackedAttention(module.attn.out_proj.in_features, module.attn.heads)

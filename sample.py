@@ -229,18 +229,14 @@ def make_requests(images: tuple[Path, ...], task, texts, prompt, boxes, extra: d
     if prompt is not None:
         return [Request(images, prompt, tuple(boxes), extra=extra)]
     task = task or "caption"
-    return [
-        Request(
-            images,
-            prompt,
-            tuple(boxes),
-            continued=task in CONTINUED,
-            wants_boxes=task in ("ground", "refer") and bool(texts),
-            block_ngrams=task != "context",
-            extra=extra,
-        )
-        for prompt in task_prompts(task, texts, boxes)
-    ]
+    settings = {
+        "boxes": tuple(boxes),
+        "continued": task in CONTINUED,
+        "wants_boxes": task in ("ground", "refer") and bool(texts),
+        "block_ngrams": task != "context",
+        "extra": extra,
+    }
+    return [Request(images, task_prompt, **settings) for task_prompt in task_prompts(task, texts, boxes)]
 
 
 def command_line_requests(args: argparse.Namespace) -> list[Request]:
@@ -781,9 +777,9 @@ def draw_answers(image: Image.Image, answers: list[Answer]) -> Image.Image:
     width, height = (max(1, round(side * scale)) for side in image.size)
     canvas = Image.new("RGB", (max(width, 240), height), "white")  # wide enough for labels
     canvas.paste(image.resize((width, height), Image.Resampling.LANCZOS), (0, 0))
-    font_size = max(13, round(min(width, 1600) / 40))
     pen = ImageDraw.Draw(canvas)
-    line = max(2, font_size // 6)
+    font = ImageFont.load_default(max(13, round(min(width, 1600) / 40)))
+    line = max(2, round(font.size) // 6)
     entities = [entity for answer in answers for entity in answer.entities]
     labels = []
     for i, entity in enumerate(entities):
@@ -796,27 +792,26 @@ def draw_answers(image: Image.Image, answers: list[Answer]) -> Image.Image:
             pen.rectangle([left - 2, top - 2, right + 2, bottom + 2], outline="white", width=line + 4)
             pen.rectangle([left, top, right, bottom], outline=color, width=line)
             if entity.span[0] != entity.span[1]:
-                labels.append((entity.phrase, color, left, top, bottom))
+                labels.append((entity.phrase, color, (left, top, right, bottom)))
     placed: list[tuple] = []
-    for label in labels:
-        placed.append(draw_label(pen, *label, canvas.size, font_size, placed))
+    for phrase, color, box in labels:
+        placed.append(draw_label(pen, font, phrase, color, box, placed))
     return canvas
 
 
-def draw_label(
-    pen, phrase: str, color: str, left, top, bottom, size, font_size: int, placed: list[tuple]
-) -> tuple:
-    """Draw a phrase above its box, or inside or below it if there is no room.
+def draw_label(pen, font, phrase: str, color: str, box: tuple, placed: list[tuple]) -> tuple:
+    """Draw a phrase above its box, or inside or below it if another label is in the way.
 
     Returns the rectangle that the label occupies.
     """
-    font = ImageFont.load_default(font_size)
-    while pen.textlength(phrase, font=font) + 8 > size[0] and len(phrase) > 2:
+    canvas_width, canvas_height = pen.im.size
+    while pen.textlength(phrase, font=font) + 8 > canvas_width and len(phrase) > 2:
         phrase = phrase.removesuffix("…")[:-1] + "…"
     width = pen.textlength(phrase, font=font) + 8
-    height = round(font_size * 1.35)
-    x = min(max(left, 0), max(size[0] - width, 0))
-    lowest = max(size[1] - height, 0)
+    height = round(font.size * 1.35)
+    left, top, _, bottom = box
+    x = min(max(left, 0), max(canvas_width - width, 0))
+    lowest = max(canvas_height - height, 0)
     rectangles = []
     for y in (top - height, top, bottom - height, bottom):
         y = min(max(y, 0), lowest)
@@ -864,39 +859,56 @@ def html_figure(image: Image.Image | None, answers: list[Answer], title: str = "
     """
     boxes = ""
     captions = ""
-    count = 0
+    count = 0  # of the entities so far
     for answer in answers:
-        text = ""
-        done = 0
+        captions += f"<p>{html_caption(answer, count)}</p>"
         for entity in answer.entities:
-            color = f"--c: {PALETTE[count % len(PALETTE)]}"
-            scores = [f"{score:.0%}" for score in entity.scores if score is not None]
-            start, end = entity.span
-            for x1, y1, x2, y2 in entity.boxes:
-                place = f"left: {x1:.2%}; top: {y1:.2%}; "
-                place += f"width: {x2 - x1:.2%}; height: {y2 - y1:.2%}"
-                phrase = html.escape(entity.phrase)
-                boxes += f'<div data-entity="{count}" style="{color}; {place}" title="{phrase}"></div>'
-            if start >= done:
-                shown = html.escape(answer.text[start:end] or "▢")
-                text += html.escape(answer.text[done:start])
-                text += f'<a class="kosmos2" tabindex="0" data-entity="{count}" style="{color}">{shown}</a>'
-                text += f"<small> {' '.join(scores)}</small>"
-                done = end
+            boxes += html_boxes(entity, count)
             count += 1
-        captions += f"<p>{text}{html.escape(answer.text[done:])}</p>"
-    shown_image = ""
-    if image is not None:
-        small = image.copy()
-        small.thumbnail((1024, 1024))
-        encoded = io.BytesIO()
-        small.save(encoded, "JPEG", quality=88)
-        source = base64.b64encode(encoded.getvalue()).decode()
-        shown_image = (
-            f'<div class="kosmos2-image"><img alt="" src="data:image/jpeg;base64,{source}">{boxes}</div>'
-        )
     captions += f"<small>{html.escape(title)}</small>"
-    return f"<figure>{shown_image}<figcaption>{captions}</figcaption></figure>\n"
+    shown = ""
+    if image is not None:
+        source = base64.b64encode(encode_jpeg(image)).decode()
+        shown = f'<div class="kosmos2-image"><img alt="" src="data:image/jpeg;base64,{source}">{boxes}</div>'
+    return f"<figure>{shown}<figcaption>{captions}</figcaption></figure>\n"
+
+
+def html_caption(answer: Answer, first: int) -> str:
+    """The text with its phrases as links, and their scores. first: the number of its first entity."""
+    caption = ""
+    done = 0
+    for number, entity in enumerate(answer.entities, first):
+        start, end = entity.span
+        if start < done:  # inside another phrase
+            continue
+        phrase = html.escape(answer.text[start:end] or "▢")
+        scores = [f"{score:.0%}" for score in entity.scores if score is not None]
+        caption += html.escape(answer.text[done:start])
+        caption += f'<a class="kosmos2" tabindex="0" {html_entity(number)}>{phrase}</a>'
+        caption += f"<small> {' '.join(scores)}</small>"
+        done = end
+    return caption + html.escape(answer.text[done:])
+
+
+def html_boxes(entity: Entity, number: int) -> str:
+    boxes = ""
+    for x1, y1, x2, y2 in entity.boxes:
+        place = f"left: {x1:.2%}; top: {y1:.2%}; width: {x2 - x1:.2%}; height: {y2 - y1:.2%}"
+        boxes += f'<div {html_entity(number, place)} title="{html.escape(entity.phrase)}"></div>'
+    return boxes
+
+
+def html_entity(number: int, style: str = "") -> str:
+    """The attributes that a phrase and its boxes share."""
+    return f'data-entity="{number}" style="--c: {PALETTE[number % len(PALETTE)]}; {style}"'
+
+
+def encode_jpeg(image: Image.Image) -> bytes:
+    small = image.copy()
+    small.thumbnail((1024, 1024))
+    encoded = io.BytesIO()
+    small.save(encoded, "JPEG", quality=88)
+    return encoded.getvalue()
 
 
 def choose_output(args: argparse.Namespace, groups: list[list[Request]]) -> Path | None:

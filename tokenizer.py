@@ -500,13 +500,18 @@ class Tokenizer:
         return allowed
 
 
+def refuse_lfs_pointer(path: str | Path) -> None:
+    """ValueError for the file that a clone without Git LFS has instead of a large one."""
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`")
+
+
 def open_sentencepiece(model_file: str | Path) -> sentencepiece.SentencePieceProcessor:
     """Raise unless this is a sentencepiece model whose first pieces are <unk>, <s>, </s>."""
     if not Path(model_file).is_file():
         raise FileNotFoundError(f"no sentencepiece model at {model_file}")
-    with open(model_file, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{model_file} is a Git LFS pointer, not the file itself; run `git lfs pull`")
+    refuse_lfs_pointer(model_file)
     try:
         sp_model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     except (RuntimeError, OSError):

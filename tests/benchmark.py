@@ -267,6 +267,7 @@ def compare_with_transformers(checkpoint: str, rounds: int) -> None:
         measure([reference, side], rounds, times)
         errors.append(f"{precision} {logits_error(reference, side):.1e}")
         notes.append(measure_draft(side, rounds))
+    errors.append(f"bf16 {logits_error(reference, Ours(checkpoint, 'bf16')):.1e}")
     notes.append(f"relative error of the logits: {', '.join(errors)}")
     notes.append(measure_batch(side, reference))
     print_table(sides, times, decoder_weights(side.model))
