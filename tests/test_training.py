@@ -283,6 +283,14 @@ def write_grit(folder, count=6):
     return folder / "grit.jsonl"
 
 
+def test_phrases_of_a_record_are_tagged_from_end_to_end(small_tokenizer):
+    for seed in range(10):
+        record = Scene.random(seed).record()
+        caption, entities = parse(small_tokenizer.decode(encode_record(small_tokenizer, record)))
+        phrases = dict.fromkeys(record["caption"][start:end] for start, end, *_ in record["ref_exps"])
+        assert caption == record["caption"] and [entity.phrase for entity in entities] == list(phrases)
+
+
 def test_grit_rows(tmp_path, small_tokenizer):
     """All tokens of the text carry loss, the first one at </image>; each record is used once per
     epoch."""
