@@ -893,14 +893,14 @@ def html_caption(answer: Answer, first: int) -> str:
 def html_boxes(entity: Entity, number: int) -> str:
     boxes = ""
     for x1, y1, x2, y2 in entity.boxes:
-        place = f"left: {x1:.2%}; top: {y1:.2%}; width: {x2 - x1:.2%}; height: {y2 - y1:.2%}"
+        place = f" left: {x1:.2%}; top: {y1:.2%}; width: {x2 - x1:.2%}; height: {y2 - y1:.2%}"
         boxes += f'<div {html_entity(number, place)} title="{html.escape(entity.phrase)}"></div>'
     return boxes
 
 
 def html_entity(number: int, style: str = "") -> str:
     """The attributes that a phrase and its boxes share."""
-    return f'data-entity="{number}" style="--c: {PALETTE[number % len(PALETTE)]}; {style}"'
+    return f'data-entity="{number}" style="--c: {PALETTE[number % len(PALETTE)]};{style}"'
 
 
 def encode_jpeg(image: Image.Image) -> bytes:
