@@ -75,7 +75,8 @@ def read_spans(record: dict, key: str = "ref_exps", counts: Counter | None = Non
             spans.setdefault((start, end), []).append(box)
     outer = []
     for start, end in sorted(spans):
-        inside = any(other != (start, end) and other[0] <= start and end <= other[1] for other in spans)
+        others = [span for span in spans if span != (start, end)]
+        inside = any(first <= start and end <= last for first, last in others)
         overlaps = bool(outer) and start < outer[-1].end
         if inside or overlaps:
             if counts is not None:
@@ -183,7 +184,9 @@ def grit_to_text(record: dict, key: str = "ref_exps", grid: int = GRID) -> str:
     done = 0
     for span in spans:
         # The space in front of a phrase belongs inside its tags: its first piece includes it.
-        opening = span.start - 1 if span.start > done and caption[span.start - 1] == " " else span.start
+        opening = span.start
+        if opening > done and caption[opening - 1] == " ":
+            opening -= 1
         objects = boxes_to_text(span.boxes, grid, training=True)
         text += f"{caption[done:opening]}<phrase>{caption[opening : span.end]}</phrase>{objects}"
         done = span.end
@@ -238,7 +241,11 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
     T = max(len(row.tokens) for row in rows)
 
     def stack(name: str, fill) -> torch.Tensor:
-        return torch.tensor([getattr(row, name) + [fill] * (T - len(row.tokens)) for row in rows])
+        padded = []
+        for row in rows:
+            values = getattr(row, name)
+            padded.append(values + [fill] * (T - len(values)))
+        return torch.tensor(padded)
 
     batch = {
         "pixels": torch.stack([pixels for row in rows for pixels in row.pixels]),

@@ -362,9 +362,9 @@ def print_comparison(args, tokenizer, chosen: Chosen, results: list[Generated], 
     print(f"| {title} | fp32 | {args.precision} | of |\n|---|---|---|---|")
     for task, (share, count) in rows.items():
         print(f"| {task} | {share:.3f} | {other_rows[task][0]:.3f} | {count} |")
-    same = sum(a.ids == b.ids for a, b in zip(results, others, strict=True)) / len(chosen)
+    same = sum(a.ids == b.ids for a, b in zip(results, others, strict=True))
     kept, boxes = boxes_kept(tokenizer, chosen, results, others)
-    print(f"| answers with the same ids | | {same:.4f} | {len(chosen)} |")
+    print(f"| answers with the same ids | | {same / len(chosen):.4f} | {len(chosen)} |")
     print(f"| boxes that keep IoU 0.9 with those of fp32 | | {kept:.4f} | {boxes} |")
 
 

@@ -82,7 +82,8 @@ def train_vocabulary(model_file: Path, scenes: int = 5000) -> None:
         for example in tasks(Scene.random(seed), random.Random(seed)):
             texts.append(strip_tags(example.prompt + " " + example.answer))
     # The trainer only considers pieces that at least two different words share.
-    texts += [word + end for word in sorted(set(re.findall(r"\w+", " ".join(texts)))) for end in ".,"]
+    for word in sorted(set(re.findall(r"\w+", " ".join(texts)))):
+        texts += [f"{word}.", f"{word},"]
     content = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -111,8 +112,11 @@ def sincos_2d(rows: int, columns: int, width: int) -> torch.Tensor:
     quarter = width // 4
     frequencies = math.pi * torch.logspace(0, math.log10(min(rows, columns)), quarter) / 2
     y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
-    angles = [v.flatten()[:, None] * frequencies for v in (x, y)]
-    table = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
+    parts = []
+    for coordinate in (x, y):
+        angles = coordinate.flatten()[:, None] * frequencies  # (rows * columns, quarter)
+        parts += [angles.sin(), angles.cos()]
+    table = torch.cat(parts, dim=1)  # (rows * columns, 4 * quarter)
     return F.normalize(F.pad(table, (0, width - 4 * quarter)), dim=1)
 
 
@@ -209,12 +213,18 @@ def make_optimizers(model: Kosmos2, name: str, lr: float) -> list[torch.optim.Op
 
     Both use one learning rate.
     """
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    inside = [p for n, p in trained if name == "muon" and ".layers." in n and p.dim() == 2]
-    chosen = {id(p) for p in inside}
-    outside = [p for _, p in trained if id(p) not in chosen]
-    made = [torch.optim.Muon(inside, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")] if inside else []
-    return [*made, torch.optim.AdamW(outside, lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
+    inside = []  # matrices inside the blocks
+    others = []
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_inside = ".layers." in parameter_name and parameter.dim() == 2
+        (inside if is_inside and name == "muon" else others).append(parameter)
+    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    if not inside:
+        return [adamw]
+    muon = torch.optim.Muon(inside, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw]
 
 
 def mean_losses(steps: list[dict[str, float]]) -> dict[str, float]:
@@ -232,12 +242,14 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.folder = args.out
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.device = (
-            torch.device("cuda", self.rank % torch.cuda.device_count())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
+        self.rank = 0
+        self.world = 1
+        if dist.is_initialized():
+            self.rank = dist.get_rank()
+            self.world = dist.get_world_size()
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", self.rank % torch.cuda.device_count())
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model, self.tokenizer = self.open_model()
         for name, part in self.model.named_children():
@@ -259,7 +271,8 @@ class Run:
         config = self.model.config
         if args.data:
             self.source = Grit(args.data, self.tokenizer, config, args.seed)
-            self.say(f"boxes: {', '.join(f'{count} {what}' for what, count in self.source.counts.items())}\n")
+            counts = [f"{count} {what}" for what, count in self.source.counts.items()]
+            self.say(f"boxes: {', '.join(counts)}\n")
         else:
             first = args.seed * 100_000_000
             self.source = Scenes(
@@ -329,8 +342,8 @@ class Run:
             lr = min(lr, learning_rate(self.step - self.vision_steps, self.last_step, self.args.lr))
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = lr
-        count = self.sum_over_processes([float((b["targets"] != -100).sum()) for b in micro_batches])
-        count = max(count, 1.0)
+        counts = [float((batch["targets"] != -100).sum()) for batch in micro_batches]
+        count = max(self.sum_over_processes(counts), 1.0)
         sums = torch.zeros(5)  # losses and numbers of location tokens and of words, losses of patches
         for i, batch in enumerate(micro_batches):
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
