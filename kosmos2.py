@@ -331,6 +331,8 @@ def open_image(path: str | Path) -> Image.Image:
         raise ValueError(f"{path} is a URL; download the image first")
     if not Path(path).exists():
         raise FileNotFoundError(f"no image at {path}")
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a regular file")
     try:
         with Image.open(path) as image:
             image.load()
@@ -352,8 +354,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Pillow would clip modes with more than 8 bits. Integer modes are read as 16 bits (0..65535),
     float mode as 0..1 or, if its maximum is above 1, as 0..255. ValueError for values outside that
-    range.
+    range and for an image without pixels.
     """
+    if 0 in image.size:
+        raise ValueError(f"the image has no pixels: its size is {image.size[0]} x {image.size[1]}")
     if image.mode.startswith("I") or image.mode == "F":
         image = to_8_bits(image)
     if image.has_transparency_data:
@@ -487,6 +491,11 @@ def check_mask(name: str, mask: Tensor | None, tokens: Tensor) -> None:
     """ValueError for a mask that is not bool with the shape of tokens."""
     if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
         raise ValueError(f"{name}: expected bool {tuple(tokens.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+
+
+def check_disjoint(image_mask: Tensor | None, pad_mask: Tensor | None) -> None:
+    if image_mask is not None and pad_mask is not None and (image_mask & pad_mask).any():
+        raise ValueError("image_mask and pad_mask mark the same token; a slot cannot be padding")
 
 
 def causal_mask(T: int, S: int, pad_mask: Tensor | None = None, device=None) -> Tensor | None:
@@ -626,11 +635,14 @@ class Kosmos2(nn.Module):
         x = self.embed(tokens, pixels, image_embeds, image_mask)
         T = tokens.shape[1]
         positions = token_positions(tokens, pad_mask)
+        check_disjoint(image_mask, pad_mask)
         self._check_length(positions)
         x = self.decoder(x, positions, causal_mask(T, T, pad_mask, tokens.device))
         logits = self.decoder.unembed(x)  # (B, T, V)
         if labels is None:
             return logits
+        if labels.shape != tokens.shape:
+            raise ValueError(f"labels: expected {tuple(tokens.shape)}, got {tuple(labels.shape)}")
         predicted = logits[:, :-1].flatten(0, 1).float()  # (B * (T - 1), V)
         targets = labels[:, 1:].flatten()  # (B * (T - 1),)
         loss = F.cross_entropy(predicted, targets, ignore_index=-100)
@@ -640,6 +652,8 @@ class Kosmos2(nn.Module):
         V = self.config.text.vocab_size
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens: expected (B, T) with T >= 1, got {tuple(tokens.shape)}")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens: expected int64, got {tokens.dtype}")
         if tokens.numel() and (tokens.min() < 0 or tokens.max() >= V):
             raise ValueError(
                 f"token ids must be in 0..{V - 1}; does the tokenizer belong to another checkpoint?"
@@ -718,9 +732,10 @@ class Kosmos2(nn.Module):
             pad_mask = None
         if pad_mask is not None and pad_mask[:, -1].any():
             raise ValueError("generation needs left padding, but pad_mask is True at the end of a row")
-        if prefix is not None and not prefix.is_prefix():
-            raise ValueError("prefix: expected one row without padding and without new tokens")
+        if prefix is not None and not (prefix.model is self and prefix.is_prefix()):
+            raise ValueError("prefix: expected one row of this model without padding and new tokens")
         x = self.embed(tokens, pixels, image_embeds, image_mask)  # (B, T, D)
+        check_disjoint(image_mask, pad_mask)
         B, T, D = x.shape
         past = 0 if prefix is None else prefix.caches[0].length
         positions = token_positions(tokens, pad_mask) + past
@@ -797,11 +812,13 @@ class GenerationOptions:
             raise ValueError(
                 f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens ({self.max_new_tokens})"
             )
-        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < math.inf:
+        hottest = torch.finfo(torch.float32).max
+        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature <= hottest:
             raise ValueError(
                 f"temperature: expected 0 (greedy) or a positive number, got {self.temperature!r}"
             )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        is_number = isinstance(self.top_p, (int, float))
+        if self.top_p is not None and not (is_number and 0 < self.top_p <= 1):
             raise ValueError(f"top_p: expected a number above 0 and at most 1, got {self.top_p!r}")
         fits = type(self.seed) is int and -(2**63) <= self.seed < 2**64
         if self.seed is not None and not fits:
@@ -1052,8 +1069,9 @@ def sample(
     """
     if temperature < torch.finfo(torch.float32).tiny:  # 0, or too small to divide by
         return logits.argmax(dim=-1)
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature must not overflow
-    probs, ids = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # (B, V)
+    logits, ids = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
+    logits = logits - logits[:, :1]  # a tiny temperature must not overflow
+    probs = (logits / temperature).softmax(dim=-1)  # (B, V)
     if top_k is not None:
         probs[:, top_k:] = 0
         probs /= probs.sum(dim=-1, keepdim=True)
@@ -1170,8 +1188,9 @@ def rank_boxes(
     with IoU >= 0.5, only the most likely is kept. The score is the geometric mean of the two
     probabilities. Consumes `state`, which needs max_new_tokens >= 2.
     """
-    if len(state.rows) != 1 or state.options.max_new_tokens < 2 or count < 1:
-        raise ValueError("rank_boxes: expected one prompt, max_new_tokens >= 2 and count >= 1")
+    is_new = len(state.rows) == 1 and not state.sequences[0].ids
+    if not is_new or state.options.max_new_tokens < 2 or count < 1:
+        raise ValueError("rank_boxes: expected one prompt, no new tokens, max_new_tokens >= 2, count >= 1")
     grid = tokenizer.grid
     first_location = tokenizer.first_location
     cells = torch.arange(grid**2)

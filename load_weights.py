@@ -798,6 +798,8 @@ def choose_device(device: str, precision: str) -> torch.device:
         if precision != "int8" and (has_cuda or has_mps):
             device = "cuda" if has_cuda else "mps"
     chosen = torch.device(device)
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device {device} is not supported; use cpu, cuda or mps")
     if (chosen.type == "cuda" and not has_cuda) or (chosen.type == "mps" and not has_mps):
         raise ValueError(f"device {device} is not available; use cpu")
     if chosen.type == "cuda" and chosen.index is None and "LOCAL_RANK" in os.environ:
@@ -936,7 +938,8 @@ def find_tokenizer(checkpoint: Checkpoint, path: str | Path | None = None) -> To
     if model_file.is_dir():
         model_file /= SENTENCEPIECE
     if not model_file.is_file():
-        raise FileNotFoundError(f"no {SENTENCEPIECE} at {model_file}; pass its path as the tokenizer")
+        hint = "" if path else "; pass its path as the tokenizer"
+        raise FileNotFoundError(f"no sentencepiece model at {model_file}{hint}")
     others = open_sentencepiece(model_file).vocab_size() + 1 + len(TAGS) + 1  # pieces, <pad>, tags, <mask>
     vocab_size = checkpoint.config.text.vocab_size
     grid = math.isqrt(max(0, vocab_size - others))

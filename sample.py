@@ -53,6 +53,10 @@ HERE = Path(__file__).resolve().parent
 DEFAULT_NEW_TOKENS = 430  # the original demo's limit after a normal prompt; fewer if the context has no room
 
 
+# What a line of --json and --results has besides the extra keys of its request.
+RESULT_KEYS = ("image", "prompt", "given_boxes", "text", "raw", "entities", "checkpoint")
+
+
 class Request(NamedTuple):
     """What to ask about some images.
 
@@ -70,7 +74,9 @@ class Request(NamedTuple):
 
     def key(self) -> tuple:
         """What identifies a request in a results file."""
-        return tuple(str(path.resolve()) for path in self.images), self.prompt, json.dumps(self.boxes)
+        images = tuple(os.path.realpath(path) for path in self.images)
+        extra = {name: value for name, value in self.extra.items() if name not in RESULT_KEYS}
+        return images, self.prompt, json.dumps([self.boxes, extra], sort_keys=True)
 
 
 class Answer(NamedTuple):
@@ -196,6 +202,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             task_prompts(args.task or "caption", args.text or [], args.box or [])
         except ValueError as error:
             p.error(str(error))
+    named = [args.results, args.output, Path(args.requests) if args.requests else None]
+    files = [os.path.realpath(path) for path in named if path is not None]
+    if len(set(files)) < len(files):
+        p.error("--requests, --results and --output must be different files")
     if args.top_boxes and not args.requests and not (args.text and args.task in ("ground", "refer")):
         p.error("--top-boxes requires --task ground or refer with --text")
     return args
@@ -265,7 +275,7 @@ def read_requests(source: str) -> list[Request]:
         if line.strip():
             try:
                 requests.append(read_request(json.loads(line), Path(source).parent))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise ValueError(f"{name}, line {number}: {error}") from None
     if not requests:
         raise ValueError(f"{name} has no requests")
@@ -300,10 +310,13 @@ def read_request(row, folder: Path) -> Request:
         raise ValueError("expected one text; write one request for each")
     images = []
     for name in as_list(extra.pop("image", None)):
+        if "\0" in name:
+            raise ValueError(f"image: {name!r} is not a file name")
         path = text_path(name)
-        if not path.exists() and (folder / path).exists():
+        if not os.path.exists(path) and os.path.exists(folder / path):
             path = folder / path
         images.append(path)
+    json.dumps(extra, allow_nan=False)  # raises for what could not be written again
     request = make_requests(tuple(images), task, texts, prompt, boxes, extra)[0]
     if not images and prompt is None and task != "text":
         raise ValueError(f"task {task or 'caption'} needs an image")
@@ -338,7 +351,7 @@ def find_images(given: list[Path]) -> list[Path]:
     endings = image_endings()
     found = []
     for path in given:
-        if not path.is_dir():
+        if not os.path.isdir(path):
             found.append(path)
             continue
         images = []
@@ -441,15 +454,19 @@ class Runner:
             name = name.replace("-", "_")
             if getattr(args, name) is not None:
                 self.options[name] = getattr(args, name)
-        kosmos2.GenerationOptions(**self.options)  # raises before the model is loaded
+        self.default_limit = max(DEFAULT_NEW_TOKENS, self.options.get("min_new_tokens", 0))
+        limit = {"max_new_tokens": self.default_limit}
+        kosmos2.GenerationOptions(**limit | self.options)  # raises before the model is loaded
         self.model, self.tokenizer = load_weights.load_checkpoint(
             args.checkpoint, args.precision, self.device, args.tokenizer
         )
         self.image_ids, self.image_mask = self.tokenizer.encode_prompt("")
         self.context = self.model.config.text.max_positions
         # Leave room for --max-new-tokens if given, otherwise for the fewest tokens of an answer.
-        fewest = 3 if args.top_boxes else max(1, self.options.get("min_new_tokens", 0))
-        self.longest_prompt = self.context - self.options.get("max_new_tokens", fewest)
+        reserved = self.options.get("max_new_tokens", max(1, self.options.get("min_new_tokens", 0)))
+        if args.top_boxes:
+            reserved = 3  # <object> and the two corners
+        self.longest_prompt = self.context - reserved
         if self.longest_prompt < 1:
             raise ValueError(
                 f"no room for a prompt: the context holds {self.context} tokens, new ones included"
@@ -514,7 +531,7 @@ class Runner:
 
     def limit(self, row: Row) -> int:
         """The limit of new tokens for a row, unless --max-new-tokens gives it."""
-        return min(DEFAULT_NEW_TOKENS, self.context - len(row.ids))
+        return min(self.default_limit, self.context - len(row.ids))
 
     def encode_images(self, groups: list[Group]) -> None:
         """Encode the images of all groups as one batch: sets `row.image_embeds`."""
@@ -582,17 +599,22 @@ class Runner:
         """Generate to the end; prints the text of the row on the way if self.stream is set."""
         times = []
         tokens = 0  # after the first of each row
-        printed = ""
+        printed = 0
+
+        def print_new_text() -> int:
+            ids = self.answer_ids(row) + state.results[0].ids
+            text = strip_tags(self.tokenizer.decode(ids)).lstrip()
+            print(text[printed:], end="", flush=True)
+            return len(text)
+
         for new_ids in kosmos2.decode(state):
             times.append(time.perf_counter())
             if len(times) > 1:
                 tokens += sum(token is not None for token in new_ids)
             if self.stream:
-                ids = self.answer_ids(row) + state.results[0].ids
-                text = strip_tags(self.tokenizer.decode(ids)).lstrip()
-                print(text[len(printed) :], end="", flush=True)
-                printed = text
+                printed = print_new_text()
         if self.stream:
+            print_new_text()
             print(flush=True)
         if times:
             self.timings += f", first token {(times[0] - started) * 1000:.0f} ms"
@@ -644,9 +666,10 @@ class Results:
         make_folder(self.path.parent)
         prompts = {request.prompt for request in requests}
         self.done: Counter = Counter()
+        others = {rank_file(path, other, world) for other in range(world) if other != rank}
         for file in existing_files(path) if args.resume else []:
             length = self.read(file, prompts)
-            if file == self.path:
+            if file == self.path or (rank == 0 and file not in others):
                 os.truncate(file, length)  # drops a line that was cut off
         self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
 
@@ -660,11 +683,12 @@ class Results:
             try:
                 row = json.loads(line)
                 images = tuple(map(text_path, as_list(row["image"])))
-                request = Request(images, row["prompt"], tuple(row["given_boxes"]))
+                request = Request(images, row["prompt"], tuple(row["given_boxes"]), extra=row)
                 checkpoint = row["checkpoint"]
+                known = request.prompt in prompts
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{file} is not a results file: {line[:60]!r}") from None
-            if request.prompt not in prompts:
+            if not known:
                 raise ValueError(
                     f"{file} has answers to a different prompt, {request.prompt!r}; "
                     f"use another --results file"
@@ -917,7 +941,40 @@ def choose_output(args: argparse.Namespace, groups: list[list[Request]]) -> Path
         return args.output
     if len(groups) > 1 or not groups[0][0].images:
         return None
-    return Path(f"{groups[0][0].images[-1].stem}.boxes.png")
+    return Path(drawing_name(groups[0][0].images[-1]))
+
+
+def drawing_name(image: Path, number: int = 1) -> str:
+    """STEM.boxes.png or STEM-2.boxes.png; a long stem is cut, so that the name is not too long."""
+    stem = os.fsdecode(os.fsencode(image.stem)[:200])
+    if number > 1:
+        stem += f"-{number}"
+    return f"{stem}.boxes.png"
+
+
+def check_output(path: Path, groups: list[list[Request]]) -> None:
+    """ValueError if the annotated images of these requests cannot go there."""
+    images = [path for group in groups for path in group[0].images]
+    if not images:
+        raise ValueError(f"--output {path}: no request has an image")
+    if is_folder(path):
+        return
+    if os.path.realpath(path) in map(os.path.realpath, images):
+        raise ValueError(f"--output {path} is one of the images; use another name")
+    if is_page(path):
+        return
+    if len(groups) > 1:
+        raise ValueError(f"--output {path} is one file for {len(groups)} images; pass a folder or page.html")
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--output {path}: cannot write images of type {path.suffix}")
+
+
+def is_folder(path: Path) -> bool:
+    return path.is_dir() or not path.suffix
+
+
+def is_page(path: Path) -> bool:
+    return path.suffix.lower() in (".html", ".htm")
 
 
 class Output:
@@ -927,70 +984,76 @@ class Output:
     """
 
     def __init__(self, path: Path, groups: list[list[Request]], resume: bool, rank: int, world: int):
-        """groups: those of all processes."""
-        groups = [group for group in groups if group[0].images]
-        if not groups:
-            raise ValueError(f"--output {path}: no request has an image")
-        self.page: Path | None = None
+        """groups: those to draw, of all processes."""
         self.files: dict[int, Path] = {}  # number of a request -> its file
-        if path.suffix.lower() in (".html", ".htm"):
-            self.page = rank_file(path, rank, world)
-            self.head = "" if resume and self.page.exists() else HTML_HEAD
-            make_folder(self.page.parent)
-        elif path.is_dir() or not path.suffix:
+        self.page: Path | None = None
+        if is_folder(path):
             make_folder(path)
-            self.name_files(path, groups)
+            self.name_files(path, groups, keep=resume and world == 1)
+        elif is_page(path):
+            self.page = rank_file(path, rank, world)
+            make_folder(self.page.parent)
+            self.length = complete_page(self.page) if resume else 0
         else:
-            check_output_file(path, groups)
-            self.files = {request.number: path for request in groups[0]}
+            self.files = {request.number: path for group in groups for request in group}
 
-    def name_files(self, folder: Path, groups: list[list[Request]]) -> None:
+    def name_files(self, folder: Path, groups: list[list[Request]], keep: bool) -> None:
         """Choose a file for every image; images of the same name get numbers.
 
-        The names follow from the list of all requests, so they are the same in a resumed run and in
-        all processes.
+        The names follow from the list of all requests, so they are the same in all processes.
+        keep: also keep the files that are there already, those of the run that is resumed.
         """
-        used = set()
+        used = {path for group in groups for path in group[0].images}
         for group in groups:
-            stem = group[0].images[-1].stem
-            file = folder / f"{stem}.boxes.png"
-            number = 2
-            while file in used:
-                file = folder / f"{stem}-{number}.boxes.png"
+            number = 1
+            file = folder / drawing_name(group[0].images[-1])
+            while file in used or (keep and file.exists()):
                 number += 1
+                file = folder / drawing_name(group[0].images[-1], number)
             used.add(file)
             for request in group:
                 self.files[request.number] = file
 
     def write(self, group: Group) -> Path | None:
-        """Write the annotated image of a group, or add it to the page; returns a file that is complete."""
+        """Write the annotated image of a group, or add it to the page; returns a file that is complete.
+
+        ValueError, naming the file, if it cannot be written.
+        """
         if group.image is None:
             return None
         request = group.rows[0].request
         answers = [row.answer for row in group.rows]
-        if self.page is not None:
-            figure = html_figure(group.image, answers, path_text(Path(request.images[-1].name)))
-            mode = "w" if self.head else "a"
-            with open(self.page, mode, encoding="utf-8", errors="backslashreplace") as page:
-                page.write(self.head + figure)
-            self.head = ""
-            return None
-        file = self.files[request.number]
-        kind = Image.registered_extensions()[file.suffix.lower()]
-        with load_weights.replacing(file) as part:
-            draw_answers(group.image, answers).save(part, format=kind)
-        return file
+        file = self.page or self.files[request.number]
+        try:
+            if self.page is not None:
+                title = path_text(Path(request.images[-1].name))
+                self.append_to_page(html_figure(group.image, answers, title))
+                return None
+            kind = Image.registered_extensions()[file.suffix.lower()]
+            with load_weights.replacing(file) as part:
+                draw_answers(group.image, answers).save(part, format=kind)
+            return file
+        except Exception as error:  # Pillow's encoders raise many kinds
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"cannot write {file}: {reason}") from None
+
+    def append_to_page(self, figure: str) -> None:
+        """Add a figure after the complete ones: what an interrupted write left behind is dropped."""
+        head = HTML_HEAD if self.length == 0 else ""
+        content = (head + figure).encode("utf-8", "backslashreplace")
+        with open(self.page, "r+b" if self.length else "wb") as page:
+            page.seek(self.length)
+            page.truncate()
+            page.write(content)
+        self.length += len(content)
 
 
-def check_output_file(path: Path, groups: list[list[Request]]) -> None:
-    """ValueError if the annotated images cannot go to this file."""
-    if len(groups) > 1:
-        raise ValueError(f"--output {path} is one file for {len(groups)} images; pass a folder or page.html")
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"--output {path}: cannot write images of type {path.suffix}")
-    image = groups[0][0].images[-1]
-    if path.exists() and image.exists() and path.samefile(image):
-        raise ValueError(f"--output {path} is the image itself; use another name")
+def complete_page(page: Path) -> int:
+    """The length of a page up to its last complete figure, in bytes; 0 if there is none."""
+    if not page.exists():
+        return 0
+    before, end, _ = page.read_bytes().rpartition(b"</figure>\n")
+    return len(before) + len(end)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1050,27 +1113,44 @@ def run(args: argparse.Namespace) -> int:
             kosmos2.open_image(path)  # fail on a bad path before loading the model
     if not args.temperature and (args.top_k or args.top_p or args.seed is not None):
         print("sample: --top-k, --top-p and --seed have no effect at --temperature 0", file=sys.stderr)
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = torchrun_rank()
     results = Results(args, requests, rank, world) if args.results else None
-    path = choose_output(args, groups)
-    output = Output(path, groups, args.resume, rank, world) if path else None
     mine = results.remaining(groups, rank, world) if results else groups[rank::world]
+    output = None
+    path = choose_output(args, groups)
+    if path is not None:
+        check_output(path, groups)
+        output = Output(path, mine if world == 1 else groups, args.resume, rank, world)
     runner = Runner(args)
     print(f"loaded {args.checkpoint} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-    failed = answer_groups(mine, runner, output, results)
+    failed = answer_groups(mine, runner, output, results, with_names=len(groups) > 1)
     total = sum(map(len, mine))
     if failed and total > 1:
         summary = f"sample: {len(failed)} of {total} failed"
-        paths = [str(path) for request in failed for path in request.images[-1:]]
+        paths = [str(path) for request in failed for path in request.images]
         if paths:
             summary += f": {', '.join(dict.fromkeys(paths))}"
         print(summary, file=sys.stderr)
     return 1 if failed else 0
 
 
+def torchrun_rank() -> tuple[int, int]:
+    """(number of this process, number of processes): (0, 1) without torchrun."""
+    rank = os.environ.get("RANK", "0")
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not rank.isdecimal() or not world.isdecimal() or int(rank) >= int(world):
+        raise ValueError(
+            f"RANK {rank} and WORLD_SIZE {world}: expected what torchrun sets, 0 <= RANK < WORLD_SIZE"
+        )
+    return int(rank), int(world)
+
+
 def answer_groups(
-    groups: list[list[Request]], runner: Runner, output: Output | None, results: Results | None
+    groups: list[list[Request]],
+    runner: Runner,
+    output: Output | None,
+    results: Results | None,
+    with_names: bool,
 ) -> list[Request]:
     """Answer all requests, batch by batch, and write the results; returns the requests that failed."""
     args = runner.args
@@ -1082,39 +1162,39 @@ def answer_groups(
     def load(requests: list[Request]) -> Group:
         return load_group(requests, runner, keep_image=output is not None)
 
-    def fail(requests: list[Request], reason: str) -> None:
-        progress.message(f"sample: {reason}")
+    def fail(requests: list[Request], error: Exception) -> None:
+        progress.message(f"sample: {describe_error(error, requests)}")
         failed.extend(requests)
 
     for batch in read_ahead(groups, load, args.batch_size):
         for group in batch:
             for requests, error in group.errors:
-                fail(requests, describe_error(error, requests))
+                fail(requests, error)
         answered = [group for group in batch if group.rows]
         try:
             runner.answer(answered)
         except (RuntimeError, ValueError, MemoryError) as error:  # such as a GPU without enough memory
             requests = [row.request for group in answered for row in group.rows]
-            fail(requests, describe_error(error, requests))
+            fail(requests, error)
             answered = []
-        progress.clear()
         for group in answered:
             lines = [as_json(row, group.size) for row in group.rows]
+            written = None
+            try:
+                if output is not None:
+                    written = output.write(group)
+                if results is not None:  # after the drawing, so a listed image is complete
+                    results.write(lines)
+            except ValueError as error:
+                fail([row.request for row in group.rows], error)
+            progress.clear()
             if args.json:
                 for line in lines:
                     print(json.dumps(line, ensure_ascii=False), flush=True)
             elif print_text and not runner.stream:
-                print_answers(group, with_names=len(groups) > 1)
-            try:
-                written = output.write(group) if output else None
-            except OSError as error:
-                requests = [row.request for row in group.rows]
-                fail(requests, f"cannot write --output {args.output}: {error.strerror or error}")
-                continue
+                print_answers(group, with_names)
             if written:
                 progress.message(f"wrote {written}")
-            if results is not None:  # written last, so a listed image is complete
-                results.write(lines)
         progress.update(sum(len(group.requests) for group in batch), runner.timings)
     return failed
 
@@ -1130,10 +1210,15 @@ def describe_error(error: Exception, requests: list[Request]) -> str:
     paths = [str(path) for request in requests for path in request.images]
     names = ", ".join(dict.fromkeys(paths))
     text = str(error).split("\n")[0] or type(error).__name__
-    return text if names in text else f"{names}: {text}"
+    if names not in text:
+        text = f"{names}: {text}"
+    return text.replace("\n", "\\n")  # of a file name
 
 
 def main(argv=None) -> int:
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
     # UTF-8 whatever the locale; file names that are not valid text are escaped.
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8-sig")
@@ -1152,7 +1237,7 @@ def main(argv=None) -> int:
         return 130
     except BrokenPipeError:  # stdout was closed early, as by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 1 if args.results else 0
     except (OSError, ValueError, RuntimeError) as error:
         print(f"sample: {error}", file=sys.stderr)
         return 1

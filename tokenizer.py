@@ -166,7 +166,7 @@ def as_boxes(entry) -> list:
 def check_box(box) -> None:
     """ValueError unless a box is four numbers or two location indices."""
     shown = repr(box)
-    if isinstance(box, (list, tuple)) and all(isinstance(v, (int, float)) for v in box):
+    if isinstance(box, (list, tuple)) and all(type(v) in (int, float) for v in box):
         if len(box) in (2, 4):
             return
         shown = ",".join(map(str, box)) or shown
@@ -282,6 +282,8 @@ class Tokenizer:
         )
         self.first_location = self.special_ids[locations[0]]
         self.free_text = self._free_text()
+        if grid < 1 or num_image_tokens < 1:
+            raise ValueError(f"expected a positive grid and num_image_tokens, got {grid}, {num_image_tokens}")
         if num_image_tokens > len(pieces):
             raise ValueError(
                 f"{model_file} has {len(pieces)} pieces; the image slots need at least {num_image_tokens}"
@@ -320,8 +322,12 @@ class Tokenizer:
 
     def encode_words(self, text: str) -> list[int]:
         """Text -> ids of pieces; tags in it are ordinary text."""
+        try:
+            pieces = self.sp_model.encode(text)
+        except RuntimeError:  # a lone surrogate
+            raise ValueError(f"text {text[:60]!r} is not valid Unicode") from None
         unknown = self.special_ids["<unk>"]
-        return [i + 1 if i else unknown for i in self.sp_model.encode(text)]
+        return [i + 1 if i else unknown for i in pieces]
 
     def encode_prompt(self, prompt: str, num_images: int = 1, boxes=None) -> tuple[list[int], list[bool]]:
         """A prompt and its images -> (ids, image_mask), the mask True on the image slots.
@@ -418,7 +424,10 @@ class Tokenizer:
         for i, probability in zip(new, probabilities, strict=True):
             if self.location_index(i) is not None:
                 locations.append(probability)
-        return self.parse(self.decode([*prompt, *new]), locations)
+        text = self.decode([*prompt, *new])
+        if len(re.findall(LOCATION, text)) != len(locations):  # a tag was spelled letter by letter
+            locations = []
+        return self.parse(text, locations)
 
     def after_images(self, ids: list[int]) -> list[int]:
         """The ids after the last image, where the caption begins."""
@@ -532,7 +541,7 @@ def insert_boxes(text: str, boxes, grid: int = GRID) -> str:
     """
     phrases = list(re.finditer(r"<phrase>.+?</phrase>", text, re.DOTALL))
     if len(phrases) != len(boxes):
-        raise ValueError(f"got {len(boxes)} boxes for {len(phrases)} phrases; pass one entry for each")
+        raise ValueError(f"boxes: {len(boxes)}, phrases: {len(phrases)}; pass one entry for each phrase")
     for match, box in reversed(list(zip(phrases, boxes, strict=True))):
         if as_boxes(box):
             objects = boxes_to_text(as_boxes(box), grid)

@@ -186,12 +186,12 @@ def test_streaming_on_a_terminal(capsys, monkeypatch):
         (["--text", "a"], 2, "takes no text"), (["--top-boxes", "3"], 2, "--top-boxes"), (["none.png"], 1, "no image at none.png"),
         (["https://example.org/a.png"], 1, "download"), (["--checkpoint", "nothing"], 1, "no checkpoint at nothing"),
         (["--max-new-tokens", "5000"], 1, "context holds 2048"), (["--temperature", "-1"], 1, "temperature"),
-        (["--box", "0.1,0.1,0.5,0.5"], 1, "1 boxes for 0 phrases"), (["--device", "toaster"], 1, "toaster"),
+        (["--box", "0.1,0.1,0.5,0.5"], 1, "boxes: 1, phrases: 0"), (["--device", "toaster"], 1, "toaster"),
         (["--task", "refer", "--box", "1,1,9000,9000"], 1, "beyond the image"), (["."], 1, "no images in folder"),
         (["--prompt", "<image> and <image>"], 1, "2 <image> tags"), (["--task", "text", "--text", "a", "--output", "x.png"], 2, "--output"), (["--output", "no/such/x.png"], 1, "no/such"),
         (["--task", "refer", "--text", " "], 2, "non-empty"), (["--task", "ground", "--text", "a", "--box", "1,2"], 2, "not both"),
         (["--task", "vqa", "--text", "<image>?"], 2, "<image>"), (["--task", "refer", "--box", "0.1,0.1,1.5,0.5"], 1, "mixes"),
-        ([SCENE, "--output", SCENE], 1, "itself"), (["--output", "x.xyz"], 1, "x.xyz"), (["--output", "x.psd"], 1, "x.psd"), (["--device", "cuda:9"], 1, "cuda"),
+        ([SCENE, "--output", SCENE], 1, "one of the images"), (["--output", "x.xyz"], 1, "x.xyz"), (["--output", "x.psd"], 1, "x.psd"), (["--device", "cuda:9"], 1, "cuda"),
         (["--checkpoint", "../nothing/here"], 1, "no checkpoint at"),
     ],
 )  # fmt: skip
@@ -705,3 +705,122 @@ def test_a_batch_that_fails_does_not_stop_the_others(capsys, monkeypatch):
     status, out, err = run(capsys, "a.png", "b.png", "c.png", "--batch-size", "1", "--json")
     assert status == 1 and [json.loads(line)["image"] for line in out.splitlines()] == ["a.png", "c.png"]
     assert "sample: b.png: out of memory\n" in err and "1 of 3 failed: b.png" in err
+
+
+def test_a_text_that_is_not_unicode_concerns_one_request(capsys, monkeypatch, requests_file):
+    lines = [json.dumps({"image": "a.png", "task": "ground", "text": "\ud800"}), '{"image": "a.png"}']
+    status, out, err = ask_stdin(capsys, monkeypatch, lines, "--json")
+    assert (
+        status == 1
+        and len(out.splitlines()) == 1
+        and "not valid Unicode" in err
+        and err.count("sample: ") == 2
+    )
+
+
+def test_the_output_never_replaces_an_input(capsys):
+    for name in ("first.png", "second.png"):
+        Image.open(TINY / name).save(name)
+    context = ["first.png", "second.png", "--task", "context", "--text", "red."]
+    status, _, err = run(capsys, *context, "--output", "first.png")
+    assert status == 1 and "one of the images" in err
+    Path("in").mkdir()
+    Image.open(SCENE).save("in/a.png")
+    Image.open(TINY / "busy.png").save("in/a.boxes.png")
+    before = Path("in/a.boxes.png").read_bytes()
+    assert run(capsys, "in/a.png", "in/a.boxes.png", "--output", "in")[0] == 0
+    assert Path("in/a.boxes.png").read_bytes() == before and Path("in/a-2.boxes.png").exists()
+    for options in (["--results", "x.html"], ["--requests", "x.html"]):
+        assert run(capsys, *options, "--output", "x.html")[0] == 2
+
+
+def test_requests_that_differ_only_in_extra_keys_are_resumed(capsys, monkeypatch, requests_file):
+    lines = [json.dumps({"image": name, "id": i}) for i, name in enumerate(("a.png", "b.png", "a.png"))]
+    Path("three.jsonl").write_text("\n".join(lines))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = ["--requests", "three.jsonl", "--results", "out.jsonl", "--resume"]
+    monkeypatch.setenv("RANK", "1")
+    assert run(capsys, *options)[0] == 0
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    assert run(capsys, *options)[0] == 0
+    rows = Path("out.jsonl").read_text() + Path("out.1.jsonl").read_text()
+    assert sorted(json.loads(line)["id"] for line in rows.splitlines()) == [0, 1, 2]
+
+
+def test_resume_keeps_earlier_drawings(capsys):
+    options = [SCENE, "--task", "ground", "--results", "out.jsonl", "--output", "drawn"]
+    assert run(capsys, *options, "--text", "a fire")[0] == 0
+    before = Path("drawn/scene.boxes.png").read_bytes()
+    assert run(capsys, *options, "--text", "a fire", "--text", "a snowman", "--resume")[0] == 0
+    assert Path("drawn/scene.boxes.png").read_bytes() == before
+    assert Path("drawn/scene-2.boxes.png").exists()
+
+
+def test_resume_repairs_a_cut_page(capsys):
+    Image.open(SCENE).save("a.png")
+    Image.open(SCENE).save("b.png")
+    options = ["a.png", "b.png", "--batch-size", "1", "--output", "page.html", "--results", "out.jsonl"]
+    assert run(capsys, *options)[0] == 0
+    page, rows = Path("page.html").read_bytes(), Path("out.jsonl").read_text().splitlines(keepends=True)
+    for cut in (len(page) - 10_000, 100, 0):  # in the second figure, in the head, before it
+        Path("page.html").write_bytes(page[:cut])
+        Path("out.jsonl").write_text(rows[0] if cut > 1000 else "")
+        assert run(capsys, *options, "--resume")[0] == 0
+        assert Path("page.html").read_bytes() == page
+
+
+def test_names_that_are_too_long(capsys, monkeypatch):
+    long = "x" * 246 + ".png"
+    Image.open(SCENE).save(long)
+    status, out, err = run(capsys, long)
+    assert status == 0 and out.startswith("An image of") and f"wrote {'x' * 200}.boxes.png" in err
+    lines = [json.dumps({"image": "x" * 300 + ".png"}), json.dumps({"image": long})]
+    status, out, err = ask_stdin(capsys, monkeypatch, lines, "--results", "out.jsonl")
+    assert status == 1 and "1 of 2 failed" in err and len(Path("out.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("o.blp", (300, 200)), ("o.webp", (17_000, 20)), ("o.gif", (70_000, 2))]
+)
+def test_drawings_that_pillow_cannot_write(capsys, name, size):
+    Image.new("RGB", size).save("a.png")
+    status, out, err = run(capsys, "a.png", "--output", name)
+    assert status == 1 and f"cannot write {name}" in err and "Traceback" not in err and out
+
+
+@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(streams):
+    command = f'"{sys.executable}" "{ROOT / "sample.py"}" "{SCENE}" --json --results out.jsonl {streams}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert len(Path("out.jsonl").read_text().splitlines()) == 1
+    assert done.stdout == "" or json.loads(done.stdout)
+
+
+def test_a_pipe_is_not_an_image(capsys):
+    os.mkfifo("pipe.png")
+    status, _, err = run(capsys, "pipe.png")
+    assert status == 1 and "not a regular file" in err
+
+
+@pytest.mark.parametrize(
+    "line", ['{"image": "a.png", "x": NaN}', '{"image": "a.png", "x": 1e999}', "[" * 9999]
+)
+def test_requests_that_json_cannot_repeat(capsys, monkeypatch, requests_file, line):
+    status, out, err = ask_stdin(capsys, monkeypatch, ['{"image": "a.png"}', line], "--json")
+    assert status == 1 and "stdin, line 2" in err and err.count("\n") == 1 and out == ""
+
+
+def test_a_wrong_rank(capsys, monkeypatch):
+    for rank, world in (("a", "2"), ("3", "2"), ("0", "0")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
+        status, _, err = run(capsys, SCENE)
+        assert status == 1 and "WORLD_SIZE" in err
+
+
+def test_no_new_tokens(capsys, monkeypatch):
+    expected = run(capsys, SCENE, "--max-new-tokens", 0)[1]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert expected == "An image of\n" == run(capsys, SCENE, "--max-new-tokens", 0)[1]
