@@ -733,7 +733,7 @@ class Kosmos2(nn.Module):
         if pad_mask is not None and pad_mask[:, -1].any():
             raise ValueError("generation needs left padding, but pad_mask is True at the end of a row")
         if prefix is not None and not (prefix.model is self and prefix.is_prefix()):
-            raise ValueError("prefix: expected one row of this model without padding and new tokens")
+            raise ValueError("prefix: expected one row of this model, without padding and without new tokens")
         x = self.embed(tokens, pixels, image_embeds, image_mask)  # (B, T, D)
         check_disjoint(image_mask, pad_mask)
         B, T, D = x.shape

@@ -195,6 +195,32 @@ def test_a_shared_prefix_does_not_change_the_answers(small, small_tokenizer, mon
         assert [result.ids for result in finish(state)] == alone
 
 
+def test_states_of_another_kind_are_refused(small, small_tokenizer):
+    """A prefix of another model, and ranked boxes after new tokens."""
+    tokens = torch.tensor([[0, 10, 11]])
+    prefix = rough(Kosmos2(small.config), seed=5).prefill(tokens, max_new_tokens=0)
+    with pytest.raises(ValueError, match="of this model"):
+        small.prefill(tokens, prefix=prefix)
+    state = small.prefill(tokens, max_new_tokens=3)
+    finish(state)
+    with pytest.raises(ValueError, match="no new tokens"):
+        rank_boxes(state, small_tokenizer, 1)
+
+
+def test_scores_belong_to_their_boxes(small_tokenizer):
+    """Also if new ids contain an image, which is not part of the text, or a tag spelled with letters."""
+    special = small_tokenizer.special_ids
+    first = small_tokenizer.first_location
+    link = [special["<object>"], first, first + 40, special["</object>"]]
+    image = [special["<image>"], first, first + 1, 5, 6, 7, special["</image>"]]
+    assert len(image) == small_tokenizer.num_image_tokens + 2
+    for extra in (image, small_tokenizer.encode_words("<patch_index_0001>")):
+        new = [*extra, *link]
+        probabilities = [0.01] * len(extra) + [0.25] * len(link)
+        _, entities = small_tokenizer.parse_output([0], new, probabilities)
+        assert [entity.scores for entity in entities] == [[None]]
+
+
 def test_a_prefix_with_new_tokens_is_refused(small):
     past = small.prefill(torch.full((1, 4), 9), max_new_tokens=2)
     finish(past)

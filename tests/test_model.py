@@ -156,6 +156,8 @@ def test_gradients_reach_every_parameter(small_tokenizer):
         (dict(image_mask=torch.zeros(1, 3, dtype=torch.bool)), "image_mask: expected"),
         (dict(pad_mask=torch.zeros(1, 3, dtype=torch.bool)), "pad_mask: expected"),
         (dict(pad_mask=torch.zeros(1, 11, dtype=torch.long)), "expected bool"),
+        (dict(labels=torch.zeros(2, 3, dtype=torch.long)), "labels: expected"),
+        (dict(tokens=torch.zeros(1, 9)), "tokens: expected int64"),
     ],
 )
 def test_what_does_not_fit_is_refused(small, small_tokenizer, change, words):
@@ -294,6 +296,25 @@ def test_right_padding_is_refused(small):
 def draw(probabilities, u, **options):
     options = dict(temperature=1.0, top_k=None, top_p=None) | options
     return sample(torch.tensor([probabilities]).log(), uniform=torch.tensor([u]), **options).item()
+
+
+def test_an_image_slot_cannot_be_padding(small, small_tokenizer):
+    tokens, image_mask, _ = prompt_batch(small_tokenizer, PROMPTS[:1])
+    for call in (small, small.generate):
+        with pytest.raises(ValueError, match="same token"):
+            call(tokens, pixels=pixels(1), image_mask=image_mask, pad_mask=image_mask)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1, 1e8, 3e38])
+def test_the_most_likely_token_is_greedy_at_any_temperature(small, temperature):
+    """With top_k=1 or a tiny top_p, also if all probabilities round to the same number."""
+    tokens = torch.tensor([[0, 10, 11]])
+    greedy = small.generate(tokens, max_new_tokens=8)
+    for options in ({"top_k": 1}, {"top_p": 1e-30}):
+        assert small.generate(tokens, max_new_tokens=8, temperature=temperature, seed=1, **options) == greedy
+    for too_hot in (1e39, 10**400, float("inf")):
+        with pytest.raises(ValueError, match="temperature"):
+            small.generate(tokens, temperature=too_hot)
 
 
 def test_sampling_inverts_the_distribution():
