@@ -64,6 +64,15 @@ def check_integers(where: str, minimum: int = 1, **values) -> None:
             raise ValueError(f"{where} {name}: expected an integer of at least {minimum}, got {value!r}")
 
 
+def check_sizes(where: str, **values) -> None:
+    """`check_integers` for a configuration, with a limit far above any model."""
+    check_integers(where, **values)
+    for name, value in values.items():
+        limit = 1000 if name == "layers" else 2**24
+        if value > limit:
+            raise ValueError(f"{where} {name}: expected at most {limit}, got {value}")
+
+
 def check_eps(where: str, value) -> None:
     if not isinstance(value, (int, float)) or not 0 < value < 1:
         raise ValueError(f"{where} layer_norm_eps: expected a number between 0 and 1, got {value!r}")
@@ -82,8 +91,8 @@ class VisionConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self):
-        check_integers("vision", image_size=self.image_size, patch_size=self.patch_size, width=self.width)
-        check_integers("vision", layers=self.layers, heads=self.heads, mlp_width=self.mlp_width)
+        check_sizes("vision", image_size=self.image_size, patch_size=self.patch_size, width=self.width)
+        check_sizes("vision", layers=self.layers, heads=self.heads, mlp_width=self.mlp_width)
         check_eps("vision", self.layer_norm_eps)
         if self.width % self.heads:
             raise ValueError(f"vision width {self.width} is not a multiple of heads {self.heads}")
@@ -117,10 +126,10 @@ class TextConfig:
     no_repeat_ngram_size: int = 3  # the checkpoint's default for generation; 0 for no n-gram blocking
 
     def __post_init__(self):
-        check_integers(
+        check_sizes(
             "text", vocab_size=self.vocab_size, width=self.width, layers=self.layers, heads=self.heads
         )
-        check_integers("text", mlp_width=self.mlp_width, max_positions=self.max_positions)
+        check_sizes("text", mlp_width=self.mlp_width, max_positions=self.max_positions)
         check_integers("text", minimum=0, no_repeat_ngram_size=self.no_repeat_ngram_size)
         check_eps("text", self.layer_norm_eps)
         if self.width % self.heads:
@@ -136,7 +145,7 @@ class Kosmos2Config:
     latent_query_num: int = 64  # Q, under its published name
 
     def __post_init__(self):
-        check_integers("config", latent_query_num=self.latent_query_num)
+        check_sizes("config", latent_query_num=self.latent_query_num)
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Kosmos2Config":

@@ -216,7 +216,7 @@ def read_json(path: str | Path) -> dict:
     """A JSON object, with or without a byte order mark."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # not UTF-8 or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise ValueError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
@@ -321,10 +321,12 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
             f"{path} is damaged or cannot be read safely ({type(error).__name__}: {reason}); "
             "download it again, or if you trust it, re-save its state dict with a recent PyTorch"
         ) from None
-    return {
-        name: LazyTensor(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.detach)
-        for name, t in unwrap_state_dict(content, path).items()
-    }
+    found = {}
+    for name, t in unwrap_state_dict(content, path).items():
+        if t.layout is not torch.strided or t.is_nested or t.is_meta:
+            raise ValueError(f"{path}: {name} is not a dense tensor; save it as one")
+        found[name] = LazyTensor(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.detach)
+    return found
 
 
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module", "ema")  # of training checkpoints
@@ -690,7 +692,11 @@ class Checkpoint:
         self.has_config = config_file.is_file()
         self.config = read_config(config_file) if self.has_config else Kosmos2Config()
         stored = read_shards(self.files)
-        self.stored = {name: stored[original] for original, name in strip_wrappers(list(stored)).items()}
+        self.stored = {}
+        for original, name in strip_wrappers(list(stored)).items():
+            if name in self.stored:
+                raise ValueError(f"{path} has {name} twice, with and without a prefix")
+            self.stored[name] = stored[original]
         scaled = [name for name in self.stored if name + SCALE in self.stored]
         self.scales = {name: self.stored.pop(name + SCALE) for name in scaled}  # of int8 matrices
         self.layout = HUGGING_FACE
@@ -728,9 +734,11 @@ class Checkpoint:
             scale = self.scales.get(name)
             if scale is not None and scale.shape != shape[:1]:
                 wrong_shape.append(f"{name}{SCALE}: expected {shape[:1]}, got {scale.shape}")
-            types = FLOATS.values() if scale is None else ["int8"]
+            types = FLOATS.values() if scale is None or len(shape) != 2 else ["int8"]
             if tensor.dtype not in types:
                 wrong_type.append(f"{name}: {tensor.dtype}")
+            if scale is not None and scale.dtype not in FLOATS.values():
+                wrong_type.append(f"{name}{SCALE}: {scale.dtype}")
         found = [
             ("missing", missing),
             ("unexpected", unexpected),
@@ -768,11 +776,18 @@ class Checkpoint:
             return (weight * scale[:, None]).to(device=device, dtype=dtype)
         tensor = stored.read().to(device=device, dtype=dtype, copy=copy)
         # NaN and infinity survive a sum, which needs no memory of the tensor's size.
-        if not math.isfinite(float(tensor.sum(dtype=torch.float32))):
+        if not math.isfinite(float(tensor.sum(dtype=torch.float32))) and not torch.isfinite(tensor).all():
             where = f"{self.names[ours]} in {self.files[0].parent}"
             if torch.isfinite(stored.read()).all():
                 raise ValueError(f"{where} has values too large for {dtype}; load it as fp32 or bf16")
             raise ValueError(f"{where} has NaN or infinite values; the checkpoint is damaged")
+        return tensor
+
+    def dense(self, name: str) -> Tensor:
+        """A stored tensor as it is, or an int8 one with its scales applied."""
+        tensor = self.stored[name].read()
+        if name in self.scales:
+            return tensor * self.scales[name].read().float()[:, None]
         return tensor
 
     def quantized(self, ours: str) -> tuple[Tensor, Tensor]:
@@ -781,8 +796,8 @@ class Checkpoint:
         if name not in self.scales:
             return quantize(self.tensor(ours, torch.float32, copy=False))
         scale = self.scales[name].read().float()
-        if not torch.isfinite(scale).all():
-            raise ValueError(f"{name}{SCALE} has NaN or infinite values; the checkpoint is damaged")
+        if not (torch.isfinite(scale) & (scale > 0)).all():
+            raise ValueError(f"{name}{SCALE} has NaN, infinite or non-positive values; the checkpoint is damaged")
         return self.stored[name].read(), scale
 
 
@@ -797,8 +812,11 @@ def choose_device(device: str, precision: str) -> torch.device:
         device = "cpu"
         if precision != "int8" and (has_cuda or has_mps):
             device = "cuda" if has_cuda else "mps"
-    chosen = torch.device(device)
-    if chosen.type not in ("cpu", "cuda", "mps"):
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"device {device} is not supported; use cpu, cuda or mps")
     if (chosen.type == "cuda" and not has_cuda) or (chosen.type == "mps" and not has_mps):
         raise ValueError(f"device {device} is not available; use cpu")
@@ -924,8 +942,8 @@ def packed_module(checkpoint: Checkpoint, precision: str, sources: list[str]) ->
 def check_tied(checkpoint: Checkpoint) -> None:
     """ValueError if a stored output projection differs from the embedding."""
     for name in checkpoint.tied:
-        embedding = checkpoint.stored[checkpoint.names[EMBEDDING]].read()
-        if not torch.equal(checkpoint.stored[name].read().to(embedding.dtype), embedding):
+        embedding = checkpoint.dense(checkpoint.names[EMBEDDING])
+        if not torch.equal(checkpoint.dense(name).to(embedding.dtype), embedding):
             raise ValueError(f"{name} differs from the token embedding; Kosmos-2 uses one matrix for both")
 
 
@@ -974,6 +992,13 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def check_finite(model: nn.Module) -> None:
+    """ValueError, naming the parameter, if a value is NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} has NaN or infinite values; the model is not saved")
+
+
 def save_checkpoint(model: Kosmos2, sentencepiece_file: str | Path, folder: str | Path) -> None:
     """Write a model in the published layout, which this loader and transformers both read.
 
@@ -981,6 +1006,7 @@ def save_checkpoint(model: Kosmos2, sentencepiece_file: str | Path, folder: str 
     """
     if isinstance(model.decoder.embed_tokens, PackedEmbedding):
         raise ValueError("a packed model cannot be saved; load it as fp32 or bf16")
+    check_finite(model)
     state = {rename(name, HUGGING_FACE): t.detach().cpu() for name, t in model.state_dict().items()}
     dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
     config = published_config(model.config) | {"dtype": dtype}
@@ -1027,25 +1053,31 @@ def save_packed(
 def write_checkpoint(
     state: dict[str, Tensor], config: dict, sentencepiece_file: str | Path, folder: Path, file_name: str
 ) -> None:
+    check_target(folder, file_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    # The three files are renamed together, when all of them are complete.
+    with (
+        replacing(folder / SENTENCEPIECE) as tokenizer_part,
+        replacing(folder / file_name) as weights_part,
+        replacing(folder / "config.json") as config_part,
+    ):
+        shutil.copyfile(sentencepiece_file, tokenizer_part)
+        config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        try:
+            save_file(state, weights_part, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {weights_part}: {error}") from None
+        weights_part.chmod(0o644)  # safetensors makes files readable only by their owner
+
+
+def check_target(folder: Path, file_name: str = "model.safetensors") -> None:
+    """ValueError if a checkpoint cannot be saved in this folder."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file; expected a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     others = [name for name in WEIGHT_FILES if name != file_name and (folder / name).exists()]
     if others:
         raise ValueError(f"{folder} already has {others[0]}; save to another folder")
-    tokenizer_file = folder / SENTENCEPIECE
-    if not tokenizer_file.exists() or not os.path.samefile(sentencepiece_file, tokenizer_file):
-        with replacing(tokenizer_file) as part:
-            shutil.copyfile(sentencepiece_file, part)
-    state = {name: tensor.contiguous() for name, tensor in state.items()}
-    with replacing(folder / file_name) as part:
-        try:
-            save_file(state, part, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {part}: {error}") from None
-        part.chmod(0o644)  # safetensors makes files readable only by their owner
-    with replacing(folder / "config.json") as part:
-        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------

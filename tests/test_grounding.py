@@ -207,7 +207,7 @@ def test_states_of_another_kind_are_refused(small, small_tokenizer):
         rank_boxes(state, small_tokenizer, 1)
 
 
-def test_scores_belong_to_their_boxes(small_tokenizer):
+def test_scores_never_move_to_another_box(small_tokenizer):
     """Also if new ids contain an image, which is not part of the text, or a tag spelled with letters."""
     special = small_tokenizer.special_ids
     first = small_tokenizer.first_location

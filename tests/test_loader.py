@@ -12,7 +12,8 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, TINY, copy, needs_transformers
+from conftest import ROOT, SMALL, TINY, copy, needs_transformers, rough
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import load_weights
@@ -233,6 +234,86 @@ def test_damaged_int8_checkpoints(small_folder, tmp_path):
         for precision in ("fp32", "int8"):
             with pytest.raises(ValueError, match=error):
                 load_checkpoint(tmp_path / "saved", precision)
+
+
+def test_scales_that_cannot_be(small_folder, tmp_path):
+    save_as(small_folder, "int8", tmp_path / "saved")
+    file = tmp_path / "saved" / "model.int8.safetensors"
+    tensors = load_file(file)
+    name = rename("decoder.layers.0.mlp.fc1.weight", HUGGING_FACE)
+    norm = rename("decoder.layer_norm.weight", HUGGING_FACE)
+    scale = tensors[f"{name}_scale"]
+    of_norm = {norm: torch.ones(48, dtype=torch.int8), f"{norm}_scale": torch.ones(48)}
+    for changed, error in (
+        ({f"{name}_scale": -scale}, "non-positive"),
+        ({f"{name}_scale": torch.ones_like(scale, dtype=torch.int64)}, "_scale: i64"),
+        (of_norm, "layer_norm.weight: int8"),
+    ):
+        save_file(tensors | changed, file)
+        with pytest.raises(ValueError, match=error):
+            load_checkpoint(tmp_path / "saved", "int8")
+
+
+def test_one_tensor_under_two_names(small_folder, tmp_path):
+    folder = copy(small_folder, tmp_path / "twice")
+    tensors = published(folder)
+    name = next(iter(tensors))
+    save_file(tensors | {f"module.{name}": tensors[name] * 5}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="twice"):
+        load_checkpoint(folder)
+
+
+def test_sparse_tensors_are_refused(small_folder, tmp_path):
+    folder = copy(small_folder, tmp_path / "sparse")
+    tensors = published(folder)
+    (folder / "model.safetensors").unlink()
+    name = rename("decoder.layers.0.mlp.fc1.weight", HUGGING_FACE)
+    for odd in (tensors[name].to_sparse(), torch.empty_like(tensors[name], device="meta")):
+        torch.save(tensors | {name: odd}, folder / "pytorch_model.bin")
+        with pytest.raises(ValueError, match="dense"):
+            load_checkpoint(folder)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(small, small_folder, tmp_path, monkeypatch):
+    """Weights, tokenizer and configuration are replaced together or not at all."""
+    folder = copy(small_folder, tmp_path / "old")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def full_disk(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    (tmp_path / "other.model").write_bytes(b"another tokenizer")
+    monkeypatch.setattr(load_weights, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(small, tmp_path / "other.model", folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_damaged_models_are_not_saved(tmp_path):
+    model = rough(Kosmos2(SMALL), seed=0)
+    model.resampler.dense.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"resampler.dense.weight has NaN"):
+        save_checkpoint(model, TINY / SENTENCEPIECE, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("layers", 10**6), ("embed_dim", 48 * 10**10), ("vocab_size", 2**62)]
+)
+def test_impossible_sizes(small_folder, tmp_path, name, value):
+    folder = copy(small_folder, tmp_path / "large")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"][name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="expected at most"):
+        load_checkpoint(folder)
+
+
+def test_deeply_nested_json(small_folder, tmp_path):
+    folder = copy(small_folder, tmp_path / "nested")
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_checkpoint(folder)
 
 
 @needs_transformers

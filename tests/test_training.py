@@ -446,6 +446,66 @@ def test_a_checkpoint_that_does_not_fit(content, tmp_path):
     assert file.read_bytes() == before
 
 
+def test_a_run_is_resumed_with_its_settings_only(tmp_path, small_folder):
+    """Another base model or order of the data is refused, and so is a file with flipped bits."""
+    data = write_grit(tmp_path / "data")
+    other = tmp_path / "other"
+    shutil.copytree(small_folder, other)
+    run = tmp_path / "run"
+    train = ["--data", data, "--train", "resampler"]
+    finish(start_training(run, 2, "--checkpoint", small_folder, *train))
+    changed = [
+        start_training(run, 4, "--checkpoint", other, *train),
+        start_training(run, 4, "--checkpoint", small_folder, *train, "--seed", "1"),
+        start_training(run, 4, "--checkpoint", small_folder, "--data", data, "--train", "decoder"),
+    ]
+    for process, word in zip(changed, ("checkpoint was", "seed was", "train was"), strict=True):
+        _, errors = process.communicate()
+        assert process.returncode == 1 and word in errors and "Traceback" not in errors
+    content = bytearray((run / "checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 255
+    (run / "checkpoint.pt").write_bytes(content)
+    process = start_training(run, 4, "--checkpoint", small_folder, *train)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "cannot resume" in errors and "Traceback" not in errors
+
+
+def test_runs_that_cannot_succeed(tmp_path, small_folder):
+    """One line each: a loss that is not finite, a folder that holds another checkpoint, a damaged image."""
+    data = write_grit(tmp_path / "data")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "pytorch_model.bin").write_bytes(b"")
+    damaged = write_grit(tmp_path / "damaged")
+    image = tmp_path / "damaged" / "0.png"
+    image.write_bytes(image.read_bytes()[:200])
+    base = ["--checkpoint", small_folder, "--data"]
+    for process, words in (
+        (start_training(tmp_path / "hot", 3, *base, data, "--lr", "1e30"), "not finite"),
+        (start_training(tmp_path / "taken", 3, *base, data), "already has pytorch_model.bin"),
+        (start_training(tmp_path / "image", 3, *base, damaged), "0.png"),
+    ):
+        _, errors = process.communicate()
+        lines = [line for line in errors.splitlines() if line.startswith("train: ")]
+        assert process.returncode == 1 and len(lines) == 1 and words in lines[0], errors
+        assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [0.9, 5, 0.1, 0.1, 0.5, 0.5, 1.0],
+        [0, 5, 0.1, 0.1, 0.5, 0.5, float("nan")],
+        [0, 5, 10**400, 0.1, 0.5, 0.5, 1],
+    ],
+)
+def test_rows_of_odd_numbers(tmp_path, small_tokenizer, row):
+    record = {"image": "0.png", "caption": "a dog here", "ref_exps": [row]}
+    path = write_grit(tmp_path)
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match="line 1: expected"):
+        Grit(path, small_tokenizer, SMALL, seed=0)
+
+
 def test_scenes_are_written_for_one_grid(tiny):
     """With another grid, boxes would silently become words."""
     other = Tokenizer(TINY / SENTENCEPIECE, SMALL.latent_query_num, grid=16)

@@ -79,11 +79,11 @@ def read_requests(benchmark: str, annotation_file: Path, folder: Path) -> list[d
         for found in content["annotations"]:
             annotations[found["image_id"]].append(found)
         requests = list(BENCHMARKS[benchmark](content["images"], annotations))
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        for request in requests:
+            request["image"] = str(folder / request.pop("file_name"))
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{annotation_file} is not a {benchmark} file of MDETR ({what})") from None
-    for request in requests:
-        request["image"] = str(folder / request.pop("file_name"))
     return sorted(requests, key=lambda request: request["image"])  # each image is encoded once
 
 

@@ -8,6 +8,7 @@ small world of scenes.py, `Grit` from a GRIT-format file.
 
 import argparse
 import json
+import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -91,8 +92,10 @@ def read_row(row, caption: str) -> tuple[int, int, Box, float]:
     """One [start, end, x1, y1, x2, y2, score] of a record, checked; ValueError if a value is wrong."""
     try:
         start, end, x1, y1, x2, y2, score = (float(value) for value in row)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"expected [start, end, x1, y1, x2, y2, score], got {row!r}") from None
+    if start % 1 or end % 1 or not math.isfinite(score):
+        raise ValueError(f"expected an integer start and end and a finite score, got {row!r}")
     if not 0 <= start < end <= len(caption):
         raise ValueError(
             f"span {row[0]}:{row[1]} is outside the caption, which has {len(caption)} characters"
@@ -359,7 +362,7 @@ class Grit:
                 check_image(image)
             except KeyError as error:
                 raise ValueError(f"{path}, line {number}: no {error} in the record") from None
-            except (ValueError, TypeError, FileNotFoundError) as error:
+            except (ValueError, TypeError, OSError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
             self.records.append((image, ids))
         if not self.records:

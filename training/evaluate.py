@@ -380,7 +380,7 @@ def score_results(file: Path, counts=(1, 5, 10)) -> tuple[dict[int, float], int]
     and "target".
     """
     hits = {k: [] for k in counts}
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -389,7 +389,7 @@ def score_results(file: Path, counts=(1, 5, 10)) -> tuple[dict[int, float], int]
                 continue
             boxes = boxes_of_phrase(row["entities"], row["phrase"])
             right = [any(iou(box, target) >= 0.5 for target in row["target"]) for box in boxes]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise ValueError(
                 f"{file}, line {number}: not a result ({type(error).__name__}: {error})"
             ) from None

@@ -24,11 +24,11 @@ import io
 import json
 import math
 import os
-import pickle
 import random
 import re
 import sys
 import time
+import zipfile
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import replace
@@ -54,7 +54,14 @@ from patches import PatchHead  # noqa: E402
 from scenes import Scene, tasks  # noqa: E402
 
 from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig  # noqa: E402
-from load_weights import SENTENCEPIECE, load_checkpoint, replacing, save_checkpoint  # noqa: E402
+from load_weights import (  # noqa: E402
+    SENTENCEPIECE,
+    check_finite,
+    check_target,
+    load_checkpoint,
+    replacing,
+    save_checkpoint,
+)
 from sample import progress_bar  # noqa: E402
 from tokenizer import GRID, Tokenizer, strip_tags  # noqa: E402
 
@@ -250,6 +257,7 @@ class Run:
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", self.rank % torch.cuda.device_count())
+        check_target(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model, self.tokenizer = self.open_model()
         for name, part in self.model.named_children():
@@ -303,7 +311,15 @@ class Run:
         """Continue from checkpoint.pt; ValueError if it is damaged or does not fit this model."""
         file = self.folder / "checkpoint.pt"
         try:
+            with zipfile.ZipFile(file) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError("checksum error")
             state = torch.load(file, weights_only=True, map_location=self.device)
+            for name, value in self.settings().items():
+                if state["settings"][name] != value:
+                    raise ValueError(f"{name} was {state['settings'][name]}, is {value}")
+            if state["model"].keys() != self.trained_parameters().keys():
+                raise ValueError("other parameters are trained")
             self.model.load_state_dict(self.model.state_dict() | state["model"])
             if self.patch_head is not None:
                 self.patch_head.load_state_dict(state["patch_head"])
@@ -312,25 +328,41 @@ class Run:
             self.step = state["step"]
             self.minutes = state["minutes"]
             self.log = state["log"]
-        except (KeyError, TypeError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a damaged file can raise anything
             reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
             raise ValueError(
                 f"cannot resume from {file} ({reason}); use the settings it was made with, or another --out"
             ) from None
         self.say(f"resuming {self.folder} at step {self.step}\n")
 
+    def settings(self) -> dict:
+        """The options that may not change when a run is resumed."""
+        names = ("checkpoint", "data", "train", "seed", "batch", "length", "vision_steps", "optimizer")
+        values = {name: getattr(self.args, name) for name in names}
+        for name in ("checkpoint", "data"):
+            if values[name] is not None and os.path.exists(values[name]):
+                values[name] = os.path.realpath(values[name])
+        return values
+
+    def trained_parameters(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
     def save(self) -> None:
         """Write checkpoint.pt; a run that is killed meanwhile keeps the previous one."""
         if self.rank == 0:
-            trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+            check_finite(self.model)
             state = {
-                "step": self.step, "minutes": self.minutes, "log": self.log, "model": trained,
+                "step": self.step, "minutes": self.minutes, "log": self.log, "settings": self.settings(),
+                "model": self.trained_parameters(),
                 "optimizers": [o.state_dict() for o in self.optimizers],
             }  # fmt: skip
             if self.patch_head is not None:
                 state["patch_head"] = self.patch_head.state_dict()
             with replacing(self.folder / "checkpoint.pt") as part:
-                torch.save(state, part)
+                try:
+                    torch.save(state, part)
+                except RuntimeError as error:  # such as a full disk
+                    raise OSError(f"cannot write {part} ({str(error).splitlines()[0]})") from None
 
     def train_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """One update from all micro-batches of all processes; returns the mean losses.
@@ -366,6 +398,11 @@ class Run:
                 patch_loss.detach(),
             ]
             sums += torch.stack(parts).cpu()
+        if not math.isfinite(self.sum_over_processes(sums.tolist())):
+            raise ValueError(
+                f"the loss is not finite at step {self.step}; "
+                "lower --lr and rerun, which continues from the last checkpoint.pt"
+            )
         torch.nn.utils.clip_grad_norm_([p for p in self.losses.parameters() if p.requires_grad], 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -534,8 +571,10 @@ def add_optimization_options(p) -> None:
 def parse_arguments() -> argparse.Namespace:
     p = make_parser()
     args = p.parse_args()
-    if args.steps < 0 or args.vision_steps < 0:
-        p.error("--steps and --vision-steps must not be negative")
+    if not 0 <= args.steps < 2**31 or not 0 <= args.vision_steps < 2**31:
+        p.error("--steps and --vision-steps must be between 0 and 2^31")
+    if not 0 < args.lr < math.inf:
+        p.error("--lr must be a positive number")
     return args
 
 
@@ -550,7 +589,10 @@ def main() -> int:
         print("\nstopped; rerun the same command to resume from the last checkpoint", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
-        print(f"train: {error}", file=sys.stderr)
+        last_line = (
+            str(error).strip().split("\n")[-1]
+        )  # an error in a worker process comes with its traceback
+        print(f"train: {last_line.removeprefix('ValueError: ')}", file=sys.stderr)
         return 1
     finally:
         if dist.is_initialized():
