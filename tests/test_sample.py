@@ -789,7 +789,7 @@ def test_drawings_that_pillow_cannot_write(capsys, name, size):
     assert status == 1 and f"cannot write {name}" in err and "Traceback" not in err and out
 
 
-@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("streams", ["2>&-", "<&- >&- 2>&-"])
 def test_closed_streams(streams):
     command = f'"{sys.executable}" "{ROOT / "sample.py"}" "{SCENE}" --json --results out.jsonl {streams}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
