@@ -797,7 +797,9 @@ class Checkpoint:
             return quantize(self.tensor(ours, torch.float32, copy=False))
         scale = self.scales[name].read().float()
         if not (torch.isfinite(scale) & (scale > 0)).all():
-            raise ValueError(f"{name}{SCALE} has NaN, infinite or non-positive values; the checkpoint is damaged")
+            raise ValueError(
+                f"{name}{SCALE} has NaN, infinite or non-positive values; the checkpoint is damaged"
+            )
         return self.stored[name].read(), scale
 
 
