@@ -837,10 +837,9 @@ def load_checkpoint(
 
     path: see the module docstring. config.json next to the weights is used if present, otherwise
     the published sizes. The sentencepiece model is taken from next to the weights, or from
-    `tokenizer`. precision: fp32 (exact, the default), bf16 (half the memory), fp16 (for GPUs; on a
-    CPU for the large matrices only, 1.7 times as fast), int8 (for CPUs, faster still); independent
-    of the stored dtype. Peak memory is little more than the weights in that precision, 1.5 times as
-    much for int8.
+    `tokenizer`. precision: fp32 (exact, the default), bf16 (half the memory), fp16 (on a CPU for the
+    large matrices only), int8 (for CPUs, the fastest there); independent of the stored dtype. The
+    README has the peak memory and the speed of each.
 
     Raises FileNotFoundError for missing files; ValueError for a checkpoint with tensors that are
     missing, unexpected, of the wrong shape or type, or not finite, each listed by name, and for a

@@ -55,7 +55,7 @@ torch.testing.assert_close(embedded, expected, rtol=1e-4, atol=1e-4)
 print(f"{3 * P * P} numbers in, {E} out")
 
 # %% [markdown]
-# Which patches of length one does the matrix stretch most? Its right singular vectors, in order: the first has the
+# Which unit-norm patches does the matrix stretch most? Its right singular vectors, in order: the first has the
 # longest embedding of all, the second the longest of those orthogonal to the first, and so on. The figure shows the
 # first 16, each scaled to its own minimum and maximum, with its singular value above.
 

@@ -128,8 +128,8 @@ print([tokenizer.id_to_token[i] for i in tokenizer.encode(text, add_bos=False)])
 
 # %% [markdown]
 # `parse` returns the caption without tags, and for each link its phrase, the span of the phrase in the caption, and
-# its boxes. It leaves out malformed links instead of raising an error. (A box without a phrase is named by its
-# tokens, as in transformers.)
+# its boxes. It leaves out malformed links instead of raising an error. (A box without a phrase is named by the
+# numbers of its tokens, as in transformers.)
 
 # %%
 examples = [

@@ -188,7 +188,8 @@ assert change[0] < 1e-2 and change[1] > 10 * change[0]
 #
 # Greedy decoding takes the most likely token. Sampling at temperature τ draws from softmax(logits / τ). Top-p keeps
 # the smallest set of top tokens whose total probability is at least p, *including* the token that crosses p. If that
-# token were excluded, a first token of probability 0.95 would be dropped at top-p 0.9, and no token would remain.
+# token were excluded, a first token of probability 0.95 would be dropped at top-p 0.9, and no token would remain. The
+# order is temperature, top-k, top-p.
 #
 # A toy distribution, and how often each token is drawn:
 

@@ -121,8 +121,8 @@ table(rows, ("thing", "expression for its box", "fits only this", "IoU of its bo
 # ## Ranked boxes
 #
 # "a cat" fits two things. Greedy decoding gives one answer; `rank_boxes` gives several. It runs a beam search over
-# the two location tokens of a box: it combines the 32 most likely top-left corners with all bottom-right ones, and of
-# boxes that overlap with IoU 0.5 or more, it keeps only the most likely.
+# the two location tokens of a box: it combines the 32 most likely top-left corners with all possible bottom-right
+# ones, and of boxes that overlap with IoU 0.5 or more, it keeps only the most likely.
 
 # %%
 prompt = PROMPTS["ground"].format(text="a cat") + "<object>"

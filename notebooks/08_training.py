@@ -32,7 +32,7 @@ scene = Scene.random(5)
 # A GRIT record describes an image by a caption and the boxes of its phrases. The bundled model is trained on scenes,
 # whose records are exact. `encode_record` tokenizes the caption as a whole and inserts tags and boxes between its
 # pieces, as the original data loader does. (The original loader also crops images to a square, and leaves out the
-# boxes of half of the captions; here, images are squashed and all boxes stay.)
+# boxes of half of the captions; here, images are squashed, and no caption loses its boxes at random.)
 
 # %%
 record = scene.record()

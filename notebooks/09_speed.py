@@ -108,10 +108,10 @@ assert measured[-1] > 2 * measured[3]
 # %% [markdown]
 # One row is below the ridge: for a decoding step for one text, the limit is memory. (Other work on the machine
 # changes both lines from run to run, and a matmul may read a little faster than the sum that measured the bandwidth.)
-# On paper, a few more rows are free, because the weights are read only once; the
-# measured line shows what they cost with real kernels. That is what speculative decoding (notebook 5) and decoding in
-# batches save: 16 rows take much less than 16 times as long as one row. With many rows, as in a prefill, arithmetic
-# is the limit, and the time grows with the number of rows.
+# On paper, a few more rows are free, because the weights are read only once; the measured line shows what they cost
+# with real kernels. That is what speculative decoding (notebook 5) and decoding in batches save: 16 rows take much
+# less than 16 times as long as one row. With many rows, as in a prefill, arithmetic is the limit, and the time grows
+# with the number of rows.
 #
 # ## A prediction for the published model
 #

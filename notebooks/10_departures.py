@@ -7,7 +7,8 @@
 #
 # | | here | the textbook | why |
 # |---|---|---|---|
-# | ViT | a LayerNorm before the first block | none | as in CLIP |
+# | ViT | no bias in the patch projection | a bias | as in CLIP |
+# | | a LayerNorm before the first block | none | as in CLIP |
 # | | QuickGELU | GELU | as in CLIP, where it was cheaper |
 # | | all positions are passed on | only [CLS], or only patches | boxes need positions |
 # | | features of unit length | any length | as CLIP's final output |
@@ -19,9 +20,9 @@
 # | | wavelengths up to 2π · 10,000 exactly | a little less | i / (D/2 - 1) instead of i / (D/2) |
 # | blocks | pre-norm and sub-LN | pre-norm or post-norm alone | stable training of deep decoders |
 #
-# Not every row is measured below, and the tables also have mistakes that a port could make, such as positions from
-# 1. The helpers are in [`departures.py`](departures.py): a departure is a list of `unittest.mock.patch` objects, and
-#    `Trial` runs the model on unseen scenes with them. `Scene` and the scores come from `training/`.
+# Not every row is measured below, and the tables also include mistakes that a port could make, such as a first
+# position of 1. The helpers are in [`departures.py`](departures.py): a departure is a list of `unittest.mock.patch`
+# objects, and `Trial` runs the model on unseen scenes with them. `Scene` and the scores come from `training/`.
 
 # %%
 from figures import ROOT, plt, show, table  # isort: skip

@@ -427,8 +427,9 @@ def print_results(model, tokenizer, chosen: Chosen, results: list[Generated], ti
         if not scores:
             continue
         low, middle, high = (torch.tensor(scores).quantile(q).item() for q in (0.1, 0.5, 0.9))
+        where = "not in the image" if task == "ground absent" else "in the image"
         print(
-            f"| score of the first box, {task}: median (10% to 90%) "
+            f"| score of the first box, phrase {where}: median (10% to 90%) "
             f"| {middle:.2f} ({low:.2f} to {high:.2f}) | {len(scores)} |"
         )
 
