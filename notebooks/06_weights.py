@@ -248,8 +248,8 @@ assert "image_to_text_projection.latent_query" in checkpoint.problems()[0]
 # ## Changing a trained model
 #
 # To change a model and keep what it has learned: read its weights, change some tensors, build a model of the new
-# sizes, load the weights into it, save. As an example, the bundled model gets a grid of 16 x 16 cells instead of 32 x
-# 32. Location tokens are last in the vocabulary, so all other tokens keep their ids.
+# sizes, load the weights into it, save. As an example, the bundled model gets a grid of 16 x 16 cells, not 32 x 32.
+# Location tokens are last in the vocabulary, so all other tokens keep their ids.
 #
 # Each new cell covers four old ones. Should its embedding be random (with the standard deviation of the old
 # embeddings), or the mean of the four? Make a prediction.
