@@ -551,9 +551,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Embeddings x (B, T, D) and position ids (B, T) -> x (B, T, D) after the last norm.
 
-        The factor sqrt(D) brings token embeddings, which are stored with a length of about one, to
-        the scale of the position encodings. Image embeddings are already in place, so they are
-        scaled and given positions like any token.
+        The factor sqrt(D) brings token embeddings, which are stored with lengths near one, to the
+        scale of the position encodings. Image embeddings are already in place, so they are scaled
+        and given positions like any token.
         """
         D = x.shape[-1]
         x = x * math.sqrt(D) + sinusoidal_positions(positions, D).to(x.dtype)

@@ -135,9 +135,10 @@ assert before[1] == 0  # it has never seen the word
 # %% [markdown]
 # ## The command
 #
-# A lower learning rate than in training (6e-4 instead of 2e-3) and few steps: the model should learn something new
-# without forgetting what it has learned. We use AdamW, because Muon, the default of `train.py`, is meant for training
-# from scratch. We train every part, since the model is small. Larger models need a lower learning rate.
+# A lower learning rate than in training (at most 6e-4 instead of 2e-3) and few steps: the model should learn
+# something new without forgetting what it has learned. We use AdamW, because Muon, the default of `train.py`, is
+# meant for training from scratch. We train every part, since the model is small. Larger models need a lower learning
+# rate.
 
 # %%
 command = f"training/train.py --checkpoint tiny --data {folder}/grit.jsonl --out {folder}/run"

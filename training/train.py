@@ -545,15 +545,17 @@ def add_optimization_options(p) -> None:
         "--vision-steps",
         type=int,
         default=2500,
-        help="steps that train only the ViT, before --steps (only from scratch)",
+        help="steps that train only the ViT, before --steps (only from scratch; default: 2500)",
     )
-    p.add_argument("--steps", type=int, default=6000, help="steps of the whole model")
-    p.add_argument("--batch", type=positive_int, default=32, help="images per step, over all processes")
+    p.add_argument("--steps", type=int, default=6000, help="steps of the whole model (default: 6000)")
+    p.add_argument(
+        "--batch", type=positive_int, default=32, help="images per step, over all processes (default: 32)"
+    )
     p.add_argument(
         "--accumulate", type=positive_int, default=1, metavar="N", help="split each batch into N parts"
     )
-    p.add_argument("--length", type=positive_int, default=256, help="tokens per row of scenes")
-    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    p.add_argument("--length", type=positive_int, default=256, help="tokens per row of scenes (default: 256)")
+    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
     p.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="default: muon")
     p.add_argument("--fp32", action="store_true", help="compute in float32 instead of bfloat16 autocast")
     p.add_argument(
