@@ -772,8 +772,7 @@ class Checkpoint:
         """One tensor, read, checked and converted; with copy=False it may keep the file mapped."""
         stored = self.stored[self.names[ours]]
         if self.names[ours] in self.scales:
-            weight, scale = self.quantized(ours)
-            return (weight * scale[:, None]).to(device=device, dtype=dtype)
+            return self.dense(self.names[ours]).to(device=device, dtype=dtype)
         tensor = stored.read().to(device=device, dtype=dtype, copy=copy)
         # NaN and infinity survive a sum, which needs no memory of the tensor's size.
         if not math.isfinite(float(tensor.sum(dtype=torch.float32))) and not torch.isfinite(tensor).all():
@@ -785,16 +784,20 @@ class Checkpoint:
 
     def dense(self, name: str) -> Tensor:
         """A stored tensor as it is, or an int8 one with its scales applied."""
-        tensor = self.stored[name].read()
-        if name in self.scales:
-            return tensor * self.scales[name].read().float()[:, None]
-        return tensor
+        if name not in self.scales:
+            return self.stored[name].read()
+        weight, scale = self.read_int8(name)
+        return weight * scale[:, None]
 
     def quantized(self, ours: str) -> tuple[Tensor, Tensor]:
         """A matrix as int8 (out, in) and its scales (out,): as stored, or quantized now."""
         name = self.names[ours]
         if name not in self.scales:
             return quantize(self.tensor(ours, torch.float32, copy=False))
+        return self.read_int8(name)
+
+    def read_int8(self, name: str) -> tuple[Tensor, Tensor]:
+        """A stored int8 matrix and its scales, checked."""
         scale = self.scales[name].read().float()
         if not (torch.isfinite(scale) & (scale > 0)).all():
             raise ValueError(

@@ -172,7 +172,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--output", type=Path, metavar="PATH", help=output_help)
     add("--json", action="store_true", help="print a JSON object per line instead of the text")
-    results_help = "append each result to this file as soon as it is done"
+    results_help = "append the results to this file, after each batch"
     add("--results", type=Path, metavar="JSONL", help=results_help)
     resume_help = "continue a --results file: skip the requests it already answers"
     add("--resume", action="store_true", help=resume_help)
@@ -650,7 +650,7 @@ class Runner:
 
 
 class Results:
-    """The --results file: one line per answer, written as soon as it is done.
+    """The --results file: one line per answer, written after each batch.
 
     Each torchrun process writes its own file, NAME.RANK.jsonl; --resume reads all of them.
     """
@@ -769,6 +769,11 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot create folder {folder}: {error.strerror}") from None
+
+
+def print_lines(lines: list[dict]) -> None:
+    for line in lines:
+        print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 def print_answers(group: Group, with_names: bool) -> None:
@@ -1003,14 +1008,14 @@ class Output:
         The names follow from the list of all requests, so they are the same in all processes.
         keep: also keep the files that are there already, those of the run that is resumed.
         """
-        used = {path for group in groups for path in group[0].images}
+        used = {os.path.realpath(path) for group in groups for path in group[0].images}
         for group in groups:
             number = 1
             file = folder / drawing_name(group[0].images[-1])
-            while file in used or (keep and file.exists()):
+            while os.path.realpath(file) in used or (keep and file.exists()):
                 number += 1
                 file = folder / drawing_name(group[0].images[-1], number)
-            used.add(file)
+            used.add(os.path.realpath(file))
             for request in group:
                 self.files[request.number] = file
 
@@ -1189,8 +1194,7 @@ def answer_groups(
                 fail([row.request for row in group.rows], error)
             progress.clear()
             if args.json:
-                for line in lines:
-                    print(json.dumps(line, ensure_ascii=False), flush=True)
+                print_lines(lines)
             elif print_text and not runner.stream:
                 print_answers(group, with_names)
             if written:

@@ -345,7 +345,7 @@ assert round((3 * 0.2 / 0.01) ** 2) == 3600
 
 # ----------------------------------------------------------------------------------------------- 11. Fine-tuning
 
-# 11.1 It can learn to describe a ladder in words the decoder already knows, but it is unlikely to learn the word itself:
+# 11.1 It can learn to describe a ladder in words the decoder has already learned, but it is unlikely to learn the word itself:
 # the token embeddings and the order of the tokens belong to the decoder, which is frozen.
 # 11.2 Run `python sample.py IMAGE --checkpoint RUN --task ground --text "a ladder"`: captions taught it the word and
 # what a ladder looks like, and grounding needs nothing else.

@@ -728,8 +728,9 @@ def test_the_output_never_replaces_an_input(capsys):
     Image.open(SCENE).save("in/a.png")
     Image.open(TINY / "busy.png").save("in/a.boxes.png")
     before = Path("in/a.boxes.png").read_bytes()
-    assert run(capsys, "in/a.png", "in/a.boxes.png", "--output", "in")[0] == 0
-    assert Path("in/a.boxes.png").read_bytes() == before and Path("in/a-2.boxes.png").exists()
+    for folder in ("in", Path("in").resolve()):
+        assert run(capsys, "in/a.png", "in/a.boxes.png", "--output", folder)[0] == 0
+        assert Path("in/a.boxes.png").read_bytes() == before and Path("in/a-2.boxes.png").exists()
     for options in (["--results", "x.html"], ["--requests", "x.html"]):
         assert run(capsys, *options, "--output", "x.html")[0] == 2
 

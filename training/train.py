@@ -225,8 +225,10 @@ def make_optimizers(model: Kosmos2, name: str, lr: float) -> list[torch.optim.Op
     for parameter_name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_inside = ".layers." in parameter_name and parameter.dim() == 2
-        (inside if is_inside and name == "muon" else others).append(parameter)
+        if name == "muon" and ".layers." in parameter_name and parameter.dim() == 2:
+            inside.append(parameter)
+        else:
+            others.append(parameter)
     adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     if not inside:
         return [adamw]
@@ -339,6 +341,7 @@ class Run:
         """The options that may not change when a run is resumed."""
         names = ("checkpoint", "data", "train", "seed", "batch", "length", "vision_steps", "optimizer")
         values = {name: getattr(self.args, name) for name in names}
+        values["train"] = sorted(values["train"])
         for name in ("checkpoint", "data"):
             if values[name] is not None and os.path.exists(values[name]):
                 values[name] = os.path.realpath(values[name])
@@ -364,16 +367,19 @@ class Run:
                 except RuntimeError as error:  # such as a full disk
                     raise OSError(f"cannot write {part} ({str(error).splitlines()[0]})") from None
 
-    def train_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-        """One update from all micro-batches of all processes; returns the mean losses.
-
-        The gradient is that of the mean loss over all targets of the step, plus the mean patch loss.
-        """
+    def set_learning_rate(self) -> None:
         lr = learning_rate(self.step, self.last_step, self.args.lr)
         if self.step >= self.vision_steps > 0:  # warm up again for the parts that start now
             lr = min(lr, learning_rate(self.step - self.vision_steps, self.last_step, self.args.lr))
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = lr
+
+    def train_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """One update from all micro-batches of all processes; returns the mean losses.
+
+        The gradient is that of the mean loss over all targets of the step, plus the mean patch loss.
+        """
+        self.set_learning_rate()
         counts = [float((batch["targets"] != -100).sum()) for batch in micro_batches]
         count = max(self.sum_over_processes(counts), 1.0)
         sums = torch.zeros(5)  # losses and numbers of location tokens and of words, losses of patches
@@ -591,9 +597,8 @@ def main() -> int:
         print("\nstopped; rerun the same command to resume from the last checkpoint", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
-        last_line = (
-            str(error).strip().split("\n")[-1]
-        )  # an error in a worker process comes with its traceback
+        # The message of an error in a worker process begins with its traceback.
+        last_line = str(error).strip().split("\n")[-1]
         print(f"train: {last_line.removeprefix('ValueError: ')}", file=sys.stderr)
         return 1
     finally:
