@@ -69,7 +69,8 @@ print("back:", by_hand)
 print("a box in one cell:", tokens_to_box(44, 44))
 
 # %% [markdown]
-# The figure shows the original box (dashed), its two cells, and the decoded box (red):
+# The figure shows the original box (dashed), its two cells, and the decoded box (red). It is the box of the snowman in
+# the official demo image, so it does not fit the snowman of ours.
 
 # %%
 fig, axis = plt.subplots(figsize=(5, 5))
