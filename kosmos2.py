@@ -29,18 +29,18 @@ Where it differs most from a textbook transformer (notebooks/10_departures has t
 - sub-LN: a second LayerNorm inside attention and MLP (`Block`)
 - ViT features of unit length (`VisionTransformer`)
 - latents appended to the keys and values (`Resampler`)
-- position ids that start at 2; sinusoids stored as [sin | cos] (`token_positions`, `sinusoidal_positions`)
+- position ids that start at 2; sinusoids stored as [sin | cos] (`Decoder`, `sinusoidal_positions`)
 
-Order: config, shared layers, vision, decoder, model, generation. Reading and writing checkpoints,
-and the faster linear layers that replace nn.Linear on a CPU, are in load_weights.py.
+Order: configuration, shared layers, vision, decoder, model, generation.
 """
 
 import math
-import re
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from tokenizer import Tokenizer, iou
+from tokenizer import printable
 
 BOS, PAD, EOS = 0, 1, 2  # the first ids of every published vocabulary
 
@@ -56,26 +56,27 @@ BOS, PAD, EOS = 0, 1, 2  # the first ids of every published vocabulary
 # Configuration  (walkthrough: notebooks/06_weights)
 # ----------------------------------------------------------------------------------------------------
 
-
-def check_integers(where: str, minimum: int = 1, **values) -> None:
-    """Raise ValueError, naming the field, unless all values are integers of at least `minimum`."""
-    for name, value in values.items():
-        if type(value) is not int or value < minimum:
-            raise ValueError(f"{where} {name}: expected an integer of at least {minimum}, got {value!r}")
+LARGEST_SIZE = 2**24  # far above any model: a damaged config.json must not fill the memory
+MOST_LAYERS = 1000
 
 
-def check_sizes(where: str, **values) -> None:
-    """`check_integers` for a configuration, with a limit far above any model."""
-    check_integers(where, **values)
-    for name, value in values.items():
-        limit = 1000 if name == "layers" else 2**24
-        if value > limit:
-            raise ValueError(f"{where} {name}: expected at most {limit}, got {value}")
+def check_integer(name: str, value, minimum: int = 1, maximum: int = LARGEST_SIZE) -> None:
+    """ValueError, naming the value, unless it is an integer in this range."""
+    if type(value) is not int or not minimum <= value <= maximum:
+        raise ValueError(f"{name}: expected an integer from {minimum} to {maximum}, got {value!r}")
 
 
-def check_eps(where: str, value) -> None:
-    if not isinstance(value, (int, float)) or not 0 < value < 1:
-        raise ValueError(f"{where} layer_norm_eps: expected a number between 0 and 1, got {value!r}")
+def check_sizes(part: str, config) -> None:
+    """ValueError unless the sizes of a VisionConfig or TextConfig are possible."""
+    for name, value in vars(config).items():
+        if name == "layer_norm_eps":
+            if not isinstance(value, float) or not 0 < value < 1:
+                raise ValueError(f"{part} {name}: expected a number between 0 and 1, got {value!r}")
+        else:
+            minimum = 0 if name == "no_repeat_ngram_size" else 1
+            check_integer(f"{part} {name}", value, minimum, MOST_LAYERS if name == "layers" else LARGEST_SIZE)
+    if config.width % config.heads:
+        raise ValueError(f"{part} width {config.width} is not a multiple of heads {config.heads}")
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,9 @@ class VisionConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self):
-        check_sizes("vision", image_size=self.image_size, patch_size=self.patch_size, width=self.width)
-        check_sizes("vision", layers=self.layers, heads=self.heads, mlp_width=self.mlp_width)
-        check_eps("vision", self.layer_norm_eps)
-        if self.width % self.heads:
-            raise ValueError(f"vision width {self.width} is not a multiple of heads {self.heads}")
+        check_sizes("vision", self)
         if self.image_size < self.patch_size:
-            raise ValueError(
-                f"vision image_size {self.image_size} is smaller than patch_size {self.patch_size}"
-            )
+            raise ValueError(f"vision image_size {self.image_size} is below patch_size {self.patch_size}")
 
     @property
     def grid(self) -> int:
@@ -126,14 +121,7 @@ class TextConfig:
     no_repeat_ngram_size: int = 3  # the checkpoint's default for generation; 0 for no n-gram blocking
 
     def __post_init__(self):
-        check_sizes(
-            "text", vocab_size=self.vocab_size, width=self.width, layers=self.layers, heads=self.heads
-        )
-        check_sizes("text", mlp_width=self.mlp_width, max_positions=self.max_positions)
-        check_integers("text", minimum=0, no_repeat_ngram_size=self.no_repeat_ngram_size)
-        check_eps("text", self.layer_norm_eps)
-        if self.width % self.heads:
-            raise ValueError(f"text width {self.width} is not a multiple of heads {self.heads}")
+        check_sizes("text", self)
 
 
 @dataclass(frozen=True)
@@ -143,16 +131,11 @@ class Kosmos2Config:
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
     latent_query_num: int = 64  # Q, under its published name
+    location_grid: int = 32  # cells per side; the vocabulary has a location token for each cell
 
     def __post_init__(self):
-        check_sizes("config", latent_query_num=self.latent_query_num)
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> "Kosmos2Config":
-        """Read a published config.json: see `load_weights.read_config`."""
-        from load_weights import read_config  # load_weights imports this file
-
-        return read_config(path)
+        check_integer("latent_query_num", self.latent_query_num)
+        check_integer("location_grid", self.location_grid, maximum=MOST_LAYERS)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -186,15 +169,14 @@ class KVCache:
         self.values[:, :, start : self.length] = v
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-    def reorder(self, rows: Tensor) -> None:
+    def keep(self, rows: Tensor) -> None:
         """Keep these rows, in this order; a row may repeat."""
-        self.keys = self._reordered(self.keys, rows)
-        self.values = self._reordered(self.values, rows)
-
-    def _reordered(self, old: Tensor, rows: Tensor) -> Tensor:
-        new = old.new_empty(len(rows), *old.shape[1:])
-        new[:, :, : self.length] = old[rows, :, : self.length]  # not the unused part
-        return new
+        used = slice(0, self.length)  # the rest is not worth copying
+        keys, values = self.keys, self.values
+        self.keys = keys.new_empty(len(rows), *keys.shape[1:])
+        self.values = torch.empty_like(self.keys)
+        self.keys[:, :, used] = keys[rows, :, used]
+        self.values[:, :, used] = values[rows, :, used]
 
 
 class Attention(nn.Module):
@@ -233,10 +215,7 @@ class Attention(nn.Module):
         return self.out_proj(self.inner_attn_ln(attended))
 
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, hd), keys and values (B, H, S, hd).
-
-        (A method of its own, because load_weights.py replaces it by one with packed weights.)
-        """
+        """Queries (B, H, T, hd), keys and values (B, H, S, hd)."""
         if context is None:
             context = x
         q = self.q_proj(x)
@@ -303,18 +282,12 @@ def preprocess_image(image: Image.Image, image_size: int) -> Tensor:
     """An image of any size and mode -> pixels (3, image_size, image_size), float32.
 
     The whole image is squashed to a square (aspect ratio is not preserved), so coordinates in
-    0..1 are the same in the square and in the image. ValueError for pixel values out of range: see
-    `to_rgb`.
+    0..1 are the same in the square and in the image. ValueError as in `to_rgb`.
     """
     image = to_rgb(image).resize((image_size, image_size), Image.Resampling.BICUBIC)
     pixels = np.asarray(image, dtype=np.float32) / 255  # (image_size, image_size, 3)
     pixels = (pixels - PIXEL_MEAN) / PIXEL_STD
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, image_size, image_size)
-
-
-def preprocess_images(images: list[Image.Image], image_size: int) -> Tensor:
-    """`preprocess_image` for a list of images: pixels (I, 3, image_size, image_size)."""
-    return torch.stack([preprocess_image(image, image_size) for image in images])
 
 
 # The Orientation tag of EXIF -> the operation that turns the image upright.
@@ -330,72 +303,56 @@ ORIENTATIONS = {
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read an image file as an upright RGB image, with transparency composited on white.
+    """Read an image as upright RGB, with transparency composited on white.
 
-    Only the Orientation tag of EXIF is used. (ImageOps.exif_transpose would also write the whole
-    block back, which fails for many real files.) FileNotFoundError or ValueError, naming the file,
-    if it cannot be read.
+    path: a file, or a data: or file: URL. Only the Orientation tag of EXIF is used. (ImageOps.
+    exif_transpose would also write the whole block back, which fails for many real files.)
+    FileNotFoundError or ValueError, naming the file, if it cannot be read.
     """
-    if re.match(r"\w+:/", str(path)) and not Path(path).exists():
-        raise ValueError(f"{path} is a URL; download the image first")
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no image at {path}")
-    if not Path(path).is_file():
-        raise ValueError(f"{path} is not a regular file")
+    name = printable(str(path))
+    is_url = str(path).startswith(("data:", "file:"))
+    if not is_url and not os.path.isfile(path):
+        hint = "; download it and pass the file" if "://" in name else ""
+        raise FileNotFoundError(f"no image file at {name}{hint}")
     try:
-        with Image.open(path) as image:
+        source = BytesIO(urlopen(str(path)).read()) if is_url else path
+        with Image.open(source) as image:
             image.load()
             try:
                 orientation = image.getexif().get(ExifTags.Base.Orientation)
             except Exception:  # a damaged EXIF block does not make the image unreadable
                 orientation = None
             image = to_rgb(image)
-            return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
+    except UnidentifiedImageError:
+        raise ValueError(f"cannot read {name}: not an image that Pillow can read") from None
     except Exception as error:  # Pillow's decoders raise many kinds
-        reason = str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            reason = "not an image that Pillow can read"
-        raise ValueError(f"cannot read {path}: {reason}") from None
+        raise ValueError(f"cannot read {name}: {str(error) or type(error).__name__}") from None
+    return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode -> RGB, with transparency composited on white.
 
-    Pillow would clip modes with more than 8 bits. Integer modes are read as 16 bits (0..65535),
-    float mode as 0..1 or, if its maximum is above 1, as 0..255. ValueError for values outside that
-    range and for an image without pixels.
+    Grayscale with more than 8 bits, which Pillow would clip, keeps its brightness: integers are read
+    as 0..65535, floats as 0..1 or, if one is above 1, as 0..255. ValueError for values outside of
+    that, for an image without pixels, and for anything that is not a PIL image.
     """
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"image: expected a PIL.Image.Image, got {type(image).__name__}")
     if 0 in image.size:
         raise ValueError(f"the image has no pixels: its size is {image.size[0]} x {image.size[1]}")
     if image.mode.startswith("I") or image.mode == "F":
-        image = to_8_bits(image)
-    if image.has_transparency_data:
-        if image.mode == "La":  # Pillow converts premultiplied gray only to LA
-            image = image.convert("LA")
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit, 32-bit or float grayscale image -> mode L or LA, with the same brightness."""
-    values = np.asarray(image).astype(np.float32)
-    low = float(values.min())
-    high = float(values.max())
-    if image.mode != "F":
+        values = np.asarray(image).astype(np.float32)
         limit = 65535.0
-    elif high <= 1:
-        limit = 1.0
-    else:
-        limit = 255.0
-    if not (low >= 0 and high <= limit):  # also true for NaN
-        raise ValueError(f"mode {image.mode} image with values {low:g} to {high:g}: expected 0 to {limit:g}")
-    result = Image.fromarray((values * (255 / limit)).round().astype(np.uint8))
-    transparent = image.info.get("transparency")  # of a 16-bit PNG: the value of its transparent pixels
-    if transparent is not None:
-        result.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
-    return result
+        if image.mode == "F":
+            limit = 255.0 if values.max() > 1 else 1.0
+        if not (values.min() >= 0 and values.max() <= limit):  # also true for NaN
+            raise ValueError(f"mode {image.mode} image: expected values from 0 to {limit:g}")
+        image = Image.fromarray((values * (255 / limit)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 class VisionTransformer(nn.Module):
@@ -420,26 +377,15 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(E, eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (I, 3, height, width) -> features (I, N, E)."""
-        patches = self.patch_embedding(pixels)  # (I, E, rows, columns)
-        positions = self.interpolate_positions(patches.shape[2], patches.shape[3])  # (N, E)
+        """pixels (I, 3, image_size, image_size) -> features (I, N, E)."""
+        patches = self.patch_embedding(pixels)  # (I, E, grid, grid)
         patches = patches.flatten(2).transpose(1, 2)  # (I, N-1, E), row by row from the top left
         cls = self.class_embedding.expand(len(pixels), 1, -1)  # (I, 1, E)
         x = torch.cat([cls, patches], dim=1)  # (I, N, E)
-        x = self.pre_layernorm(x + positions)
+        x = self.pre_layernorm(x + self.position_embedding)
         for layer in self.layers:
             x = layer(x)
         return F.normalize(self.post_layernorm(x), dim=-1)
-
-    def interpolate_positions(self, rows: int, columns: int) -> Tensor:
-        """The position embeddings (N, E), bicubically interpolated if the grid size differs."""
-        grid = math.isqrt(len(self.position_embedding) - 1)
-        if rows == columns == grid:
-            return self.position_embedding
-        cls = self.position_embedding[:1]
-        patches = self.position_embedding[1:].T.reshape(1, -1, grid, grid)  # (1, E, grid, grid)
-        patches = F.interpolate(patches, size=(rows, columns), mode="bicubic")  # (1, E, rows, columns)
-        return torch.cat([cls, patches.flatten(2)[0].T])  # (1 + rows * columns, E)
 
 
 class Resampler(nn.Module):
@@ -489,36 +435,25 @@ def sinusoidal_positions(positions: Tensor, width: int) -> Tensor:
     return F.pad(table, (0, width % 2))  # (B, T, width): an odd width ends in a zero
 
 
-def token_positions(tokens: Tensor, pad_mask: Tensor | None = None) -> Tensor:
-    """Position ids (B, T): 2, 3, 4, ..., counting only tokens that are not padding."""
-    check_mask("pad_mask", pad_mask, tokens)
-    real = torch.ones_like(tokens) if pad_mask is None else (~pad_mask).long()
-    return real.cumsum(dim=1) + FIRST_POSITION - 1
+def token_positions(pad_mask: Tensor, first: Tensor | int = FIRST_POSITION) -> Tensor:
+    """Position ids (B, T) from `first` on, counting only tokens that are not padding."""
+    return (~pad_mask).cumsum(dim=1) + first - 1
 
 
-def check_mask(name: str, mask: Tensor | None, tokens: Tensor) -> None:
-    """ValueError for a mask that is not bool with the shape of tokens."""
-    if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
-        raise ValueError(f"{name}: expected bool {tuple(tokens.shape)}, got {mask.dtype} {tuple(mask.shape)}")
-
-
-def check_disjoint(image_mask: Tensor | None, pad_mask: Tensor | None) -> None:
-    if image_mask is not None and pad_mask is not None and (image_mask & pad_mask).any():
-        raise ValueError("image_mask and pad_mask mark the same token; a slot cannot be padding")
-
-
-def causal_mask(T: int, S: int, pad_mask: Tensor | None = None, device=None) -> Tensor | None:
+def causal_mask(T: int, pad_mask: Tensor) -> Tensor | None:
     """The attention mask of the last T of S positions: bool, (T, S), or (B, 1, T, S) with padding.
 
     None if nothing is masked. pad_mask (B, S) is True on padding. A padding position attends to
     itself: a fully masked row would give NaN; its output is never used.
     """
-    if T == 1 and pad_mask is None:
+    padded = bool(pad_mask.any())
+    if T == 1 and not padded:
         return None
-    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)  # (T, S)
-    if pad_mask is None:
+    S = pad_mask.shape[1]
+    mask = torch.ones(T, S, dtype=torch.bool, device=pad_mask.device).tril(S - T)  # (T, S)
+    if not padded:
         return mask
-    itself = torch.eye(S, dtype=torch.bool, device=device)[S - T :]  # (T, S)
+    itself = torch.eye(S, dtype=torch.bool, device=pad_mask.device)[S - T :]  # (T, S)
     mask = mask & ~pad_mask[:, None, :]  # (B, T, S)
     return (mask | itself)[:, None]  # (B, 1, T, S)
 
@@ -585,36 +520,24 @@ class Kosmos2(nn.Module):
         self.resampler = Resampler(config)
         self.decoder = Decoder(config.text)
 
-    def encode_image(self, pixels: Tensor, interpolate: bool = False) -> Tensor:
-        """pixels (I, 3, image_size, image_size) -> image_embeds (I, Q, D).
-
-        interpolate: accept any image of at least one patch, by interpolating the ViT's position
-        embeddings; without it, ValueError for any size but the trained one.
-        """
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """pixels (I, 3, image_size, image_size) -> image_embeds (I, Q, D)."""
         size = self.config.vision.image_size
-        patch = self.config.vision.patch_size
-        shape = tuple(pixels.shape)
-        if pixels.dim() != 4 or shape[1] != 3:
-            raise ValueError(f"pixels: expected (I, 3, {size}, {size}), got {shape}")
-        if interpolate and min(shape[2:]) < patch:
-            raise ValueError(f"pixels: expected a height and width of at least {patch}, got {shape}")
-        if not interpolate and shape[2:] != (size, size):
-            raise ValueError(f"pixels: expected (I, 3, {size}, {size}), got {shape}")
+        if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (3, size, size):
+            raise ValueError(f"pixels: expected (I, 3, {size}, {size}), got {tuple(pixels.shape)}")
         features = self.vision(pixels.to(self.vision.class_embedding.dtype))  # (I, N, E)
         return self.resampler(features)  # (I, Q, D)
 
-    def embed(self, tokens: Tensor, pixels=None, image_embeds=None, image_mask=None) -> Tensor:
+    def embed(self, tokens: Tensor, pixels=None, image_embeds=None, image_mask=None, pad_mask=None) -> Tensor:
         """tokens (B, T) -> x (B, T, D), with the image embeddings in the image slots.
 
-        Arguments as in `forward`. ValueError if images and slots do not match.
+        Arguments and errors as in `forward`.
         """
-        self._check_tokens(tokens)
-        check_mask("image_mask", image_mask, tokens)
         if pixels is not None and image_embeds is not None:
             raise ValueError("pass either pixels or image_embeds, not both")
         if pixels is not None:
             image_embeds = self.encode_image(pixels)
-        self._check_slots(image_embeds, image_mask)
+        self._check_inputs(tokens, image_embeds, image_mask, pad_mask)
         x = self.decoder.embed_tokens(tokens)  # (B, T, D)
         if image_embeds is None or len(image_embeds) == 0:
             return x
@@ -641,12 +564,12 @@ class Kosmos2(nn.Module):
         Returns logits (B, T, V), or (logits, mean cross-entropy).
         Raises ValueError for shapes that do not fit and for rows longer than the context.
         """
-        x = self.embed(tokens, pixels, image_embeds, image_mask)
+        x = self.embed(tokens, pixels, image_embeds, image_mask, pad_mask)
         T = tokens.shape[1]
-        positions = token_positions(tokens, pad_mask)
-        check_disjoint(image_mask, pad_mask)
-        self._check_length(positions)
-        x = self.decoder(x, positions, causal_mask(T, T, pad_mask, tokens.device))
+        if pad_mask is None:
+            pad_mask = torch.zeros_like(tokens, dtype=torch.bool)
+        self.check_length((~pad_mask).sum(dim=1).tolist())
+        x = self.decoder(x, token_positions(pad_mask), causal_mask(T, pad_mask))
         logits = self.decoder.unembed(x)  # (B, T, V)
         if labels is None:
             return logits
@@ -657,43 +580,36 @@ class Kosmos2(nn.Module):
         loss = F.cross_entropy(predicted, targets, ignore_index=-100)
         return logits, loss
 
-    def _check_tokens(self, tokens: Tensor) -> None:
+    def _check_inputs(self, tokens, image_embeds, image_mask, pad_mask) -> None:
+        """ValueError for shapes, types and ids that do not fit together."""
         V = self.config.text.vocab_size
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens: expected (B, T) with T >= 1, got {tuple(tokens.shape)}")
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"tokens: expected int64, got {tokens.dtype}")
-        if tokens.numel() and (tokens.min() < 0 or tokens.max() >= V):
-            raise ValueError(
-                f"token ids must be in 0..{V - 1}; does the tokenizer belong to another checkpoint?"
-            )
-
-    def _check_slots(self, image_embeds: Tensor | None, image_mask: Tensor | None) -> None:
         Q = self.config.latent_query_num
         D = self.config.text.width
+        shape = tuple(tokens.shape)
+        if len(shape) != 2 or shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens: expected int64 (B, T) with T >= 1, got {tokens.dtype} {shape}")
+        if tokens.numel() and (tokens.min() < 0 or tokens.max() >= V):
+            raise ValueError(f"token ids must be in 0..{V - 1}; is the tokenizer of another checkpoint?")
+        for name, mask in (("image_mask", image_mask), ("pad_mask", pad_mask)):
+            if mask is not None and (tuple(mask.shape) != shape or mask.dtype != torch.bool):
+                raise ValueError(f"{name}: expected bool {shape}, got {mask.dtype} {tuple(mask.shape)}")
+        if image_mask is not None and pad_mask is not None and (image_mask & pad_mask).any():
+            raise ValueError("image_mask and pad_mask mark the same token; a slot cannot be padding")
         if image_embeds is not None and tuple(image_embeds.shape[1:]) != (Q, D):
             raise ValueError(f"image_embeds: expected (I, {Q}, {D}), got {tuple(image_embeds.shape)}")
         images = 0 if image_embeds is None else len(image_embeds)
         slots = [0] if image_mask is None else image_mask.sum(dim=1).tolist()
         if sum(slots) != images * Q or any(count % Q for count in slots):
-            raise ValueError(
-                f"image_mask marks {slots} slots per row; expected {Q} for each image, images: {images}"
-            )
+            raise ValueError(f"image_mask marks {slots} slots; expected {Q} for each of {images} images")
 
-    def _check_length(self, positions: Tensor, new_tokens: int = 0) -> None:
-        if not positions.numel():
-            return
+    def check_length(self, lengths: list[int], new_tokens: int = 0) -> None:
+        """ValueError unless prompts of these lengths and their new tokens fit into the context."""
         limit = self.config.text.max_positions
-        length = int(positions.max()) - FIRST_POSITION + 1
-        room = limit - length
-        if room < 0 or (room == 0 and new_tokens > 0):
+        length = max(lengths, default=0)
+        if length + new_tokens > limit:
             raise ValueError(
-                f"the prompt has {length} tokens, but the context holds only {limit}; shorten the prompt"
-            )
-        if new_tokens > room:
-            raise ValueError(
-                f"the prompt has {length} tokens and the context holds {limit}; "
-                f"{new_tokens} new tokens do not fit; ask for at most {room}"
+                f"{length} tokens of the prompt and {new_tokens} new ones do not fit into the context of "
+                f"{limit} tokens; shorten the prompt or lower max_new_tokens"
             )
 
     @torch.inference_mode()
@@ -704,81 +620,43 @@ class Kosmos2(nn.Module):
 
         Arguments as in `forward`; rows of different lengths must be padded on the left
         (`pad_left`). Options are the fields of `GenerationOptions`, by name. A row's result depends
-        neither on the other rows nor on its padding. (transformers 5.23 shifts the positions of
-        padded rows when decoding begins.)
-        Raises ValueError for options out of range and for prompts that exceed the context length.
+        neither on the other rows nor on its padding. ValueError for options out of range and for
+        prompts that exceed the context.
         """
         state = self.prefill(tokens, pixels, image_embeds, image_mask, pad_mask, **options)
-        return [result.ids for result in finish(state)]
-
-    def stream(self, *inputs, **options) -> Iterator[list[int | None]]:
-        """`generate`, step by step: yields the new id of every row, None for finished rows."""
-        yield from decode(self.prefill(*inputs, **options))
+        return [row.ids for row in finish(state)]
 
     @torch.inference_mode()
     def prefill(
-        self,
-        tokens: Tensor,
-        pixels=None,
-        image_embeds=None,
-        image_mask=None,
-        pad_mask=None,
-        prefix=None,
-        **options,
+        self, tokens: Tensor, pixels=None, image_embeds=None, image_mask=None, pad_mask=None, **options
     ) -> "DecodeState":
-        """Run the prompts of `generate`; `decode` or `beam_search` continue from here.
-
-        prefix: the DecodeState after the common beginning of all prompts, one row without padding
-        and without new tokens; `tokens` then holds only what follows it. Several questions about
-        one image share its prefill this way:
-
-            prefix = model.prefill(image_tokens, pixels, image_mask=image_mask, max_new_tokens=0)
-            answers = finish(model.prefill(questions, pad_mask=pad_mask, prefix=prefix))
-        """
+        """Run the prompts of `generate`; `decode` or `finish` continue from here."""
         checked = GenerationOptions(**options)
-        check_mask("pad_mask", pad_mask, tokens)
-        if pad_mask is not None and not pad_mask.any():
-            pad_mask = None
-        if pad_mask is not None and pad_mask[:, -1].any():
+        x = self.embed(tokens, pixels, image_embeds, image_mask, pad_mask)  # (B, T, D)
+        if pad_mask is None:
+            pad_mask = torch.zeros_like(tokens, dtype=torch.bool)
+        if pad_mask[:, -1].any():
             raise ValueError("generation needs left padding, but pad_mask is True at the end of a row")
-        if prefix is not None and not (prefix.model is self and prefix.is_prefix()):
-            raise ValueError("prefix: expected one row of this model, without padding and without new tokens")
-        x = self.embed(tokens, pixels, image_embeds, image_mask)  # (B, T, D)
-        check_disjoint(image_mask, pad_mask)
-        B, T, D = x.shape
-        past = 0 if prefix is None else prefix.caches[0].length
-        positions = token_positions(tokens, pad_mask) + past
-        self._check_length(positions, checked.max_new_tokens)
-
-        heads = self.config.text.heads
-        capacity = past + T + max(checked.max_new_tokens - 1, 0)
-        caches = [KVCache(B, heads, capacity, D // heads, like=x) for _ in self.decoder.layers]
-        prompts = tokens.tolist()
-        if pad_mask is not None:
-            prompts = [row[~padding].tolist() for row, padding in zip(tokens, pad_mask, strict=True)]
-            pad_mask = F.pad(pad_mask, (past, 0), value=False)  # (B, past + T)
-        if prefix is not None:
-            prompts = [prefix.prompts[0] + prompt for prompt in prompts]
-            for cache, shared in zip(caches, prefix.caches, strict=True):
-                cache.append(shared.keys[:, :, :past], shared.values[:, :, :past])  # the same for all rows
-
-        x = self.decoder(x, positions, causal_mask(T, past + T, pad_mask, x.device), caches)  # (B, T, D)
-        next_position = positions[:, -1:] + 1  # (B, 1)
-        logits = self.next_logits(x[:, -1])  # (B, V)
-        return DecodeState(self, checked, prompts, caches, next_position, pad_mask, logits)
+        prompts = [row[~padding].tolist() for row, padding in zip(tokens, pad_mask, strict=True)]
+        self.check_length([len(prompt) for prompt in prompts], checked.max_new_tokens)
+        state = DecodeState(self, prompts, checked, capacity=tokens.shape[1] + checked.max_new_tokens)
+        x = state.advance(x, pad_mask)  # (B, T, D)
+        state.logits = self.next_logits(x[:, -1])
+        return state
 
     def next_logits(self, x: Tensor) -> Tensor:
         """x (..., D) after the decoder -> float32 logits (..., V) of the next token."""
         logits = self.decoder.unembed(x).float()  # (..., V)
         if not torch.isfinite(logits.sum()):
-            raise ValueError(
-                "the logits are not finite: the weights are damaged or too large for this precision"
-            )
+            raise ValueError("the logits are not finite: weights damaged or too large for this precision")
         return logits
 
 
 # ----------------------------------------------------------------------------------------------------
 # Generation  (walkthrough: notebooks/05_sampling)
+#
+# prefill runs the prompts and makes a DecodeState. decode is the loop: it chooses a token for each
+# row from state.logits, appends it, and runs it through the decoder (state.step).
 # ----------------------------------------------------------------------------------------------------
 
 # (ids so far, number of tokens that may still follow) -> bool (V,), True where a token may come
@@ -796,7 +674,6 @@ class GenerationOptions:
     temperature: float = 0.0  # 0 takes the most likely token, 1 samples from the model's distribution
     top_k: int | None = None  # sample among the k most likely tokens
     top_p: float | None = None  # sample among the most likely tokens that together reach probability p
-    num_beams: int = 1  # above 1: beam search; excludes sampling
     # Forbid any n-gram that has occurred already, including in the prompt and its slots. The published model
     # is used with 3 (config.text.no_repeat_ngram_size); transformers 5.23 loses that setting while loading.
     no_repeat_ngram_size: int = 0
@@ -804,203 +681,138 @@ class GenerationOptions:
     # in a batch get equal samples.)
     seed: int | None = None
     constraint: Constraint | None = None  # such as Tokenizer.allowed_tokens, which keeps boxes complete
-    # Ids so far -> ids that probably follow, such as Tokenizer.likely_next. They are run in the same pass
-    # as the last token, which costs little when decoding is memory-bound. A correct guess saves
-    # a pass; the result stays the same. Used for one sequence without padding, not in beam search.
-    draft: Callable[[list[int]], list[int]] | None = None
 
     def __post_init__(self):
-        check_integers(
-            "option", minimum=0, max_new_tokens=self.max_new_tokens, min_new_tokens=self.min_new_tokens
-        )
-        check_integers("option", minimum=0, no_repeat_ngram_size=self.no_repeat_ngram_size)
-        check_integers("option", num_beams=self.num_beams)
-        if self.top_k is not None:
-            check_integers("option", top_k=self.top_k)
+        for name in ("max_new_tokens", "min_new_tokens", "no_repeat_ngram_size"):
+            check_integer(name, getattr(self, name), minimum=0)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
-                f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens ({self.max_new_tokens})"
+                f"min_new_tokens {self.min_new_tokens} is above {self.max_new_tokens}, the limit"
             )
+        if self.top_k is not None:
+            check_integer("top_k", self.top_k)
+        if self.seed is not None:
+            check_integer("seed", self.seed, -(2**63), 2**64 - 1)
         hottest = torch.finfo(torch.float32).max
         if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature <= hottest:
-            raise ValueError(
-                f"temperature: expected 0 (greedy) or a positive number, got {self.temperature!r}"
-            )
+            raise ValueError(f"temperature: expected 0 or a positive number, got {self.temperature!r}")
         is_number = isinstance(self.top_p, (int, float))
         if self.top_p is not None and not (is_number and 0 < self.top_p <= 1):
             raise ValueError(f"top_p: expected a number above 0 and at most 1, got {self.top_p!r}")
-        fits = type(self.seed) is int and -(2**63) <= self.seed < 2**64
-        if self.seed is not None and not fits:
-            raise ValueError(f"seed: expected an integer of at most 64 bits, got {self.seed!r}")
-        if self.num_beams > 1 and self.temperature > 0:
-            raise ValueError("beam search does not sample; use temperature 0 or num_beams 1")
-
-
-@dataclass(frozen=True)
-class Generated:
-    """The new ids of a sequence, and the probability the model gave to each.
-
-    Probabilities are the model's own: before temperature, n-gram blocking and constraints.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    probabilities: list[float] = field(default_factory=list)
-
-    def plus(self, token: int, probability: float) -> "Generated":
-        return Generated([*self.ids, token], [*self.probabilities, probability])
 
 
 @dataclass
+class Row:
+    """A prompt and what has been generated for it."""
+
+    prompt: list[int]
+    ids: list[int] = field(default_factory=list)  # the new ids
+    # Of each new id, as the model gave it: before temperature, n-gram blocking and constraint.
+    probabilities: list[float] = field(default_factory=list)
+    cut: bool = False  # its markup did not fit into the length limit: only </s> may follow
+
+    @property
+    def all_ids(self) -> list[int]:
+        return self.prompt + self.ids
+
+
 class DecodeState:
-    """Decoding state of a batch: sequences, KV caches and next-token logits.
+    """A batch that is being decoded: its rows, KV caches, and the logits of its next tokens."""
 
-    Sequence i continues prompts[rows[i]]. At first there is one for each prompt. Finished sequences
-    leave the batch; beam search keeps several for each prompt.
-    """
+    def __init__(self, model: Kosmos2, prompts: list[list[int]], options: GenerationOptions, capacity: int):
+        """capacity: the most positions that a row will have, padding included."""
+        B = len(prompts)
+        heads = model.config.text.heads
+        D = model.config.text.width
+        like = model.decoder.layer_norm.weight  # for device and dtype
+        self.model = model
+        self.options = options
+        self.rows = [Row(prompt) for prompt in prompts]  # one for each prompt
+        self.running = list(self.rows)  # those that are in the caches: ended rows leave
+        self.caches = [KVCache(B, heads, capacity, D // heads, like) for _ in model.decoder.layers]
+        self.next_position = torch.full((B, 1), FIRST_POSITION, device=like.device)  # (B, 1)
+        self.pad_mask = torch.zeros(B, 0, dtype=torch.bool, device=like.device)  # (B, S)
+        self.logits = like.new_empty(B, 0)  # (B, V) after the first `advance`
 
-    model: Kosmos2
-    options: GenerationOptions
-    prompts: list[list[int]]
-    caches: list[KVCache]  # one for each layer
-    next_position: Tensor  # (B, 1)
-    pad_mask: Tensor | None  # (B, S)
-    logits: Tensor  # (B, V)
-    rows: list[int] = field(init=False)
-    sequences: list[Generated] = field(init=False)
-    results: list[Generated] = field(init=False)  # what has been generated for each prompt
-    # Guesses that have been run already: each id, and the logits (1, V) of what follows it.
-    drafted: list[tuple[int, Tensor]] = field(default_factory=list)
+    def advance(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        """Run the next T positions of all running rows through the decoder, and cache them.
 
-    def __post_init__(self):
-        self.rows = list(range(len(self.prompts)))
-        self.sequences = [Generated() for _ in self.rows]
-        self.results = list(self.sequences)
-
-    def is_prefix(self) -> bool:
-        """Whether other prompts can continue from here: see `Kosmos2.prefill`."""
-        return len(self.rows) == 1 and self.pad_mask is None and not self.sequences[0].ids
-
-    def all_ids(self, i: int) -> list[int]:
-        """The ids of sequence i, those of its prompt included."""
-        return self.prompts[self.rows[i]] + self.sequences[i].ids
-
-    def extended(self, parents: list[int], tokens: list[int]) -> list[Generated]:
-        """The sequences `parents`, each with one more token."""
-        logits = self.logits[parents, tokens]  # (len(parents),)
-        probabilities = (logits - self.logits.logsumexp(dim=-1)[parents]).exp().tolist()
-        longer = []
-        for i, token, probability in zip(parents, tokens, probabilities, strict=True):
-            longer.append(self.sequences[i].plus(token, probability))
-        return longer
-
-    def step(self, parents: list[int], sequences: list[Generated]) -> None:
-        """Continue with these sequences only, made by `extended`: run their last tokens through the
-        decoder.
-
-        parents: for each sequence, the index of the one it extends. An index may repeat;
-        sequences that are not listed leave the batch.
+        x (B, T, D): their embeddings; pad_mask (B, T): True on padding. Returns x (B, T, D).
         """
-        device = self.next_position.device
-        if parents != list(range(len(self.rows))):
-            index = torch.tensor(parents, dtype=torch.long, device=device)
-            for cache in self.caches:
-                cache.reorder(index)
-            self.next_position = self.next_position[index]
-            if self.pad_mask is not None:
-                self.pad_mask = self.pad_mask[index]
-        self.rows = [self.rows[i] for i in parents]
-        self.sequences = sequences
-        position = self.next_position
-        self.next_position = position + 1
-        if not sequences:
-            return
-        if self._accept_guess(sequences[0].ids[-1]):
-            return
-        if self.pad_mask is not None:
-            self.pad_mask = F.pad(self.pad_mask, (0, 1), value=False)  # (B, S)
-        draft = self.guess_next()
-        T = 1 + len(draft)
-        tokens = torch.tensor([[sequence.ids[-1], *draft] for sequence in sequences], device=device)  # (B, T)
-        positions = position + torch.arange(T, device=device)  # (B, T)
-        x = self.model.decoder.embed_tokens(tokens)  # (B, T, D)
-        mask = causal_mask(T, self.caches[0].length + T, self.pad_mask, device)
-        x = self.model.decoder(x, positions, mask, self.caches)
-        logits = self.model.next_logits(x)  # (B, T, V)
-        self.logits = logits[:, 0]
-        self.drafted = [(token, logits[:, i]) for i, token in enumerate(draft, start=1)]
+        B, T, D = x.shape
+        if pad_mask is None:
+            pad_mask = torch.zeros(B, T, dtype=torch.bool, device=x.device)
+        positions = token_positions(pad_mask, self.next_position)  # (B, T)
+        self.next_position = positions[:, -1:] + 1
+        self.pad_mask = torch.cat([self.pad_mask, pad_mask], dim=1)  # (B, S)
+        return self.model.decoder(x, positions, causal_mask(T, self.pad_mask), self.caches)
 
-    def _accept_guess(self, token: int) -> bool:
-        """Whether this token was guessed (only for a single sequence): then `logits` become those
-        after it.
+    def step(self, tokens: list[int]) -> None:
+        """Run one token of each running row; then `logits` are those of the tokens after it."""
+        ids = torch.tensor(tokens, device=self.pad_mask.device)[:, None]  # (B, 1)
+        x = self.advance(self.model.decoder.embed_tokens(ids))  # (B, 1, D)
+        self.logits = self.model.next_logits(x[:, -1])
 
-        If not, the guesses were wrong and are dropped from the caches.
-        """
-        if self.drafted and self.drafted[0][0] == token:
-            self.logits = self.drafted.pop(0)[1]
-            return True
+    def keep(self, indices: list[int]) -> None:
+        """Continue with these running rows only, in this order; one that is repeated is copied."""
+        if indices == list(range(len(self.running))):
+            return
+        index = torch.tensor(indices, dtype=torch.long, device=self.pad_mask.device)
         for cache in self.caches:
-            cache.length -= len(self.drafted)
-        self.drafted = []
-        return False
-
-    def guess_next(self) -> list[int]:
-        """The ids that options.draft expects next.
-
-        Only for a single sequence: the rows of a batch would guess different numbers of ids.
-        """
-        options = self.options
-        if options.draft is None or options.num_beams > 1:
-            return []
-        if len(self.rows) > 1 or self.pad_mask is not None:
-            return []
-        cache = self.caches[0]
-        room = cache.keys.shape[2] - cache.length - 1
-        return options.draft(self.all_ids(0))[:room]
+            cache.keep(index)
+        self.next_position = self.next_position[index]
+        self.pad_mask = self.pad_mask[index]
+        self.logits = self.logits[index]
+        kept: list[Row] = []
+        for i in indices:
+            row = self.running[i]
+            is_copy = any(row is other for other in kept)
+            kept.append(replace(row, ids=[*row.ids], probabilities=[*row.probabilities]) if is_copy else row)
+        self.running = kept
 
 
 @torch.inference_mode()
-def decode(state: DecodeState) -> Iterator[list[int | None]]:
-    """The decoding loop. After each step, yields the new id of every prompt, or None if it has ended.
+def decode(state: DecodeState) -> Iterator[list[Row]]:
+    """The decoding loop. After each step, yields the rows of all prompts, ended ones included.
 
-    `state.results` holds what has been generated so far. A state can be decoded only once.
+    A state can be decoded only once.
     """
     options = state.options
-    if any(result.ids for result in state.results):
-        return
-    if options.num_beams > 1:
-        raise ValueError("beam search cannot stream; use num_beams 1")
     generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
-    cut: set[int] = set()  # prompts whose answers the length limit has cut short
+    if any(row.ids for row in state.rows):
+        return
     for remaining in range(options.max_new_tokens, 0, -1):
+        # 1. Mask the logits and choose a token for each row.
         logits = mask_logits(state.logits, state)  # (B, V)
         count = len(logits) if generator is None else 1  # with a seed, all rows share one number
         uniform = torch.rand(count, generator=generator).to(logits.device)
-        sampled = sample(logits, options.temperature, options.top_k, options.top_p, uniform).tolist()
+        sampled = sample(logits, options.temperature, options.top_k, options.top_p, uniform)  # (B,)
+
+        # 2. Append it with its probability.
         tokens = []
-        for i, token in enumerate(sampled):
-            kept = EOS if state.rows[i] in cut else cut_markup(state, i, token, remaining)
-            if kept != token:
-                cut.add(state.rows[i])
-            tokens.append(kept)
-        sequences = state.extended(list(range(len(tokens))), tokens)
-        new_ids: list[int | None] = [None] * len(state.prompts)
-        for row, sequence in zip(state.rows, sequences, strict=True):
-            state.results[row] = sequence
-            new_ids[row] = sequence.ids[-1]
-        yield new_ids
+        for row, token in zip(state.running, sampled.tolist(), strict=True):
+            fitting = EOS if row.cut else cut_markup(options.constraint, row.all_ids, token, remaining)
+            row.cut = row.cut or fitting != token
+            tokens.append(fitting)
+        log_probabilities = state.logits[range(len(tokens)), tokens] - state.logits.logsumexp(dim=-1)  # (B,)
+        for row, token, p in zip(state.running, tokens, log_probabilities.exp().tolist(), strict=True):
+            row.ids.append(token)
+            row.probabilities.append(p)
+        yield state.rows
+
+        # 3. Drop the ended rows and run the others.
         unfinished = [i for i, token in enumerate(tokens) if token != EOS]
         if not unfinished or remaining == 1:
             return
-        state.step(unfinished, [sequences[i] for i in unfinished])
+        state.keep(unfinished)
+        state.step([tokens[i] for i in unfinished])
 
 
-def finish(state: DecodeState) -> list[Generated]:
-    """Generate to the end, by beam search if num_beams > 1; returns one result for each prompt."""
-    if state.options.num_beams > 1:
-        return beam_search(state)
+def finish(state: DecodeState) -> list[Row]:
+    """Decode to the end; returns the rows of all prompts, with their new ids and probabilities."""
     for _ in decode(state):
         pass
-    return state.results
+    return state.rows
 
 
 def mask_logits(scores: Tensor, state: DecodeState) -> Tensor:
@@ -1010,19 +822,18 @@ def mask_logits(scores: Tensor, state: DecodeState) -> Tensor:
     """
     options = state.options
     scores = scores.clone()
-    scores[:, PAD] = -math.inf  # never part of a text. The original forbids it, too; transformers does not.
-    for i, sequence in enumerate(state.sequences):
-        ids = state.all_ids(i)
+    scores[:, PAD] = -math.inf  # never generated. The original forbids it, too; transformers does not.
+    for i, row in enumerate(state.running):
         rules = []
-        if len(sequence.ids) < options.min_new_tokens:
+        if len(row.ids) < options.min_new_tokens:
             rules.append([EOS])
         if options.constraint is not None:
             # As if there were no length limit: `cut_markup` applies it.
-            allowed = options.constraint(ids, state.model.config.text.max_positions)
+            allowed = options.constraint(row.all_ids, state.model.config.text.max_positions)
             if allowed is not None:
                 rules.append(~torch.from_numpy(allowed).to(scores.device))
         if options.no_repeat_ngram_size:
-            rules.append(repeated_ngrams(ids, options.no_repeat_ngram_size))
+            rules.append(repeated_ngrams(row.all_ids, options.no_repeat_ngram_size))
         for forbidden in rules:
             masked = scores[i].clone()
             masked[forbidden] = -math.inf
@@ -1031,34 +842,20 @@ def mask_logits(scores: Tensor, state: DecodeState) -> Tensor:
     return scores
 
 
-def cut_markup(state: DecodeState, i: int, token: int, remaining: int) -> int:
+def cut_markup(constraint: Constraint | None, ids: list[int], token: int, remaining: int) -> int:
     """The token, or a replacement if it is markup that no longer fits into the length limit.
 
     The replacement is </s>, even before min_new_tokens, or the tag that closes what is open. So the
     limit only truncates: everything before the cut stays the same.
     """
-    if state.options.constraint is None:
+    if constraint is None:
         return token
-    allowed = state.options.constraint(state.all_ids(i), remaining)
+    allowed = constraint(ids, remaining)
     if allowed is None or allowed[token] or not allowed.any():
         return token
     if allowed[EOS]:
         return EOS
     return int(allowed.argmax())  # the closing tag
-
-
-def pad_left(rows: list[tuple[list[int], list[bool]]], device=None) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (ids, image_mask) of any lengths -> tokens, image_mask, pad_mask, each (B, T)."""
-    T = max(len(ids) for ids, _ in rows)
-    shape = (len(rows), T)
-    tokens = torch.full(shape, PAD, device=device)
-    image_mask = torch.full(shape, False, device=device)
-    pad_mask = torch.full(shape, True, device=device)
-    for i, (ids, mask) in enumerate(rows):
-        tokens[i, T - len(ids) :] = torch.tensor(ids)
-        image_mask[i, T - len(mask) :] = torch.tensor(mask)
-        pad_mask[i, T - len(ids) :] = False
-    return tokens, image_mask, pad_mask
 
 
 def repeated_ngrams(ids: list[int], n: int) -> list[int]:
@@ -1094,134 +891,15 @@ def sample(
     return ids.gather(1, chosen)[:, 0]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Beam search, for texts and for boxes
-# ----------------------------------------------------------------------------------------------------
-
-
-class Candidate(NamedTuple):
-    """A sequence with one more token."""
-
-    score: float  # summed log-probability of its new tokens
-    parent: int  # the sequence it extends
-    token: int
-
-
-@torch.inference_mode()
-def beam_search(state: DecodeState) -> list[Generated]:
-    """Keep the num_beams most likely sequences of every prompt at each step; returns the best
-    finished one of each.
-
-    The score of a finished sequence is the mean log-probability of its new tokens (of the original
-    token where `cut_markup` replaced it). A prompt is done when it has num_beams finished sequences
-    and its best unfinished one scores no better than the worst of them. As with `decode`, a state
-    can be searched only once; `state.results` keeps the result.
-    """
-    if any(result.ids for result in state.results):
-        return state.results
-    num_beams = state.options.num_beams
-    limit = state.options.max_new_tokens
-    totals = torch.zeros(len(state.rows))  # summed log-probability of every sequence
-    finished: list[list[tuple[float, Generated]]] = [[] for _ in state.prompts]
-    for length in range(1, limit + 1):
-        scores = mask_logits(state.logits.log_softmax(dim=-1), state)
-        scores = scores.cpu() + totals[:, None]  # (B, V)
-        kept = []
-        for row in dict.fromkeys(state.rows):
-            beams = [i for i, r in enumerate(state.rows) if r == row]
-            running, ended = best_continuations(state, scores, beams, remaining=limit - length + 1)
-            for candidate, sequence in zip(ended, extend(state, ended), strict=True):
-                finished[row].append((candidate.score / length, sequence))
-            finished[row] = sorted(finished[row], key=lambda found: -found[0])[:num_beams]
-            best = running[0].score / length if running else -math.inf
-            if len(finished[row]) < num_beams or best > finished[row][-1][0]:
-                kept += running
-        if not kept:
-            break
-        totals = torch.tensor([candidate.score for candidate in kept])
-        state.step([candidate.parent for candidate in kept], extend(state, kept))
-    state.results = [found[0][1] if found else Generated() for found in finished]
-    return state.results
-
-
-def extend(state: DecodeState, candidates: list[Candidate]) -> list[Generated]:
-    """The sequences of these candidates."""
-    parents = [candidate.parent for candidate in candidates]
-    return state.extended(parents, [candidate.token for candidate in candidates])
-
-
-def best_continuations(
-    state: DecodeState, scores: Tensor, beams: list[int], remaining: int
-) -> tuple[list[Candidate], list[Candidate]]:
-    """The best continuations of one prompt: num_beams that go on, and those of the best that end.
-
-    scores (B, V): summed log-probabilities; beams: the sequences of this prompt.
-
-    A sequence ends in only one way, by </s>, so of 2 * num_beams candidates at least num_beams go on,
-    unless the length limit ends them, too. Where `cut_markup` replaces several tokens of a beam with
-    the same one, only the most likely of these candidates counts.
-    """
-    V = scores.shape[1]
-    num_beams = state.options.num_beams
-    count = min(2 * num_beams, len(beams) * V)
-    best, flat_index = scores[beams].flatten().topk(count)  # (count,), most likely first
-    running = []
-    ended = []
-    seen = set()
-    for score, index in zip(best.tolist(), flat_index.tolist(), strict=True):
-        if score == -math.inf:
-            break
-        beam = beams[index // V]
-        token = cut_markup(state, beam, index % V, remaining)
-        if (beam, token) in seen:
-            continue
-        seen.add((beam, token))
-        if token != EOS and remaining > 1:
-            running.append(Candidate(score, beam, token))
-        elif len(seen) <= num_beams:
-            ended.append(Candidate(score, beam, token))
-    return running[:num_beams], ended
-
-
-MOST_CANDIDATES = 2000  # boxes that `rank_boxes` considers; most overlap one another
-
-
-@torch.inference_mode()
-def rank_boxes(
-    state: DecodeState, tokenizer: Tokenizer, count: int, beam: int = 32
-) -> list[tuple[float, int, int]]:
-    """The most likely distinct boxes for one prompt that ends in <object>: (score, top-left index,
-    bottom-right index).
-
-    A beam search over the two tokens of a box, with `beam` top-left corners; of boxes that overlap
-    with IoU >= 0.5, only the most likely is kept. The score is the geometric mean of the two
-    probabilities. Consumes `state`, which needs max_new_tokens >= 2.
-    """
-    is_new = len(state.rows) == 1 and not state.sequences[0].ids
-    if not is_new or state.options.max_new_tokens < 2 or count < 1:
-        raise ValueError("rank_boxes: expected one prompt, no new tokens, max_new_tokens >= 2, count >= 1")
-    grid = tokenizer.grid
-    first_location = tokenizer.first_location
-    cells = torch.arange(grid**2)
-    first = state.logits[0].softmax(dim=-1)[first_location:].cpu()  # (grid²,)
-    p_first, top_left = first.topk(min(beam, len(cells)))  # (beam,)
-    parents = [0] * len(top_left)
-    state.step(parents, state.extended(parents, (top_left + first_location).tolist()))
-    p_second = state.logits.softmax(dim=-1)[:, first_location:].cpu()  # (beam, grid²)
-    below = cells // grid >= top_left[:, None] // grid
-    right = cells % grid >= top_left[:, None] % grid
-    joint = (p_first[:, None] * p_second * (below & right)).flatten()  # (beam * grid²,)
-
-    found: list[tuple[float, int, int]] = []
-    kept: list[tuple[int, int, int, int]] = []
-    best, flat_index = joint.topk(min(MOST_CANDIDATES, len(joint)))
-    for probability, index in zip(best.tolist(), flat_index.tolist(), strict=True):
-        ul = int(top_left[index // len(cells)])
-        lr = index % len(cells)
-        box = (ul % grid, ul // grid, lr % grid + 1, lr // grid + 1)  # in whole cells
-        if probability > 0 and all(iou(box, other) < 0.5 for other in kept):
-            found.append((math.sqrt(probability), ul, lr))
-            kept.append(box)
-        if len(found) == count:
-            break
-    return found
+def pad_left(rows: list[tuple[list[int], list[bool]]], device=None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (ids, image_mask) of any lengths -> tokens, image_mask, pad_mask, each (B, T)."""
+    T = max(len(ids) for ids, _ in rows)
+    shape = (len(rows), T)
+    tokens = torch.full(shape, PAD, device=device)
+    image_mask = torch.full(shape, False, device=device)
+    pad_mask = torch.full(shape, True, device=device)
+    for i, (ids, mask) in enumerate(rows):
+        tokens[i, T - len(ids) :] = torch.tensor(ids)
+        image_mask[i, T - len(mask) :] = torch.tensor(mask)
+        pad_mask[i, T - len(ids) :] = False
+    return tokens, image_mask, pad_mask

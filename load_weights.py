@@ -1,15 +1,14 @@
 """Load a Kosmos-2 checkpoint in any published format, checking every tensor.
 
-    python load_weights.py CHECKPOINT               report what is in it and whether it is complete
-    python load_weights.py CHECKPOINT --save DIR    rewrite it in the published layout
-    python load_weights.py CHECKPOINT --save DIR --precision int8    a quarter of the size of fp32, loads faster
+    python load_weights.py CHECKPOINT    report what is in it and whether it is complete
 
 CHECKPOINT is a folder in the published layout (config.json, sentencepiece.bpe.model, and
 model.safetensors or shards with an index), a .safetensors file, a Hugging Face pytorch_model.bin,
 the original kosmos-2.pt of fairseq, a state dict saved from a training run, or a hub id such as
 microsoft/kosmos-2-patch14-224.
 
-Order: names, config.json, files, faster linear layers, loading, saving, the command.
+Order: names, config.json, files, the checkpoint, loading, the command. Faster layers for CPUs are in
+inference/fast.py, writing checkpoints is in inference/convert.py.
 """
 
 import argparse
@@ -17,45 +16,23 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
-import time
 import warnings
 import zipfile
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import lru_cache
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from kosmos2 import (
-    BOS,
-    EOS,
-    PAD,
-    Attention,
-    Block,
-    Embedding,
-    Kosmos2,
-    Kosmos2Config,
-    TextConfig,
-    VisionConfig,
-)
-from tokenizer import GRID, TAGS, Tokenizer, open_sentencepiece, refuse_lfs_pointer
+from kosmos2 import BOS, EOS, PAD, Kosmos2, Kosmos2Config, TextConfig, VisionConfig
+from tokenizer import Tokenizer
 
 SENTENCEPIECE = "sentencepiece.bpe.model"
-
-# The dtype of weights and activations. On a CPU, fp16 and int8 apply to the large matrices only
-# (`PackedLinear`; int8 also rounds their inputs); everything else is float32 there.
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
-PACKED = ("fp16", "int8")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ----------------------------------------------------------------------------------------------------
 # Tensor names
@@ -86,12 +63,9 @@ NAMES = [
 # fmt: on
 OURS, HUGGING_FACE, FAIRSEQ = 0, 1, 2  # the columns of NAMES
 LAYOUTS = ["kosmos2.py", "the published (Hugging Face)", "the original (fairseq)"]
-FIRST_WORDS = {
-    column: {row[column].split(".")[0] for row in NAMES} for column in (OURS, HUGGING_FACE, FAIRSEQ)
-}
+FIRST_WORDS = [{row[column].split(".")[0] for row in NAMES} for column in (OURS, HUGGING_FACE, FAIRSEQ)]
 
 EMBEDDING = "decoder.embed_tokens.weight"
-SCALE = "_scale"  # the scales of an int8 matrix NAME.weight are stored as NAME.weight_scale
 OUTPUT_PROJECTIONS = {
     "text_model.lm_head.weight",
     "gpt_model.decoder.output_projection.weight",
@@ -102,8 +76,8 @@ UNUSED_BUFFERS = {  # stored by older versions
     "gpt_model.decoder.embed_positions._float_tensor",
     "gpt_model.decoder.self_attn_sope.scale",
 }
-# Names that torch.compile, FSDP, activation checkpointing and DDP put in front of a wrapped module.
-WRAPPERS = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
+# What torch.compile, FSDP, activation checkpointing and DDP add to the names of a wrapped module.
+WRAPPERS = r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
 
 
 def rename(name: str, layout: int) -> str:
@@ -117,15 +91,10 @@ def rename(name: str, layout: int) -> str:
 
 
 def strip_wrappers(names: list[str]) -> dict[str, str]:
-    """Each stored name -> the name without wrappers and without a prefix that all names share."""
-    stripped = {name: re.sub(rf"(?<![^.]){WRAPPERS}", "", name) for name in names}
-    known = set().union(*FIRST_WORDS.values())
-    while all("." in name for name in stripped.values()):
-        first_words = {name.split(".")[0] for name in stripped.values()}
-        if len(first_words) != 1 or first_words & known:
-            break
-        stripped = {stored: name.partition(".")[2] for stored, name in stripped.items()}
-    return stripped
+    """Each stored name -> the name without what comes before the names of a layout."""
+    known = "|".join(set().union(*FIRST_WORDS))
+    prefix = re.compile(rf"(?:\w+\.)*?(?=(?:{known})\.)")
+    return {name: prefix.sub("", re.sub(WRAPPERS, "", name), count=1) for name in names}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -175,10 +144,9 @@ def read_config(path: str | Path) -> Kosmos2Config:
     """Read a published config.json. Unknown keys are ignored, missing keys default to the published
     values.
 
-    no_repeat_ngram_size is read from config.json, then from generation_config.json next to it,
-    where transformers 5 moves it when it saves a model. Raises FileNotFoundError if there is no
-    such file; ValueError for a file that is not JSON, belongs to another architecture, or has
-    values that kosmos2.py does not support.
+    no_repeat_ngram_size is also read from generation_config.json next to it, where transformers 5
+    moves it when it saves a model. FileNotFoundError if there is no such file; ValueError for a file
+    that is not JSON, belongs to another architecture, or has values that kosmos2.py does not support.
     """
     published = read_json(path)
     parts = {"": published}
@@ -192,24 +160,15 @@ def read_config(path: str | Path) -> Kosmos2Config:
             raise ValueError(f"{path}: {key} is {value!r}; only {supported!r} is supported")
     vision = renamed(parts["vision_config"], VISION_KEYS)
     text = renamed(parts["text_config"], TEXT_KEYS)
-    ngram_size = find_ngram_size(path, published)
-    if ngram_size is not None:
-        text.setdefault("no_repeat_ngram_size", ngram_size)
-    latents = published.get("latent_query_num", Kosmos2Config.latent_query_num)
+    generation_config = Path(path).with_name("generation_config.json")
+    for source in (published, read_json(generation_config) if generation_config.is_file() else {}):
+        if "no_repeat_ngram_size" in source:
+            text.setdefault("no_repeat_ngram_size", source["no_repeat_ngram_size"])
+    sizes = {key: published[key] for key in ("latent_query_num", "location_grid") if key in published}
     try:
-        return Kosmos2Config(VisionConfig(**vision), TextConfig(**text), latents)
+        return Kosmos2Config(VisionConfig(**vision), TextConfig(**text), **sizes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def find_ngram_size(path: str | Path, published: dict) -> int | None:
-    """no_repeat_ngram_size from the top level of config.json or from generation_config.json."""
-    if "no_repeat_ngram_size" in published:
-        return published["no_repeat_ngram_size"]
-    generation_config = Path(path).with_name("generation_config.json")
-    if not generation_config.is_file():
-        return None
-    return read_json(generation_config).get("no_repeat_ngram_size")
 
 
 def read_json(path: str | Path) -> dict:
@@ -221,18 +180,6 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
-
-
-def published_config(config: Kosmos2Config) -> dict:
-    """The content of a published config.json."""
-    published = {"model_type": "kosmos-2", "architectures": ["Kosmos2ForConditionalGeneration"]}
-    published["latent_query_num"] = config.latent_query_num
-    published["vision_config"] = {key: getattr(config.vision, ours) for ours, key in VISION_KEYS.items()}
-    published["text_config"] = {key: getattr(config.text, ours) for ours, key in TEXT_KEYS.items()}
-    for part, key, value in HARD_CODED:
-        if part:
-            published[part][key] = value
-    return published
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -279,7 +226,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 class Inert:
-    """Stands in for objects pickled next to the tensors (argparse, omegaconf, ...); ignores everything."""
+    """Stands in for what is pickled next to the tensors (argparse, omegaconf, ...); ignores everything."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -295,16 +242,16 @@ def inert_dict(*args) -> dict:
 
 
 def read_torch(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a file written by torch.save: pytorch_model.bin, fairseq's kosmos-2.pt, a
-    training checkpoint.
+    """The tensors of a file written by torch.save: pytorch_model.bin, kosmos-2.pt, a state dict.
 
     A pickle can call any function, so the file is read with weights_only=True, and every other
-    class it names is replaced by `Inert`. ValueError if the file is damaged or cannot be read that
-    way.
+    class it names is replaced by `Inert`. ValueError if it is damaged or cannot be read that way.
     """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
+                    raise ValueError("it is compressed, which torch.save never does")
                 if archive.testzip() is not None:
                     raise ValueError("checksum error")
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -335,54 +282,43 @@ MOST_NESTED = 4  # a file may be malicious and contain itself
 
 def unwrap_state_dict(content, path: Path) -> dict[str, Tensor]:
     """The state dict in what torch.save stored: the object itself, or an entry such as "model"."""
+    if isinstance(content, dict) and "kosmos2_training" in content:
+        raise ValueError(f"{path} is an unfinished training run; training/README.md shows how to finish it")
     for _ in range(MOST_NESTED):
-        if not isinstance(content, dict):
-            break
-        inner = [content[key] for key in STATE_DICT_KEYS if isinstance(content.get(key), dict)]
-        if inner:
-            content = inner[0]
-            continue
-        tensors = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
-        if not tensors:
-            break
-        return tensors
-    raise ValueError(
-        f"{path} has no state dict; expected tensors by name, or a dict with a state_dict or model entry"
-    )
+        for key in STATE_DICT_KEYS:
+            if isinstance(content, dict) and isinstance(content.get(key), dict):
+                content = content[key]
+    items = content.items() if isinstance(content, dict) else []
+    tensors = {name: t for name, t in items if isinstance(name, str) and isinstance(t, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} has no state dict; expected tensors by name, or a dict with such an entry")
+    return tensors
 
 
-# Formats that are not supported: how the file begins, its extension, what it is.
-OTHER_FORMATS = [
-    (b"GGUF", ".gguf", "a GGUF file (llama.cpp)"),
-    (b"\x89HDF", ".h5", "an HDF5 file (TensorFlow)"),
-    (None, ".onnx", "an ONNX file"),
-    (None, ".msgpack", "a Flax file"),
-    (None, ".tflite", "a TensorFlow Lite file"),
-]
-# Our int8 layout has its own name: transformers would load model.safetensors and ignore the scales.
-INT8_FILE = "model.int8.safetensors"
 WEIGHT_FILES = [
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "kosmos-2.pt",
-    INT8_FILE,
 ]
+INT8_FILE = "model.int8.safetensors"  # read by inference/fast.py only
+OTHER_FORMATS = (".json", ".gguf", ".h5", ".onnx", ".msgpack", ".tflite")
 
 
 def read_tensors(file: Path) -> dict[str, LazyTensor]:
-    """The tensors of a file in any supported format; for others, ValueError names the format."""
-    refuse_lfs_pointer(file)
+    """The tensors of a file in any supported format."""
+    suffix = file.suffix.lower()
     with open(file, "rb") as opened:
-        beginning = opened.read(40)
-    for magic, ending, kind in OTHER_FORMATS:
-        if (magic and beginning.startswith(magic)) or file.suffix.lower() == ending:
-            raise ValueError(f"{file} is {kind}; expected .safetensors, .bin or .pt")
-    return read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+        is_pointer = opened.read(40).startswith(b"version https://git-lfs")
+    if is_pointer:
+        raise ValueError(f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull`")
+    if suffix in OTHER_FORMATS:
+        raise ValueError(f"{file} has no weights that can be read; expected .safetensors, .bin or .pt")
+    return read_safetensors(file) if suffix == ".safetensors" else read_torch(file)
 
 
-def find_checkpoint(path: str | Path) -> tuple[Path, list[Path]]:
+def find_checkpoint(path: str | Path, weight_files=WEIGHT_FILES) -> tuple[Path, list[Path]]:
     """A folder, file or hub id -> (its folder, the files with its weights).
 
     FileNotFoundError if there are none.
@@ -394,21 +330,15 @@ def find_checkpoint(path: str | Path) -> tuple[Path, list[Path]]:
         if not looks_like_hub_id or path.suffix in (".safetensors", ".bin", ".pt", ".json"):
             raise FileNotFoundError(f"no checkpoint at {given}")
         path = download(given)
-    candidates = [path] if path.is_file() else [path / name for name in WEIGHT_FILES]
+    if (path / "refs" / "main").is_file():  # a repository in the hub's cache
+        path = path / "snapshots" / (path / "refs" / "main").read_text().strip()
+    candidates = [path] if path.is_file() else [path / name for name in weight_files]
     for file in candidates:
         if file.is_file():
             return file.parent, read_index(file) if file.name.endswith(".index.json") else [file]
-    others = []
-    for file in sorted(path.iterdir()):
-        for _, ending, kind in OTHER_FORMATS:
-            if file.suffix.lower() == ending:
-                others.append(f"{file.name} is {kind}")
-    if (path / "adapter_model.safetensors").is_file():
-        others.append("adapter_model.safetensors is a LoRA adapter: merge it into its base model first")
-    hint = f" ({'; '.join(others)})" if others else ""
-    raise FileNotFoundError(
-        f"no model.safetensors, pytorch_model.bin, shard index or kosmos-2.pt in {path}{hint}"
-    )
+    if (path / INT8_FILE).is_file():
+        raise ValueError(f"{path} is in int8; load it with inference.fast.load_checkpoint")
+    raise FileNotFoundError(f"no model.safetensors, pytorch_model.bin, shard index or kosmos-2.pt in {path}")
 
 
 def read_index(index: Path) -> list[Path]:
@@ -426,257 +356,25 @@ def read_index(index: Path) -> list[Path]:
 
 def download(hub_id: str) -> Path:
     """Fetch a checkpoint from the Hugging Face hub; returns its folder."""
-    by_hand = (
-        f"download config.json, model.safetensors and {SENTENCEPIECE} of {hub_id} from the Hugging Face hub "
-        "into one folder and pass that folder"
-    )
+    by_hand = f"or download config.json, model.safetensors and {SENTENCEPIECE} into one folder and pass it"
     try:
         from huggingface_hub import snapshot_download  # optional
     except ImportError:
         raise FileNotFoundError(
-            f"{hub_id} not found locally; pip install huggingface_hub to fetch it, or {by_hand}"
+            f"no {hub_id} here; pip install huggingface_hub to fetch it from the hub, {by_hand}"
         ) from None
     files = ["config.json", "generation_config.json", "model*.safetensors*", SENTENCEPIECE]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=files))
     except Exception as error:  # network, permissions, unknown repository: each has its own class
-        raise FileNotFoundError(f"could not fetch {hub_id} ({type(error).__name__}); {by_hand}") from None
+        raise FileNotFoundError(
+            f"could not fetch {hub_id} ({type(error).__name__}); retry, {by_hand}"
+        ) from None
 
 
 # ----------------------------------------------------------------------------------------------------
-# Faster linear layers  (walkthrough: notebooks/09_speed)
-#
-# Decoding is memory-bound: each step multiplies one row by every weight, so it takes as long as
-# reading the weights. kosmos2.py uses plain nn.Linear; after building the model, the loader
-# replaces its layers by these.
+# The checkpoint
 # ----------------------------------------------------------------------------------------------------
-
-FEW_ROWS = 16  # with more rows than this, PyTorch's own kernel uses all cores
-MANY_WEIGHTS = 2**20  # smaller matrices stay in the cache of one core
-MANY_OUTPUTS = 2**14  # packing a matrix with more outputs in one piece takes four times as long
-
-
-class MultiCoreLinear(nn.Linear):
-    """nn.Linear that uses all cores even for a few rows."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return multi_core_linear(x, self.weight, self.bias)
-
-
-class MultiCoreEmbedding(Embedding):
-    """Embedding whose output projection uses all cores even for a few rows."""
-
-    def unembed(self, x: Tensor) -> Tensor:
-        return multi_core_linear(x, self.weight)
-
-
-def multi_core_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear: x (..., in) times weight (out, in) transposed, plus bias (out,).
-
-    For a few rows on a CPU, uses the fastest of three kernels. On some CPUs, F.linear runs a single
-    row on one core, which cannot saturate memory bandwidth; a batched matmul over slices of the
-    matrix uses all cores.
-    """
-    n_out, n_in = weight.shape
-    rows = x.numel() // n_in
-    few_rows = rows <= FEW_ROWS and weight.numel() >= MANY_WEIGHTS
-    if not few_rows or x.device.type != "cpu" or x.dtype != torch.float32:
-        return F.linear(x, weight, bias)
-    kernel = fastest_kernel(rows)
-    y = kernel(x.reshape(rows, n_in), weight)  # (rows, out)
-    y = y.reshape(*x.shape[:-1], n_out)  # (..., out)
-    return y if bias is None else y + bias
-
-
-@lru_cache
-def fastest_kernel(rows: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The fastest kernel for this number of rows. It depends on the CPU, so it is measured, once."""
-    x = torch.ones(rows, 2048)
-    weight = torch.ones(4096, 2048)
-    times: dict[Callable, list[float]] = defaultdict(list)
-    for _ in range(4):
-        for kernel in (F.linear, slices_times_columns, rows_times_slices):
-            started = time.perf_counter()
-            kernel(x, weight)
-            times[kernel].append(time.perf_counter() - started)
-    return min(times, key=lambda kernel: min(times[kernel]))
-
-
-def slices_times_columns(x: Tensor, weight: Tensor) -> Tensor:
-    """x (rows, in) times weight (out, in) transposed, with the weights as the left operand."""
-    slices = slice_outputs(weight)  # (slices, out / slices, in)
-    columns = x.T.expand(len(slices), -1, -1)  # (slices, in, rows)
-    return torch.bmm(slices, columns).flatten(0, 1).T  # (rows, out)
-
-
-def rows_times_slices(x: Tensor, weight: Tensor) -> Tensor:
-    """The same with the weights as the right operand."""
-    slices = slice_outputs(weight).transpose(1, 2)  # (slices, in, out / slices)
-    rows = x.expand(len(slices), -1, -1)  # (slices, rows, in)
-    return torch.bmm(rows, slices).transpose(0, 1).flatten(1)  # (rows, out)
-
-
-def slice_outputs(weight: Tensor) -> Tensor:
-    count = max(n for n in range(1, 65) if len(weight) % n == 0)  # for all cores, yet each still large
-    return weight.unflatten(0, (count, -1))  # (slices, out / slices, in)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer with 8- or 16-bit weights, for CPUs; inputs and outputs are float32.
-
-    In int8, the weights of output n are scale[n] * q[n] with q in -127..127. Each row of x is
-    rounded the same way, to 127 steps (63 on CPUs without VNNI: see `input_steps`), with a scale of
-    its own, so rows are independent of each other; sums are exact. Uses PyTorch's fbgemm kernels
-    where they are available. Elsewhere (ARM), plain arithmetic saves memory but not time.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None):
-        """weight (out, in): float16, or int8 with its scale (out,)."""
-        super().__init__()
-        self.bias = bias
-        self.scale = scale
-        self.weight = weight
-        self.packed = None
-        engines = torch.backends.quantized.supported_engines
-        if hasattr(torch.ops.quantized, INT8_KERNEL) and ("x86" in engines or "fbgemm" in engines):
-            self.weight = None
-            self.packed = pack(weight, bias, scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.scale is None:
-            return self.forward_fp16(x)
-        size = absmax(x)  # (..., 1)
-        if self.packed is not None:
-            y = int8_matmul(x / size, self.packed, input_steps())
-        else:
-            rounded = (x / size * 127).round() / 127
-            y = F.linear(rounded, self.weight.float()) * self.scale
-        if self.bias is None:
-            return y.mul_(size)
-        return torch.addcmul(self.bias, y, size, out=y)
-
-    def forward_fp16(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
-        return F.linear(x, self.weight.float(), self.bias)
-
-
-class PackedAttention(Attention):
-    """Self-attention with one packed matmul for queries, keys and values: faster than three."""
-
-    qkv_proj: PackedLinear
-
-    def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        if context is not None:
-            raise ValueError("PackedAttention is self-attention: queries, keys and values have one input")
-        q, k, v = self.qkv_proj(x).chunk(3, dim=-1)  # (B, T, D) each
-        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
-
-
-class PackedEmbedding(nn.Module):
-    """`Embedding` in 8 or 16 bits: rows for tokens, the whole matrix for the logits."""
-
-    def __init__(self, weight: Tensor, scale: Tensor | None = None):
-        super().__init__()
-        self.weight = weight
-        self.scale = scale
-        self.parts = nn.ModuleList()  # of the output projection
-        for start in range(0, len(weight), MANY_OUTPUTS):
-            rows = slice(start, start + MANY_OUTPUTS)
-            part_scale = None if scale is None else scale[rows]
-            self.parts.append(PackedLinear(weight[rows], None, part_scale))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        rows = self.weight[tokens].float()  # (B, T, D)
-        return rows if self.scale is None else rows * self.scale[tokens][..., None]
-
-    def unembed(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self.parts], dim=-1)  # (..., V)
-
-
-INT8_KERNEL = "linear_with_input_q_dq_qweight_dq_output_fp32"
-
-
-def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None):
-    """Weights in the memory layout of PyTorch's kernels; for int8 without the bias."""
-    if scale is None:
-        return torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
-    with warnings.catch_warnings(action="ignore"):  # these kernels are deprecated
-        zero_points = torch.zeros(len(scale), dtype=torch.long)
-        weight = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero_points, 0)
-    return torch.ops.quantized.linear_prepack(weight, None)
-
-
-def int8_matmul(x: Tensor, packed, steps: int) -> Tensor:
-    """x (..., in) in -1..1, rounded to `steps` steps on either side of zero, times int8 weights."""
-    kernel = getattr(torch.ops.quantized, INT8_KERNEL)
-    return kernel(x, 1 / steps, steps + 1, packed)
-
-
-@lru_cache
-def input_steps() -> int:
-    """127, or 63 on CPUs without VNNI instructions, which add pairs of products in int16.
-
-    The kernel stores inputs as 1 to 255. Two products of 255 and 127 overflow int16 and saturate
-    silently; this checks for it with one small matmul.
-    """
-    trial = pack(torch.full((16, 64), 127, dtype=torch.int8), None, torch.ones(16))
-    products = int8_matmul(torch.ones(1, 64), trial, 127)
-    exact = torch.allclose(products, torch.tensor(64.0 * 127))
-    return 127 if exact else 63
-
-
-def absmax(x: Tensor) -> Tensor:
-    """The largest absolute value of each row, (..., 1), at least 1e-30.
-
-    (x.abs() would allocate a copy of x.)
-    """
-    high = x.amax(dim=-1, keepdim=True)
-    low = x.amin(dim=-1, keepdim=True)
-    return torch.maximum(high, -low).clamp(min=1e-30)
-
-
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (out, in) -> q, int8 (out, in), and scale (out,), so that scale * q is close to weight."""
-    scale = absmax(weight)[:, 0] / 127
-    quantized = torch.empty(weight.shape, dtype=torch.int8)
-    for start in range(0, len(weight), 512):  # parts that stay in the cache
-        rows = slice(start, start + 512)
-        quantized[rows].copy_((weight[rows] / scale[rows, None]).round_())
-    return quantized, scale
-
-
-def use_multi_core_layers(model: Kosmos2) -> None:
-    """Replace the linear layers and the embedding of a model on the meta device.
-
-    The names of its tensors stay the same.
-    """
-    with torch.device("meta"):
-        for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear:
-                model.set_submodule(name, MultiCoreLinear(module.in_features, module.out_features))
-            elif type(module) is Embedding:
-                model.set_submodule(name, MultiCoreEmbedding.from_pretrained(module.weight, freeze=False))
-
-
-# ----------------------------------------------------------------------------------------------------
-# Loading
-# ----------------------------------------------------------------------------------------------------
-
-
-def read_shards(files: list[Path]) -> dict[str, LazyTensor]:
-    """The tensors of all files of a checkpoint, by their stored names."""
-    stored: dict[str, LazyTensor] = {}
-    for file in files:
-        found = read_tensors(file)
-        repeated = sorted(found.keys() & stored.keys())
-        if repeated:
-            raise ValueError(f"{file} repeats tensors of another shard: {listing(repeated)}")
-        stored |= found
-    for name in stored:
-        if not name.isprintable():
-            raise ValueError(f"{files[0]} is damaged (a tensor is named {name!r}); download it again")
-    return stored
 
 
 class Checkpoint:
@@ -686,21 +384,17 @@ class Checkpoint:
     reports missing or unexpected tensors.
     """
 
+    weight_files = WEIGHT_FILES
+
     def __init__(self, path: str | Path):
-        self.folder, self.files = find_checkpoint(path)
+        self.path = path
+        self.folder, self.files = find_checkpoint(path, self.weight_files)
         config_file = self.folder / "config.json"
         self.has_config = config_file.is_file()
         self.config = read_config(config_file) if self.has_config else Kosmos2Config()
-        stored = read_shards(self.files)
-        self.stored = {}
-        for original, name in strip_wrappers(list(stored)).items():
-            if name in self.stored:
-                raise ValueError(f"{path} has {name} twice, with and without a prefix")
-            self.stored[name] = stored[original]
-        scaled = [name for name in self.stored if name + SCALE in self.stored]
-        self.scales = {name: self.stored.pop(name + SCALE) for name in scaled}  # of int8 matrices
+        self.stored = self.read_files()
         self.layout = HUGGING_FACE
-        for layout, words in FIRST_WORDS.items():
+        for layout, words in enumerate(FIRST_WORDS):
             if any(name.split(".")[0] in words for name in self.stored):
                 self.layout = layout
         with torch.device("meta"):
@@ -713,10 +407,26 @@ class Checkpoint:
             self.names[EMBEDDING] = self.tied.pop()
         known = self.stored.keys() & set(self.names.values())
         if len(known) < len(self.names) / 10:
-            found = listing(sorted(stored), most=3) or "no tensors"
+            found = listing(sorted(self.stored), most=3) or "no tensors"
             raise ValueError(
                 f"{path} looks like the checkpoint of another model, not Kosmos-2: it has {found}"
             )
+
+    def read_files(self) -> dict[str, LazyTensor]:
+        """The tensors of all files, by their names without wrappers."""
+        stored: dict[str, LazyTensor] = {}
+        for file in self.files:
+            found = read_tensors(file)
+            repeated = sorted(found.keys() & stored.keys())
+            if repeated:
+                raise ValueError(f"{file} repeats tensors of another shard: {listing(repeated)}")
+            stored |= found
+        renamed = {}
+        for original, name in strip_wrappers(list(stored)).items():
+            if name in renamed:
+                raise ValueError(f"{self.path} has {name} twice, with and without a prefix")
+            renamed[name] = stored[original]
+        return renamed
 
     def problems(self) -> list[str]:
         """What is wrong with the set of tensors, each by name; empty if nothing is."""
@@ -727,35 +437,23 @@ class Checkpoint:
         wrong_type = []
         for name, shape in shapes.items():
             tensor = self.stored.get(name)
-            if tensor is None:
-                continue
-            if tensor.shape != shape:
+            if tensor is not None and tensor.shape != shape:
                 wrong_shape.append(f"{name}: expected {shape}, got {tensor.shape}")
-            scale = self.scales.get(name)
-            if scale is not None and scale.shape != shape[:1]:
-                wrong_shape.append(f"{name}{SCALE}: expected {shape[:1]}, got {scale.shape}")
-            types = FLOATS.values() if scale is None or len(shape) != 2 else ["int8"]
-            if tensor.dtype not in types:
+            if tensor is not None and tensor.dtype not in FLOATS.values():
                 wrong_type.append(f"{name}: {tensor.dtype}")
-            if scale is not None and scale.dtype not in FLOATS.values():
-                wrong_type.append(f"{name}{SCALE}: {scale.dtype}")
-        found = [
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of the wrong shape", wrong_shape),
-            ("with a type that is not floating point (quantized weights without scales?)", wrong_type),
-        ]
+        found = {
+            "missing": missing,
+            "unexpected": unexpected,
+            "of the wrong shape": wrong_shape,
+            "with a type that is not floating point (int8? see inference/fast.py)": wrong_type,
+        }
         problems = []
-        for what, names in found:
+        for what, names in found.items():
             if names:
                 count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
                 problems.append(f"{count} {what}: {listing(names)}")
         if problems and not self.has_config:
-            problems.append(
-                "there is no config.json next to the weights, so the published sizes were assumed"
-            )
-        if any("lora_" in name for name in unexpected):
-            problems.append("some are LoRA weights: merge the adapter into its base model first")
+            problems.append("no config.json is next to the weights, so the published sizes were assumed")
         return problems
 
     def notes(self) -> list[str]:
@@ -771,39 +469,35 @@ class Checkpoint:
     def tensor(self, ours: str, dtype: torch.dtype, device="cpu", copy: bool = True) -> Tensor:
         """One tensor, read, checked and converted; with copy=False it may keep the file mapped."""
         stored = self.stored[self.names[ours]]
-        if self.names[ours] in self.scales:
-            return self.dense(self.names[ours]).to(device=device, dtype=dtype)
         tensor = stored.read().to(device=device, dtype=dtype, copy=copy)
         # NaN and infinity survive a sum, which needs no memory of the tensor's size.
         if not math.isfinite(float(tensor.sum(dtype=torch.float32))) and not torch.isfinite(tensor).all():
-            where = f"{self.names[ours]} in {self.files[0].parent}"
+            where = f"{self.names[ours]} in {self.folder}"
             if torch.isfinite(stored.read()).all():
                 raise ValueError(f"{where} has values too large for {dtype}; load it as fp32 or bf16")
             raise ValueError(f"{where} has NaN or infinite values; the checkpoint is damaged")
         return tensor
 
-    def dense(self, name: str) -> Tensor:
-        """A stored tensor as it is, or an int8 one with its scales applied."""
-        if name not in self.scales:
-            return self.stored[name].read()
-        weight, scale = self.read_int8(name)
-        return weight * scale[:, None]
+    def check_tied(self) -> None:
+        """ValueError if a stored output projection differs from the embedding."""
+        for name in self.tied:
+            embedding = self.stored[self.names[EMBEDDING]].read()
+            if not torch.equal(self.stored[name].read().to(embedding.dtype), embedding):
+                raise ValueError(
+                    f"{name} differs from the token embedding; Kosmos-2 uses one matrix for both"
+                )
 
-    def quantized(self, ours: str) -> tuple[Tensor, Tensor]:
-        """A matrix as int8 (out, in) and its scales (out,): as stored, or quantized now."""
-        name = self.names[ours]
-        if name not in self.scales:
-            return quantize(self.tensor(ours, torch.float32, copy=False))
-        return self.read_int8(name)
 
-    def read_int8(self, name: str) -> tuple[Tensor, Tensor]:
-        """A stored int8 matrix and its scales, checked."""
-        scale = self.scales[name].read().float()
-        if not (torch.isfinite(scale) & (scale > 0)).all():
-            raise ValueError(
-                f"{name}{SCALE} has NaN, infinite or non-positive values; the checkpoint is damaged"
-            )
-        return self.stored[name].read(), scale
+def listing(names: list[str], most: int = 10) -> str:
+    text = ", ".join(names[:most])
+    if len(names) > most:
+        text += f" and {len(names) - most} more"
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------
+# Loading
+# ----------------------------------------------------------------------------------------------------
 
 
 def choose_device(device: str, precision: str) -> torch.device:
@@ -811,22 +505,21 @@ def choose_device(device: str, precision: str) -> torch.device:
 
     Under torchrun, each process takes its own GPU. ValueError if there is no such device.
     """
-    has_cuda = torch.cuda.is_available()
-    has_mps = torch.backends.mps.is_available()
     if device == "auto":
         device = "cpu"
-        if precision != "int8" and (has_cuda or has_mps):
-            device = "cuda" if has_cuda else "mps"
+        if torch.cuda.is_available() and precision != "int8":
+            device = "cuda"
+        elif torch.backends.mps.is_available() and precision != "int8":
+            device = "mps"
     try:
         chosen = torch.device(device)
-    except RuntimeError:
-        chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda", "mps"):
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {device} is not available; use cpu") from None
+    if chosen.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"device {device} is not supported; use cpu, cuda or mps")
-    if (chosen.type == "cuda" and not has_cuda) or (chosen.type == "mps" and not has_mps):
-        raise ValueError(f"device {device} is not available; use cpu")
     if chosen.type == "cuda" and chosen.index is None and "LOCAL_RANK" in os.environ:
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return chosen
 
 
@@ -840,31 +533,33 @@ def load_checkpoint(
 
     path: see the module docstring. config.json next to the weights is used if present, otherwise
     the published sizes. The sentencepiece model is taken from next to the weights, or from
-    `tokenizer`. precision: fp32 (exact, the default), bf16 (half the memory), fp16 (on a CPU for the
-    large matrices only), int8 (for CPUs, the fastest there); independent of the stored dtype. The
-    README has the peak memory and the speed of each.
+    `tokenizer`. precision: fp32 (exact, the default), bf16, or on a GPU fp16; independent of the
+    stored dtype. On a CPU, inference.fast.load_checkpoint gives a faster model, also in fp16 and int8.
 
     Raises FileNotFoundError for missing files; ValueError for a checkpoint with tensors that are
     missing, unexpected, of the wrong shape or type, or not finite, each listed by name, and for a
     tokenizer that does not fit.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    on_cpu = torch.device(device).type == "cpu"
-    if precision == "int8" and not on_cpu:
-        raise ValueError("int8 is for CPUs; use bf16 or fp16 on other devices")
+    if precision not in PRECISIONS or (precision == "fp16" and torch.device(device).type == "cpu"):
+        raise ValueError(
+            f"precision {precision!r} on {device}: expected {', '.join(PRECISIONS)}; for fp16 and int8 on a "
+            "CPU, use inference.fast.load_checkpoint"
+        )
     checkpoint = Checkpoint(path)
+    found_tokenizer = check_checkpoint(checkpoint, tokenizer)
+    return read_model(checkpoint, PRECISIONS[precision], device).eval(), found_tokenizer
+
+
+def check_checkpoint(checkpoint: Checkpoint, tokenizer: str | Path | None = None) -> Tokenizer:
+    """Raise unless everything is there; returns the tokenizer."""
     problems = checkpoint.problems()
     if problems:
-        raise ValueError(f"{path} is not a complete Kosmos-2 of these sizes: " + "; ".join(problems))
+        raise ValueError(
+            f"{checkpoint.path} is not a complete Kosmos-2 of these sizes: " + "; ".join(problems)
+        )
     for note in checkpoint.notes():
-        warnings.warn(note, stacklevel=2)
-    found_tokenizer = find_tokenizer(checkpoint, tokenizer)
-    if precision in PACKED and on_cpu:
-        return read_packed(checkpoint, precision).eval(), found_tokenizer
-    if precision == "fp32" and on_cpu:
-        use_multi_core_layers(checkpoint.model)
-    return read_model(checkpoint, PRECISIONS[precision], device).eval(), found_tokenizer
+        warnings.warn(note, stacklevel=3)
+    return find_tokenizer(checkpoint, tokenizer)
 
 
 def read_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device = "cpu") -> Kosmos2:
@@ -874,87 +569,19 @@ def read_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.d
     """
     largest_first = sorted(checkpoint.names, key=checkpoint.numel, reverse=True)
     state = {name: checkpoint.tensor(name, dtype, device) for name in largest_first}
-    check_tied(checkpoint)
+    checkpoint.check_tied()
     checkpoint.model.load_state_dict(state, strict=True, assign=True)
     return checkpoint.model
 
 
-def read_packed(checkpoint: Checkpoint, precision: str) -> Kosmos2:
-    """The large matrices in 8 or 16 bits, packed as they are read, the rest as float32.
-
-    For inference only.
-    """
-    model = checkpoint.model
-    sources = share_qkv(model)  # a packed module -> the modules whose weights it stacks
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Embedding)):
-            sources[name] = [name]
-
-    def read(name: str) -> nn.Module:
-        return packed_module(checkpoint, precision, sources[name])
-
-    def size(name: str) -> int:
-        return checkpoint.numel(f"{sources[name][0]}.weight")
-
-    largest_first = sorted(sources, key=size, reverse=True)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for name, module in zip(largest_first, pool.map(read, largest_first), strict=True):
-            model.set_submodule(name, module)
-    rest = {name: checkpoint.tensor(name, torch.float32) for name in model.state_dict()}
-    model.load_state_dict(rest, strict=True, assign=True)
-    return model.requires_grad_(False)
-
-
-def share_qkv(model: Kosmos2) -> dict[str, list[str]]:
-    """Replace the attention of all blocks by PackedAttention.
-
-    Blocks have self-attention, so queries, keys and values share one input. Returns the names
-    {qkv_proj: [q_proj, k_proj, v_proj]}.
-    """
-    sources = {}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Block):
-            with torch.device("meta"):
-                attention = PackedAttention(module.attn.out_proj.in_features, module.attn.heads)
-            attention.inner_attn_ln = module.attn.inner_attn_ln
-            attention.q_proj = attention.k_proj = attention.v_proj = None  # qkv_proj replaces them
-            module.attn = attention
-            sources[f"{name}.attn.qkv_proj"] = [f"{name}.attn.{part}_proj" for part in "qkv"]
-    return sources
-
-
-def packed_module(checkpoint: Checkpoint, precision: str, sources: list[str]) -> nn.Module:
-    """One layer with the stacked weights of these modules, in 8 or 16 bits."""
-    weights = []
-    scales = []
-    for source in sources:
-        if precision == "int8":
-            weight, scale = checkpoint.quantized(f"{source}.weight")
-            scales.append(scale)
-        else:
-            weight = checkpoint.tensor(f"{source}.weight", torch.float16)
-        weights.append(weight)
-    weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # (out, in), of all sources
-    scale = torch.cat(scales) if scales else None  # (out,)
-    if f"{sources[0]}.weight" == EMBEDDING:
-        check_tied(checkpoint)
-        return PackedEmbedding(weight, scale)
-    bias = torch.cat([checkpoint.tensor(f"{source}.bias", torch.float32) for source in sources])
-    return PackedLinear(weight, bias, scale)
-
-
-def check_tied(checkpoint: Checkpoint) -> None:
-    """ValueError if a stored output projection differs from the embedding."""
-    for name in checkpoint.tied:
-        embedding = checkpoint.dense(checkpoint.names[EMBEDDING])
-        if not torch.equal(checkpoint.dense(name).to(embedding.dtype), embedding):
-            raise ValueError(f"{name} differs from the token embedding; Kosmos-2 uses one matrix for both")
+MOST_UNUSED = 1024  # rows of the embedding after the location tokens
 
 
 def find_tokenizer(checkpoint: Checkpoint, path: str | Path | None = None) -> Tokenizer:
     """The tokenizer next to a checkpoint, or at `path`; ValueError if its vocabulary does not fit.
 
-    The grid of location tokens follows from the size of the vocabulary.
+    The embedding may have a few more rows than the vocabulary (padding to a round number, tokens
+    added in fine-tuning): they are unused.
     """
     model_file = checkpoint.folder if path is None else Path(path)
     if model_file.is_dir():
@@ -962,126 +589,17 @@ def find_tokenizer(checkpoint: Checkpoint, path: str | Path | None = None) -> To
     if not model_file.is_file():
         hint = "" if path else "; pass its path as the tokenizer"
         raise FileNotFoundError(f"no sentencepiece model at {model_file}{hint}")
-    others = open_sentencepiece(model_file).vocab_size() + 1 + len(TAGS) + 1  # pieces, <pad>, tags, <mask>
-    vocab_size = checkpoint.config.text.vocab_size
-    grid = math.isqrt(max(0, vocab_size - others))
-    if grid < 1 or others + grid**2 != vocab_size:
+    config = checkpoint.config
+    tokenizer = Tokenizer(model_file, config.latent_query_num, config.location_grid)
+    unused = config.text.vocab_size - tokenizer.vocab_size
+    if not 0 <= unused <= MOST_UNUSED:
         raise ValueError(
-            f"{model_file} does not fit: its vocabulary has {others + GRID**2} tokens (with a {GRID} x "
-            f"{GRID} grid), the checkpoint {vocab_size}; pass the sentencepiece model of the checkpoint"
+            f"{model_file} does not fit: with {config.location_grid} x {config.location_grid} location tokens "
+            f"it has {tokenizer.vocab_size} tokens, the checkpoint {config.text.vocab_size}"
         )
-    return Tokenizer(model_file, checkpoint.config.latent_query_num, grid)
-
-
-def listing(names: list[str], most: int = 10) -> str:
-    text = ", ".join(names[:most])
-    if len(names) > most:
-        text += f" and {len(names) - most} more"
-    return text
-
-
-# ----------------------------------------------------------------------------------------------------
-# Saving
-# ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` at the end: no file is left half-written."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def check_finite(model: nn.Module) -> None:
-    """ValueError, naming the parameter, if a value is NaN or infinite."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"{name} has NaN or infinite values; the model is not saved")
-
-
-def save_checkpoint(model: Kosmos2, sentencepiece_file: str | Path, folder: str | Path) -> None:
-    """Write a model in the published layout, which this loader and transformers both read.
-
-    ValueError for a model in int8, or in fp16 on a CPU: it has only packed weights.
-    """
-    if isinstance(model.decoder.embed_tokens, PackedEmbedding):
-        raise ValueError("a packed model cannot be saved; load it as fp32 or bf16")
-    check_finite(model)
-    state = {rename(name, HUGGING_FACE): t.detach().cpu() for name, t in model.state_dict().items()}
-    dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
-    config = published_config(model.config) | {"dtype": dtype}
-    write_checkpoint(state, config, sentencepiece_file, Path(folder), "model.safetensors")
-
-
-def save_packed(
-    checkpoint: Checkpoint, precision: str, sentencepiece_file: str | Path, folder: str | Path
-) -> None:
-    """Write a checkpoint in fp16 or int8, in the published layout; loading it in that precision
-    gives the same numbers as the original does.
-
-    The matrices that `read_packed` packs are stored in float16, or as int8 with one scale per
-    output under NAME_scale; everything else in float32, unless it was float16 already. transformers
-    reads fp16, and finds no weights in an int8 folder.
-    """
-    config = published_config(checkpoint.config)
-    if precision == "fp16":
-        file_name = "model.safetensors"
-        config["dtype"] = "float16"
-    else:
-        file_name = INT8_FILE
-        config["dtype"] = "float32"
-        config["quantization_config"] = {"quant_method": "kosmos2_int8", "scales": f"NAME{SCALE}"}
-    packed = {
-        f"{name}.weight"
-        for name, module in checkpoint.model.named_modules()
-        if isinstance(module, (nn.Linear, Embedding))
-    }
-    check_tied(checkpoint)
-    state = {}
-    for ours in checkpoint.names:
-        name = rename(ours, HUGGING_FACE)
-        stored_as = checkpoint.stored[checkpoint.names[ours]].dtype
-        if ours in packed and precision == "int8":
-            state[name], state[name + SCALE] = checkpoint.quantized(ours)
-        elif ours in packed or stored_as == "float16":
-            state[name] = checkpoint.tensor(ours, torch.float16)
-        else:
-            state[name] = checkpoint.tensor(ours, torch.float32)
-    write_checkpoint(state, config, sentencepiece_file, Path(folder), file_name)
-
-
-def write_checkpoint(
-    state: dict[str, Tensor], config: dict, sentencepiece_file: str | Path, folder: Path, file_name: str
-) -> None:
-    check_target(folder, file_name)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in state.items()}
-    # The three files are renamed together, when all of them are complete.
-    with (
-        replacing(folder / SENTENCEPIECE) as tokenizer_part,
-        replacing(folder / file_name) as weights_part,
-        replacing(folder / "config.json") as config_part,
-    ):
-        shutil.copyfile(sentencepiece_file, tokenizer_part)
-        config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        try:
-            save_file(state, weights_part, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {weights_part}: {error}") from None
-        weights_part.chmod(0o644)  # safetensors makes files readable only by their owner
-
-
-def check_target(folder: Path, file_name: str = "model.safetensors") -> None:
-    """ValueError if a checkpoint cannot be saved in this folder."""
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; expected a folder")
-    others = [name for name in WEIGHT_FILES if name != file_name and (folder / name).exists()]
-    if others:
-        raise ValueError(f"{folder} already has {others[0]}; save to another folder")
+    if unused:
+        return Tokenizer(model_file, config.latent_query_num, config.location_grid, unused)
+    return tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1107,48 +625,19 @@ def report(checkpoint: Checkpoint) -> str:
     return "\n".join(lines + checkpoint.notes())
 
 
-def stored_precision(checkpoint: Checkpoint) -> str:
-    """The precision in which most weights are stored."""
-    if checkpoint.scales:
-        return "int8"
-    dtypes: Counter = Counter()
-    for tensor in checkpoint.stored.values():
-        dtypes[tensor.dtype] += math.prod(tensor.shape)
-    names = {"float16": "fp16", "bfloat16": "bf16"}
-    return names.get(dtypes.most_common(1)[0][0], "fp32")
-
-
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="Show what is in a Kosmos-2 checkpoint, or rewrite it.")
+    parser = argparse.ArgumentParser(description="Show what is in a Kosmos-2 checkpoint.")
     parser.add_argument("checkpoint", help="folder, .safetensors, .bin, .pt or hub id")
-    parser.add_argument("--save", metavar="DIR", type=Path, help="write it to DIR in the published layout")
-    parser.add_argument("--precision", choices=PRECISIONS, help="precision to save in (default: as stored)")
-    parser.add_argument(
-        "--tokenizer", metavar="FILE", help="the sentencepiece model, if it is not next to the weights"
-    )
     args = parser.parse_args(argv)
-    if args.precision and not args.save:
-        parser.error("--precision requires --save")
     try:
         checkpoint = Checkpoint(args.checkpoint)
         print(report(checkpoint))
         problems = checkpoint.problems()
-        if problems:
-            print("NOT complete: " + "; ".join(problems))
-            return 1
-        print("complete")
-        if args.save:
-            precision = args.precision or stored_precision(checkpoint)
-            model_file = find_tokenizer(checkpoint, args.tokenizer).model_file
-            if precision in PACKED:
-                save_packed(checkpoint, precision, model_file, args.save)
-            else:
-                save_checkpoint(read_model(checkpoint, PRECISIONS[precision]), model_file, args.save)
-            print(f"wrote {args.save} in {precision}")
+        print("NOT complete: " + "; ".join(problems) if problems else "complete")
+        return 1 if problems else 0
     except (OSError, ValueError) as error:
         print(f"load_weights: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

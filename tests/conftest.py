@@ -13,11 +13,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
-sys.path[:0] = [str(ROOT), str(ROOT / "training"), str(ROOT / "notebooks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
 import sample as script  # noqa: E402
+from inference.convert import save_checkpoint  # noqa: E402
+from inference.fast import load_checkpoint  # noqa: E402
 from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig, pad_left  # noqa: E402
-from load_weights import SENTENCEPIECE, load_checkpoint, save_checkpoint  # noqa: E402
+from load_weights import SENTENCEPIECE  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
@@ -122,10 +124,10 @@ def prompt_batch(tokenizer: Tokenizer, prompts: list[str], images: list[int] | N
     )
 
 
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    """sample.py in this process: (exit status, stdout, stderr)."""
+def run(capsys, *arguments, command=script) -> tuple[int, str, str]:
+    """A command (sample.py, or a module of inference/) in this process: (exit status, stdout, stderr)."""
     try:
-        status = script.main([str(a) for a in arguments])
+        status = command.main([str(a) for a in arguments])
     except SystemExit as stopped:
         status = stopped.code
     return status, *capsys.readouterr()

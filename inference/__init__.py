@@ -1,0 +1,1 @@
+"""Many requests, fast layers, beams and pages, built on the four files."""

@@ -1,0 +1,127 @@
+"""The results file: one JSON line for each answer, appended after each batch.
+
+A line is what `sample.as_json` gives, plus the checkpoint and the other keys of the request. It is
+the one format that the stages of inference/ and training/ exchange.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from inference.requests import Job, as_list
+from tokenizer import strip_literal
+
+# What a line has besides the extra keys of its request.
+RESULT_KEYS = ("image", "prompt", "given_boxes", "text", "raw", "entities", "checkpoint")
+
+
+class Results:
+    """The results file of a run, locked while the run goes on.
+
+    Each torchrun process writes its own file, NAME.RANK.jsonl; `resume` reads all of them.
+    """
+
+    def __init__(self, path: Path, checkpoint: str, jobs: list[Job], resume: bool, rank: int, world: int):
+        # A path, or the name of a model on the hub.
+        self.checkpoint = str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
+        self.path = path.with_suffix(f".{rank}{path.suffix}") if world > 1 else path
+        for file in (path, self.path):
+            if file.exists() and file.stat().st_size > 0 and not resume:
+                raise ValueError(f"{file} already exists; pass --resume to continue it, or another name")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        lock(self.file, self.path)
+        prompts = {strip_literal(job.request.prompt) for job in jobs}
+        self.done: Counter = Counter()
+        for file in existing_files(path):
+            length = self.count(file, prompts)
+            if file == self.path:
+                os.truncate(file, length)  # drops a line that was cut off
+
+    def count(self, file: Path, prompts: set[str]) -> int:
+        """Count the answered requests in a file; returns the bytes up to its last complete line."""
+        length = 0
+        for row, line in read_lines(file):
+            length += len(line)
+            if row["prompt"] not in prompts:
+                raise ValueError(
+                    f"{file} has answers to a different prompt, {row['prompt']!r}; use another --results file"
+                )
+            if row["checkpoint"] != self.checkpoint:
+                raise ValueError(
+                    f"{file} has answers of a different checkpoint, {row['checkpoint']}; "
+                    "use another --results file"
+                )
+            self.done[row_key(row)] += 1
+        return length
+
+    def remaining(self, groups: list[list[Job]], rank: int, world: int) -> list[list[Job]]:
+        """The requests of this process that are not in the files yet; each line answers one request."""
+        left = []
+        for number, group in enumerate(groups):
+            jobs = []
+            for job in group:
+                if self.done[job_key(job)] > 0:
+                    self.done[job_key(job)] -= 1
+                else:
+                    jobs.append(job)
+            if jobs and number % world == rank:
+                left.append(jobs)
+        return left
+
+    def write(self, rows: list[dict]) -> None:
+        lines = [json.dumps(row | {"checkpoint": self.checkpoint}, ensure_ascii=False) for row in rows]
+        self.file.write("".join(line + "\n" for line in lines))
+        self.file.flush()
+
+
+def lock(file, path: Path) -> None:
+    """ValueError if another run has locked this file. (Not on Windows.)"""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{path} is being written by another run") from None
+
+
+def read_lines(file: Path) -> Iterator[tuple[dict, bytes]]:
+    """The complete lines of a results file: the object and its bytes. ValueError for other files."""
+    for line in file.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):  # a run was stopped while it wrote
+            return
+        try:
+            row = json.loads(line)
+            complete = all(key in row for key in RESULT_KEYS)
+        except (ValueError, TypeError):
+            complete = False
+        if not complete:
+            raise ValueError(f"{file} is not a results file: {line[:60]!r}")
+        yield row, line
+
+
+def existing_files(path: Path) -> list[Path]:
+    """A results file and those of the torchrun processes, as far as they exist."""
+    pattern = re.compile(re.escape(path.stem) + r"(\.\d+)?" + re.escape(path.suffix))
+    return sorted(file for file in path.parent.iterdir() if pattern.fullmatch(file.name))
+
+
+def job_key(job: Job) -> tuple:
+    """What identifies a request in a results file."""
+    request = job.request
+    return key(list(request.images), strip_literal(request.prompt), request.boxes, job.extra)
+
+
+def row_key(row: dict) -> tuple:
+    """The `job_key` of the request that a line answers."""
+    return key(as_list(row["image"]), row["prompt"], row["given_boxes"], row)
+
+
+def key(images: list, prompt: str, boxes, extra: dict) -> tuple:
+    others = {name: value for name, value in extra.items() if name not in RESULT_KEYS}
+    return tuple(images), prompt, json.dumps([boxes, others], sort_keys=True)
