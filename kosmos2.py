@@ -30,8 +30,6 @@ Where it differs most from a textbook transformer (notebooks/10_departures has t
 - ViT features of unit length (`VisionTransformer`)
 - latents appended to the keys and values (`Resampler`)
 - position ids that start at 2; sinusoids stored as [sin | cos] (`Decoder`, `sinusoidal_positions`)
-
-Order: configuration, shared layers, vision, decoder, model, generation.
 """
 
 import math
@@ -52,9 +50,7 @@ from tokenizer import printable
 
 BOS, PAD, EOS = 0, 1, 2  # the first ids of every published vocabulary
 
-# ----------------------------------------------------------------------------------------------------
-# Configuration  (walkthrough: notebooks/06_weights)
-# ----------------------------------------------------------------------------------------------------
+# ---- Configuration  (walkthrough: notebooks/06_weights) --------------------------------------------
 
 LARGEST_SIZE = 2**24  # far above any model: a damaged config.json must not fill the memory
 MOST_LAYERS = 1000
@@ -74,7 +70,8 @@ def check_sizes(part: str, config) -> None:
                 raise ValueError(f"{part} {name}: expected a number between 0 and 1, got {value!r}")
         else:
             minimum = 0 if name == "no_repeat_ngram_size" else 1
-            check_integer(f"{part} {name}", value, minimum, MOST_LAYERS if name == "layers" else LARGEST_SIZE)
+            maximum = MOST_LAYERS if name == "layers" else LARGEST_SIZE
+            check_integer(f"{part} {name}", value, minimum, maximum)
     if config.width % config.heads:
         raise ValueError(f"{part} width {config.width} is not a multiple of heads {config.heads}")
 
@@ -93,8 +90,6 @@ class VisionConfig:
 
     def __post_init__(self):
         check_sizes("vision", self)
-        if self.image_size < self.patch_size:
-            raise ValueError(f"vision image_size {self.image_size} is below patch_size {self.patch_size}")
 
     @property
     def grid(self) -> int:
@@ -138,9 +133,7 @@ class Kosmos2Config:
         check_integer("location_grid", self.location_grid, maximum=MOST_LAYERS)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Layers shared by the ViT, the resampler and the decoder
-# ----------------------------------------------------------------------------------------------------
+# ---- Layers shared by the ViT, the resampler and the decoder ---------------------------------------
 
 
 def random_parameter(*shape: int, bound: float) -> nn.Parameter:
@@ -152,11 +145,17 @@ def random_parameter(*shape: int, bound: float) -> nn.Parameter:
 class KVCache:
     """The keys and values of one attention layer for all positions so far, in a fixed buffer.
 
-    A new token attends to all earlier ones, and their keys and values never change. With a cache, a
-    decoding step runs one position through the model instead of the whole sequence.
+    They never change, so with a cache, a decoding step runs only the new position through the model.
     """
 
-    def __init__(self, batch: int, heads: int, capacity: int, head_width: int, like: Tensor):
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        capacity: int,  # the most positions that fit
+        head_width: int,
+        like: Tensor,  # for its device and dtype
+    ):
         self.keys = like.new_empty(batch, heads, capacity, head_width)
         self.values = torch.empty_like(self.keys)
         self.length = 0
@@ -167,7 +166,8 @@ class KVCache:
         self.length += k.shape[2]
         self.keys[:, :, start : self.length] = k
         self.values[:, :, start : self.length] = v
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        used = slice(0, self.length)
+        return self.keys[:, :, used], self.values[:, :, used]
 
     def keep(self, rows: Tensor) -> None:
         """Keep these rows, in this order; a row may repeat."""
@@ -251,9 +251,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block: plain in the ViT, with sub-LN in the decoder.
 
-    With pre-norm alone, the scale of what each layer adds drifts with depth. Sub-LN (MAGNETO, arXiv
-    2210.06423, section 2) adds a LayerNorm before the last projection of attention and MLP, so the
-    inputs of both have the same scale.
+    Sub-LN (MAGNETO, arXiv 2210.06423, section 2) adds a LayerNorm before the last projection of
+    attention and MLP. With pre-norm alone, the scale of what each layer adds drifts with depth.
     """
 
     def __init__(self, width: int, heads: int, mlp_width: int, activation, sub_ln: bool, eps: float):
@@ -269,9 +268,7 @@ class Block(nn.Module):
         return x
 
 
-# ----------------------------------------------------------------------------------------------------
-# From an image to image embeddings  (walkthrough: notebooks/01_vision, notebooks/02_resampler)
-# ----------------------------------------------------------------------------------------------------
+# ---- From an image to image embeddings  (walkthrough: notebooks/01_vision, notebooks/02_resampler) -
 
 # CLIP's per-channel mean and standard deviation, RGB.
 PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
@@ -281,8 +278,7 @@ PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 def preprocess_image(image: Image.Image, image_size: int) -> Tensor:
     """An image of any size and mode -> pixels (3, image_size, image_size), float32.
 
-    The whole image is squashed to a square (aspect ratio is not preserved), so coordinates in
-    0..1 are the same in the square and in the image. ValueError as in `to_rgb`.
+    The whole image is squashed to a square, so coordinates in 0..1 stay the same. Errors: `to_rgb`.
     """
     image = to_rgb(image).resize((image_size, image_size), Image.Resampling.BICUBIC)
     pixels = np.asarray(image, dtype=np.float32) / 255  # (image_size, image_size, 3)
@@ -305,9 +301,8 @@ ORIENTATIONS = {
 def open_image(path: str | Path) -> Image.Image:
     """Read an image as upright RGB, with transparency composited on white.
 
-    path: a file, or a data: or file: URL. Only the Orientation tag of EXIF is used. (ImageOps.
-    exif_transpose would also write the whole block back, which fails for many real files.)
-    FileNotFoundError or ValueError, naming the file, if it cannot be read.
+    path: a file, or a data: or file: URL. FileNotFoundError or ValueError, naming it, if it cannot be
+    read. (ImageOps.exif_transpose would write the whole EXIF block back, which fails for many files.)
     """
     name = printable(str(path))
     is_url = str(path).startswith(("data:", "file:"))
@@ -333,22 +328,15 @@ def open_image(path: str | Path) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode -> RGB, with transparency composited on white.
 
-    Grayscale with more than 8 bits, which Pillow would clip, keeps its brightness: integers are read
-    as 0..65535, floats as 0..1 or, if one is above 1, as 0..255. ValueError for values outside of
-    that, for an image without pixels, and for anything that is not a PIL image.
+    ValueError for an image without pixels, for grayscale with more than 8 bits, which Pillow would
+    clip, and for anything that is not a PIL image.
     """
     if not isinstance(image, Image.Image):
         raise ValueError(f"image: expected a PIL.Image.Image, got {type(image).__name__}")
     if 0 in image.size:
         raise ValueError(f"the image has no pixels: its size is {image.size[0]} x {image.size[1]}")
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float32)
-        limit = 65535.0
-        if image.mode == "F":
-            limit = 255.0 if values.max() > 1 else 1.0
-        if not (values.min() >= 0 and values.max() <= limit):  # also true for NaN
-            raise ValueError(f"mode {image.mode} image: expected values from 0 to {limit:g}")
-        image = Image.fromarray((values * (255 / limit)).round().astype(np.uint8))
+        raise ValueError(f"the image has mode {image.mode}, with more than 8 bits; convert it to 8 bits")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -394,8 +382,7 @@ class Resampler(nn.Module):
     Q learned queries attend to the features, so the decoder's cost is independent of the number of
     patches. Differs from a textbook attention layer: the queries themselves are appended to the
     keys and values (as in Flamingo's resampler, arXiv 2204.14198, section 3.1.1), and there is no
-    LayerNorm, residual or MLP. Outputs are ordered by query; spatial information comes only from
-    the ViT's position embeddings.
+    LayerNorm, residual or MLP.
     """
 
     def __init__(self, config: Kosmos2Config):
@@ -412,9 +399,7 @@ class Resampler(nn.Module):
         return self.x_attn(latents, context=torch.cat([features, latents], dim=1))  # (I, Q, D)
 
 
-# ----------------------------------------------------------------------------------------------------
-# The decoder  (walkthrough: notebooks/03_decoder)
-# ----------------------------------------------------------------------------------------------------
+# ---- The decoder  (walkthrough: notebooks/03_decoder) ----------------------------------------------
 
 FIRST_POSITION = 2  # from fairseq, which reserves position 1 for padding; 0 is unused
 
@@ -422,8 +407,8 @@ FIRST_POSITION = 2  # from fairseq, which reserves position 1 for padding; 0 is 
 def sinusoidal_positions(positions: Tensor, width: int) -> Tensor:
     """Integer positions (B, T) -> position encodings (B, T, width), float32.
 
-    Differs from "Attention Is All You Need" (section 3.5): all sines come first, then all cosines,
-    instead of being interleaved, and the last frequency reaches the longest wavelength exactly.
+    Differs from "Attention Is All You Need" (section 3.5): sines and cosines are not interleaved, and
+    the last frequency reaches the longest wavelength exactly.
     """
     half = width // 2
     step = math.log(10000) / max(half - 1, 1)
@@ -486,9 +471,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Embeddings x (B, T, D) and position ids (B, T) -> x (B, T, D) after the last norm.
 
-        The factor sqrt(D) brings token embeddings, which are stored with lengths near one, to the
-        scale of the position encodings. Image embeddings are already in place, so they are scaled
-        and given positions like any token.
+        The factor sqrt(D) brings token embeddings, which have lengths near one, to the scale of the
+        position encodings. Image embeddings are already in place, and treated like any token.
         """
         D = x.shape[-1]
         x = x * math.sqrt(D) + sinusoidal_positions(positions, D).to(x.dtype)
@@ -501,9 +485,7 @@ class Decoder(nn.Module):
         return self.embed_tokens.unembed(x)
 
 
-# ----------------------------------------------------------------------------------------------------
-# The whole model  (walkthrough: notebooks/00_overview)
-# ----------------------------------------------------------------------------------------------------
+# ---- The whole model  (walkthrough: notebooks/00_overview) -----------------------------------------
 
 
 class Kosmos2(nn.Module):
@@ -548,11 +530,11 @@ class Kosmos2(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        pixels: Tensor | None = None,
-        image_embeds: Tensor | None = None,
-        image_mask: Tensor | None = None,
-        pad_mask: Tensor | None = None,
-        labels: Tensor | None = None,
+        pixels=None,
+        image_embeds=None,
+        image_mask=None,
+        pad_mask=None,
+        labels=None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Next-token logits at every position, and with labels also the loss.
 
@@ -573,8 +555,6 @@ class Kosmos2(nn.Module):
         logits = self.decoder.unembed(x)  # (B, T, V)
         if labels is None:
             return logits
-        if labels.shape != tokens.shape:
-            raise ValueError(f"labels: expected {tuple(tokens.shape)}, got {tuple(labels.shape)}")
         predicted = logits[:, :-1].flatten(0, 1).float()  # (B * (T - 1), V)
         targets = labels[:, 1:].flatten()  # (B * (T - 1),)
         loss = F.cross_entropy(predicted, targets, ignore_index=-100)
@@ -586,7 +566,8 @@ class Kosmos2(nn.Module):
         Q = self.config.latent_query_num
         D = self.config.text.width
         shape = tuple(tokens.shape)
-        if len(shape) != 2 or shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
+        is_batch = len(shape) == 2 and shape[1] > 0
+        if not is_batch or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"tokens: expected int64 (B, T) with T >= 1, got {tokens.dtype} {shape}")
         if tokens.numel() and (tokens.min() < 0 or tokens.max() >= V):
             raise ValueError(f"token ids must be in 0..{V - 1}; is the tokenizer of another checkpoint?")
@@ -618,10 +599,9 @@ class Kosmos2(nn.Module):
     ) -> list[list[int]]:
         """Continue every row; returns the new ids of each, ending with </s> or at max_new_tokens.
 
-        Arguments as in `forward`; rows of different lengths must be padded on the left
-        (`pad_left`). Options are the fields of `GenerationOptions`, by name. A row's result depends
-        neither on the other rows nor on its padding. ValueError for options out of range and for
-        prompts that exceed the context.
+        Arguments as in `forward`, with rows padded on the left (`pad_left`), and the fields of
+        `GenerationOptions`, by name. A row's result depends neither on the other rows nor on its
+        padding. ValueError for options out of range and prompts that exceed the context.
         """
         state = self.prefill(tokens, pixels, image_embeds, image_mask, pad_mask, **options)
         return [row.ids for row in finish(state)]
@@ -652,12 +632,8 @@ class Kosmos2(nn.Module):
         return logits
 
 
-# ----------------------------------------------------------------------------------------------------
-# Generation  (walkthrough: notebooks/05_sampling)
-#
-# prefill runs the prompts and makes a DecodeState. decode is the loop: it chooses a token for each
-# row from state.logits, appends it, and runs it through the decoder (state.step).
-# ----------------------------------------------------------------------------------------------------
+# ---- Generation  (walkthrough: notebooks/05_sampling) ----------------------------------------------
+# `prefill` runs the prompts and makes a DecodeState; `decode` is the loop that continues it.
 
 # (ids so far, number of tokens that may still follow) -> bool (V,), True where a token may come
 # next; None if all may.
@@ -668,17 +644,15 @@ Constraint = Callable[[list[int], int], np.ndarray | None]
 class GenerationOptions:
     """How to continue a prompt. ValueError for a value out of its range."""
 
-    # Upper limit; prompt and new tokens must fit the context. 430 is the original demo's limit.
-    max_new_tokens: int = 430
+    max_new_tokens: int = 430  # upper limit; the default is the original demo's
     min_new_tokens: int = 0  # no </s> before this many new tokens
     temperature: float = 0.0  # 0 takes the most likely token, 1 samples from the model's distribution
     top_k: int | None = None  # sample among the k most likely tokens
     top_p: float | None = None  # sample among the most likely tokens that together reach probability p
-    # Forbid any n-gram that has occurred already, including in the prompt and its slots. The published model
-    # is used with 3 (config.text.no_repeat_ngram_size); transformers 5.23 loses that setting while loading.
+    # Forbid any n-gram that has occurred already, including in the prompt and its slots. The published
+    # model is used with 3 (config.text.no_repeat_ngram_size).
     no_repeat_ngram_size: int = 0
-    # With a seed, all rows share one random stream, so batching does not change results. (Equal prompts
-    # in a batch get equal samples.)
+    # With a seed, all rows share one random stream, so batching does not change results.
     seed: int | None = None
     constraint: Constraint | None = None  # such as Tokenizer.allowed_tokens, which keeps boxes complete
 
@@ -735,10 +709,7 @@ class DecodeState:
         self.logits = like.new_empty(B, 0)  # (B, V) after the first `advance`
 
     def advance(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
-        """Run the next T positions of all running rows through the decoder, and cache them.
-
-        x (B, T, D): their embeddings; pad_mask (B, T): True on padding. Returns x (B, T, D).
-        """
+        """Run the next T positions of all running rows: embeddings x (B, T, D) -> x (B, T, D)."""
         B, T, D = x.shape
         if pad_mask is None:
             pad_mask = torch.zeros(B, T, dtype=torch.bool, device=x.device)
@@ -763,7 +734,7 @@ class DecodeState:
         self.next_position = self.next_position[index]
         self.pad_mask = self.pad_mask[index]
         self.logits = self.logits[index]
-        kept: list[Row] = []
+        kept = []
         for i in indices:
             row = self.running[i]
             is_copy = any(row is other for other in kept)
@@ -773,10 +744,7 @@ class DecodeState:
 
 @torch.inference_mode()
 def decode(state: DecodeState) -> Iterator[list[Row]]:
-    """The decoding loop. After each step, yields the rows of all prompts, ended ones included.
-
-    A state can be decoded only once.
-    """
+    """The decoding loop, once for each state; yields the rows of all prompts after each step."""
     options = state.options
     generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
     if any(row.ids for row in state.rows):
@@ -794,10 +762,11 @@ def decode(state: DecodeState) -> Iterator[list[Row]]:
             fitting = EOS if row.cut else cut_markup(options.constraint, row.all_ids, token, remaining)
             row.cut = row.cut or fitting != token
             tokens.append(fitting)
-        log_probabilities = state.logits[range(len(tokens)), tokens] - state.logits.logsumexp(dim=-1)  # (B,)
-        for row, token, p in zip(state.running, tokens, log_probabilities.exp().tolist(), strict=True):
+        chosen_logits = state.logits[range(len(tokens)), tokens]  # (B,)
+        probabilities = (chosen_logits - state.logits.logsumexp(dim=-1)).exp()  # (B,)
+        for row, token, probability in zip(state.running, tokens, probabilities.tolist(), strict=True):
             row.ids.append(token)
-            row.probabilities.append(p)
+            row.probabilities.append(probability)
         yield state.rows
 
         # 3. Drop the ended rows and run the others.
@@ -818,7 +787,7 @@ def finish(state: DecodeState) -> list[Row]:
 def mask_logits(scores: Tensor, state: DecodeState) -> Tensor:
     """Next-token logits or log-probabilities (B, V), with -inf for tokens that may not come next.
 
-    Rules apply in order; a rule that would forbid all remaining tokens is skipped.
+    A rule that would forbid all tokens that the earlier rules left is skipped.
     """
     options = state.options
     scores = scores.clone()
@@ -845,8 +814,7 @@ def mask_logits(scores: Tensor, state: DecodeState) -> Tensor:
 def cut_markup(constraint: Constraint | None, ids: list[int], token: int, remaining: int) -> int:
     """The token, or a replacement if it is markup that no longer fits into the length limit.
 
-    The replacement is </s>, even before min_new_tokens, or the tag that closes what is open. So the
-    limit only truncates: everything before the cut stays the same.
+    The replacement is </s> or the tag that closes what is open, so the limit only truncates.
     """
     if constraint is None:
         return token
@@ -861,17 +829,23 @@ def cut_markup(constraint: Constraint | None, ids: list[int], token: int, remain
 def repeated_ngrams(ids: list[int], n: int) -> list[int]:
     """The ids that would complete an n-gram which `ids` already contains."""
     tail = ids[len(ids) - n + 1 :]
-    starts = range(len(ids) - n + 1)
-    return [ids[i + n - 1] for i in starts if ids[i : i + n - 1] == tail]
+    found = []
+    for last in range(n - 1, len(ids)):
+        if ids[last - n + 1 : last] == tail:
+            found.append(ids[last])
+    return found
 
 
 def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, uniform: Tensor
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    uniform: Tensor,
 ) -> Tensor:
     """logits (B, V) and uniform random numbers (B,) or (1,) -> token ids (B,).
 
-    Samples by inverting the cumulative distribution over tokens sorted by probability, which needs
-    exactly one random number per token.
+    Inverts the cumulative distribution over tokens sorted by probability: one random number per token.
     """
     if temperature < torch.finfo(torch.float32).tiny:  # 0, or too small to divide by
         return logits.argmax(dim=-1)
@@ -891,7 +865,7 @@ def sample(
     return ids.gather(1, chosen)[:, 0]
 
 
-def pad_left(rows: list[tuple[list[int], list[bool]]], device=None) -> tuple[Tensor, Tensor, Tensor]:
+def pad_left(rows: list[tuple], device=None) -> tuple[Tensor, Tensor, Tensor]:
     """Rows (ids, image_mask) of any lengths -> tokens, image_mask, pad_mask, each (B, T)."""
     T = max(len(ids) for ids, _ in rows)
     shape = (len(rows), T)

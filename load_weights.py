@@ -4,11 +4,7 @@
 
 CHECKPOINT is a folder in the published layout (config.json, sentencepiece.bpe.model, and
 model.safetensors or shards with an index), a .safetensors file, a Hugging Face pytorch_model.bin,
-the original kosmos-2.pt of fairseq, a state dict saved from a training run, or a hub id such as
-microsoft/kosmos-2-patch14-224.
-
-Order: names, config.json, files, the checkpoint, loading, the command. Faster layers for CPUs are in
-inference/fast.py, writing checkpoints is in inference/convert.py.
+the original kosmos-2.pt of fairseq, a saved state dict, or a hub id (microsoft/kosmos-2-patch14-224).
 """
 
 import argparse
@@ -19,8 +15,8 @@ import re
 import sys
 import warnings
 import zipfile
-from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,13 +30,10 @@ from tokenizer import Tokenizer
 SENTENCEPIECE = "sentencepiece.bpe.model"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# ----------------------------------------------------------------------------------------------------
-# Tensor names
-# ----------------------------------------------------------------------------------------------------
+# ---- Tensor names ----------------------------------------------------------------------------------
 
 # Name prefixes: ours, Hugging Face, fairseq. First match wins; {} is the number of a layer. What
-# follows the prefix is the same in all three layouts: tensors are only renamed, never transposed,
-# split or merged.
+# follows is the same in all three: tensors are only renamed, never transposed, split or merged.
 # fmt: off
 NAMES = [
     ("vision.class_embedding", "vision_model.model.embeddings.class_embedding", "img_model.visual.class_embedding"),
@@ -83,7 +76,7 @@ WRAPPERS = r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|modu
 def rename(name: str, layout: int) -> str:
     """The name of one of our tensors in another layout."""
     for row in NAMES:
-        pattern = re.escape(row[OURS]).replace(r"\{\}", r"(\d+)")  # {} stands for the number of a block
+        pattern = re.escape(row[OURS]).replace(r"\{\}", r"(\d+)")
         match = re.match(pattern, name)
         if match:
             return row[layout].format(*match.groups()) + name[match.end() :]
@@ -97,9 +90,7 @@ def strip_wrappers(names: list[str]) -> dict[str, str]:
     return {name: prefix.sub("", re.sub(WRAPPERS, "", name), count=1) for name in names}
 
 
-# ----------------------------------------------------------------------------------------------------
-# config.json
-# ----------------------------------------------------------------------------------------------------
+# ---- config.json -----------------------------------------------------------------------------------
 
 # Our field -> its key in a published config.json.
 VISION_KEYS = {
@@ -135,18 +126,11 @@ HARD_CODED = [
 ]
 
 
-def renamed(settings: dict, keys: dict[str, str]) -> dict:
-    """The settings that `keys` (ours -> published) lists, under our names."""
-    return {ours: settings[key] for ours, key in keys.items() if key in settings}
-
-
 def read_config(path: str | Path) -> Kosmos2Config:
-    """Read a published config.json. Unknown keys are ignored, missing keys default to the published
-    values.
+    """Read a published config.json. Unknown keys are ignored, missing keys have the published values.
 
-    no_repeat_ngram_size is also read from generation_config.json next to it, where transformers 5
-    moves it when it saves a model. FileNotFoundError if there is no such file; ValueError for a file
-    that is not JSON, belongs to another architecture, or has values that kosmos2.py does not support.
+    FileNotFoundError if there is no such file; ValueError for one that is not JSON, belongs to
+    another architecture, or has values that kosmos2.py does not support.
     """
     published = read_json(path)
     parts = {"": published}
@@ -158,12 +142,16 @@ def read_config(path: str | Path) -> Kosmos2Config:
         value = parts[part].get(key, supported)
         if value != supported:
             raise ValueError(f"{path}: {key} is {value!r}; only {supported!r} is supported")
-    vision = renamed(parts["vision_config"], VISION_KEYS)
-    text = renamed(parts["text_config"], TEXT_KEYS)
+    given = parts["vision_config"]
+    vision = {ours: given[key] for ours, key in VISION_KEYS.items() if key in given}
+    given = parts["text_config"]
+    text = {ours: given[key] for ours, key in TEXT_KEYS.items() if key in given}
+    # transformers 5 moves no_repeat_ngram_size to another file.
     generation_config = Path(path).with_name("generation_config.json")
-    for source in (published, read_json(generation_config) if generation_config.is_file() else {}):
-        if "no_repeat_ngram_size" in source:
-            text.setdefault("no_repeat_ngram_size", source["no_repeat_ngram_size"])
+    other = read_json(generation_config) if generation_config.is_file() else {}
+    ngram_size = published.get("no_repeat_ngram_size", other.get("no_repeat_ngram_size"))
+    if ngram_size is not None:
+        text.setdefault("no_repeat_ngram_size", ngram_size)
     sizes = {key: published[key] for key in ("latent_query_num", "location_grid") if key in published}
     try:
         return Kosmos2Config(VisionConfig(**vision), TextConfig(**text), **sizes)
@@ -182,9 +170,7 @@ def read_json(path: str | Path) -> dict:
     return content
 
 
-# ----------------------------------------------------------------------------------------------------
-# Files
-# ----------------------------------------------------------------------------------------------------
+# ---- Files -----------------------------------------------------------------------------------------
 
 
 class LazyTensor(NamedTuple):
@@ -202,14 +188,10 @@ DTYPES = FLOATS | {"i8": "int8"}
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a .safetensors file; ValueError if it is damaged."""
 
-    def reader(name: str) -> Callable[[], Tensor]:
-        # Reopen the file per tensor: one long-lived mmap would keep every page resident and double
-        # peak memory.
-        def read() -> Tensor:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
-
-        return read
+    def read(name: str) -> Tensor:
+        # One long-lived mmap would keep every page resident and double peak memory.
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
 
     found = {}
     try:
@@ -217,11 +199,10 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 part = file.get_slice(name)
                 dtype = part.get_dtype().lower()
-                found[name] = LazyTensor(tuple(part.get_shape()), DTYPES.get(dtype, dtype), reader(name))
+                shape = tuple(part.get_shape())
+                found[name] = LazyTensor(shape, DTYPES.get(dtype, dtype), partial(read, name))
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or not a safetensors file ({error}); download it again"
-        ) from None
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from None
     return found
 
 
@@ -237,31 +218,25 @@ class Inert:
 
 
 def inert_dict(*args) -> dict:
-    """Stands in for defaultdict, whose items PyTorch only restores into a dict."""
-    return {}
+    return {}  # stands in for defaultdict, whose items PyTorch only restores into a dict
 
 
 def read_torch(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a file written by torch.save: pytorch_model.bin, kosmos-2.pt, a state dict.
+    """The tensors of a file written by torch.save; ValueError if it is damaged or cannot be read safely.
 
-    A pickle can call any function, so the file is read with weights_only=True, and every other
-    class it names is replaced by `Inert`. ValueError if it is damaged or cannot be read that way.
+    A pickle can call any function, so weights_only=True, and every other class is replaced by `Inert`.
     """
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
-                    raise ValueError("it is compressed, which torch.save never does")
-                if archive.testzip() is not None:
-                    raise ValueError("checksum error")
-            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            stand_ins = [
-                (inert_dict if name == "collections.defaultdict" else Inert, name) for name in unsafe
-            ]
-            with torch.serialization.safe_globals(stand_ins):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        else:  # the format before PyTorch 1.6
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
+                raise ValueError("it is compressed, which torch.save never does")
+            if archive.testzip() is not None:
+                raise ValueError("checksum error")
+        stand_ins = []
+        for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
+            stand_ins.append((inert_dict if name == "collections.defaultdict" else Inert, name))
+        with torch.serialization.safe_globals(stand_ins):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file can raise anything
         reason = str(error).strip().split("\n")[0][:100]
         raise ValueError(
@@ -269,7 +244,7 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
             "download it again, or if you trust it, re-save its state dict with a recent PyTorch"
         ) from None
     found = {}
-    for name, t in unwrap_state_dict(content, path).items():
+    for name, t in find_state_dict(content, path).items():
         if t.layout is not torch.strided or t.is_nested or t.is_meta:
             raise ValueError(f"{path}: {name} is not a dense tensor; save it as one")
         found[name] = LazyTensor(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.detach)
@@ -277,14 +252,13 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
 
 
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module", "ema")  # of training checkpoints
-MOST_NESTED = 4  # a file may be malicious and contain itself
 
 
-def unwrap_state_dict(content, path: Path) -> dict[str, Tensor]:
+def find_state_dict(content, path: Path) -> dict[str, Tensor]:
     """The state dict in what torch.save stored: the object itself, or an entry such as "model"."""
     if isinstance(content, dict) and "kosmos2_training" in content:
         raise ValueError(f"{path} is an unfinished training run; training/README.md shows how to finish it")
-    for _ in range(MOST_NESTED):
+    for _ in range(4):  # a malicious file may contain itself
         for key in STATE_DICT_KEYS:
             if isinstance(content, dict) and isinstance(content.get(key), dict):
                 content = content[key]
@@ -303,26 +277,21 @@ WEIGHT_FILES = [
     "kosmos-2.pt",
 ]
 INT8_FILE = "model.int8.safetensors"  # read by inference/fast.py only
-OTHER_FORMATS = (".json", ".gguf", ".h5", ".onnx", ".msgpack", ".tflite")
 
 
 def read_tensors(file: Path) -> dict[str, LazyTensor]:
     """The tensors of a file in any supported format."""
     suffix = file.suffix.lower()
     with open(file, "rb") as opened:
-        is_pointer = opened.read(40).startswith(b"version https://git-lfs")
-    if is_pointer:
-        raise ValueError(f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull`")
-    if suffix in OTHER_FORMATS:
+        if opened.read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull`")
+    if suffix in (".json", ".gguf", ".h5", ".onnx", ".msgpack", ".tflite"):
         raise ValueError(f"{file} has no weights that can be read; expected .safetensors, .bin or .pt")
     return read_safetensors(file) if suffix == ".safetensors" else read_torch(file)
 
 
 def find_checkpoint(path: str | Path, weight_files=WEIGHT_FILES) -> tuple[Path, list[Path]]:
-    """A folder, file or hub id -> (its folder, the files with its weights).
-
-    FileNotFoundError if there are none.
-    """
+    """A folder, file or hub id -> (its folder, the files with its weights)."""
     given = str(path)
     path = Path(path)
     if not path.exists():
@@ -356,33 +325,24 @@ def read_index(index: Path) -> list[Path]:
 
 def download(hub_id: str) -> Path:
     """Fetch a checkpoint from the Hugging Face hub; returns its folder."""
-    by_hand = f"or download config.json, model.safetensors and {SENTENCEPIECE} into one folder and pass it"
+    by_hand = f"download config.json, model.safetensors and {SENTENCEPIECE} into one folder and pass it"
     try:
         from huggingface_hub import snapshot_download  # optional
     except ImportError:
-        raise FileNotFoundError(
-            f"no {hub_id} here; pip install huggingface_hub to fetch it from the hub, {by_hand}"
-        ) from None
+        raise FileNotFoundError(f"no {hub_id} here; pip install huggingface_hub, or {by_hand}") from None
     files = ["config.json", "generation_config.json", "model*.safetensors*", SENTENCEPIECE]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=files))
     except Exception as error:  # network, permissions, unknown repository: each has its own class
-        raise FileNotFoundError(
-            f"could not fetch {hub_id} ({type(error).__name__}); retry, {by_hand}"
-        ) from None
+        kind = type(error).__name__
+        raise FileNotFoundError(f"could not fetch {hub_id} ({kind}); retry, or {by_hand}") from None
 
 
-# ----------------------------------------------------------------------------------------------------
-# The checkpoint
-# ----------------------------------------------------------------------------------------------------
+# ---- The checkpoint --------------------------------------------------------------------------------
 
 
 class Checkpoint:
-    """The configuration of a checkpoint and its tensors under our names, not read yet.
-
-    Raises FileNotFoundError and ValueError for files that cannot be found or understood; `problems`
-    reports missing or unexpected tensors.
-    """
+    """The configuration of a checkpoint and its tensors under our names, not read yet."""
 
     weight_files = WEIGHT_FILES
 
@@ -400,70 +360,58 @@ class Checkpoint:
         with torch.device("meta"):
             self.model = Kosmos2(self.config)
         self.names = {ours: rename(ours, self.layout) for ours in self.model.state_dict()}  # ours -> stored
-        # Output projections in the file. One of them may be the only copy of the embedding; all
-        # others must be equal to it (`check_tied`).
+        # Output projections may be stored, too. One of them may be the only copy of the embedding.
         self.tied = sorted(OUTPUT_PROJECTIONS & self.stored.keys())
         if self.tied and self.names[EMBEDDING] not in self.stored:
             self.names[EMBEDDING] = self.tied.pop()
         known = self.stored.keys() & set(self.names.values())
         if len(known) < len(self.names) / 10:
-            found = listing(sorted(self.stored), most=3) or "no tensors"
-            raise ValueError(
-                f"{path} looks like the checkpoint of another model, not Kosmos-2: it has {found}"
-            )
+            found = listing(sorted(self.stored)[:3]) or "no tensors"
+            raise ValueError(f"{path} is the checkpoint of another model, not Kosmos-2: it has {found}, ...")
 
     def read_files(self) -> dict[str, LazyTensor]:
         """The tensors of all files, by their names without wrappers."""
-        stored: dict[str, LazyTensor] = {}
+        stored = {}
         for file in self.files:
-            found = read_tensors(file)
-            repeated = sorted(found.keys() & stored.keys())
-            if repeated:
-                raise ValueError(f"{file} repeats tensors of another shard: {listing(repeated)}")
-            stored |= found
-        renamed = {}
-        for original, name in strip_wrappers(list(stored)).items():
-            if name in renamed:
-                raise ValueError(f"{self.path} has {name} twice, with and without a prefix")
-            renamed[name] = stored[original]
-        return renamed
+            tensors = read_tensors(file)
+            for original, name in strip_wrappers(list(tensors)).items():
+                if name in stored:
+                    raise ValueError(f"{file} has {name} a second time (in another shard, or with a prefix)")
+                stored[name] = tensors[original]
+        return stored
 
     def problems(self) -> list[str]:
         """What is wrong with the set of tensors, each by name; empty if nothing is."""
         shapes = {self.names[ours]: tuple(t.shape) for ours, t in self.model.state_dict().items()}
-        missing = sorted(shapes.keys() - self.stored.keys())
-        unexpected = sorted(self.stored.keys() - shapes.keys() - OUTPUT_PROJECTIONS - UNUSED_BUFFERS)
         wrong_shape = []
         wrong_type = []
-        for name, shape in shapes.items():
-            tensor = self.stored.get(name)
-            if tensor is not None and tensor.shape != shape:
-                wrong_shape.append(f"{name}: expected {shape}, got {tensor.shape}")
-            if tensor is not None and tensor.dtype not in FLOATS.values():
-                wrong_type.append(f"{name}: {tensor.dtype}")
+        for name in sorted(shapes.keys() & self.stored.keys()):
+            shape, dtype, _ = self.stored[name]
+            if shape != shapes[name]:
+                wrong_shape.append(f"{name}: expected {shapes[name]}, got {shape}")
+            if dtype not in FLOATS.values():
+                wrong_type.append(f"{name}: {dtype}")
         found = {
-            "missing": missing,
-            "unexpected": unexpected,
+            "missing": sorted(shapes.keys() - self.stored.keys()),
+            "unexpected": sorted(self.stored.keys() - shapes.keys() - OUTPUT_PROJECTIONS - UNUSED_BUFFERS),
             "of the wrong shape": wrong_shape,
-            "with a type that is not floating point (int8? see inference/fast.py)": wrong_type,
+            "with a type that is not floating point": wrong_type,
         }
-        problems = []
-        for what, names in found.items():
-            if names:
-                count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-                problems.append(f"{count} {what}: {listing(names)}")
+        problems = [
+            f"{len(names)} tensors {what}: {listing(names)}" for what, names in found.items() if names
+        ]
         if problems and not self.has_config:
             problems.append("no config.json is next to the weights, so the published sizes were assumed")
         return problems
 
     def notes(self) -> list[str]:
         """Warnings that do not prevent loading."""
-        if any((self.folder / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
-            return [f"the LoRA adapter in {self.folder} is not applied; merge it into the weights first"]
-        return []
+        adapters = self.folder.glob("adapter_model.*")
+        return [
+            f"the LoRA adapter {file} is not applied; merge it into the weights first" for file in adapters
+        ]
 
     def numel(self, ours: str) -> int:
-        """Number of elements."""
         return math.prod(self.stored[self.names[ours]].shape)
 
     def tensor(self, ours: str, dtype: torch.dtype, device="cpu", copy: bool = True) -> Tensor:
@@ -483,28 +431,19 @@ class Checkpoint:
         for name in self.tied:
             embedding = self.stored[self.names[EMBEDDING]].read()
             if not torch.equal(self.stored[name].read().to(embedding.dtype), embedding):
-                raise ValueError(
-                    f"{name} differs from the token embedding; Kosmos-2 uses one matrix for both"
-                )
+                raise ValueError(f"{name} differs from the token embedding; Kosmos-2 has one matrix for both")
 
 
-def listing(names: list[str], most: int = 10) -> str:
-    text = ", ".join(names[:most])
-    if len(names) > most:
-        text += f" and {len(names) - most} more"
-    return text
+def listing(names: list[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
 
 
-# ----------------------------------------------------------------------------------------------------
-# Loading
-# ----------------------------------------------------------------------------------------------------
+# ---- Loading ---------------------------------------------------------------------------------------
 
 
 def choose_device(device: str, precision: str) -> torch.device:
-    """A device by name; "auto" is the GPU if there is one, except for int8, which is for CPUs.
-
-    Under torchrun, each process takes its own GPU. ValueError if there is no such device.
-    """
+    """A device by name; "auto" is the GPU if there is one. Under torchrun, each process takes its own."""
     if device == "auto":
         device = "cpu"
         if torch.cuda.is_available() and precision != "int8":
@@ -523,22 +462,15 @@ def choose_device(device: str, precision: str) -> torch.device:
     return chosen
 
 
-def load_checkpoint(
-    path: str | Path,
-    precision: str = "fp32",
-    device: str | torch.device = "cpu",
-    tokenizer: str | Path | None = None,
-) -> tuple[Kosmos2, Tokenizer]:
+def load_checkpoint(path, precision="fp32", device="cpu", tokenizer=None) -> tuple[Kosmos2, Tokenizer]:
     """Load a checkpoint in any accepted format -> (model in eval mode, tokenizer).
 
-    path: see the module docstring. config.json next to the weights is used if present, otherwise
-    the published sizes. The sentencepiece model is taken from next to the weights, or from
-    `tokenizer`. precision: fp32 (exact, the default), bf16, or on a GPU fp16; independent of the
-    stored dtype. On a CPU, inference.fast.load_checkpoint gives a faster model, also in fp16 and int8.
+    path: see the module docstring. config.json and the sentencepiece model are read from next to the
+    weights (or `tokenizer`); without a config.json, the published sizes are meant. precision: fp32,
+    bf16, or on a GPU fp16, whatever the stored one. Faster on a CPU: inference.fast.load_checkpoint.
 
-    Raises FileNotFoundError for missing files; ValueError for a checkpoint with tensors that are
-    missing, unexpected, of the wrong shape or type, or not finite, each listed by name, and for a
-    tokenizer that does not fit.
+    FileNotFoundError for missing files; ValueError, with their names, for tensors that are missing,
+    unexpected, of the wrong shape or type, or not finite, and for a tokenizer that does not fit.
     """
     if precision not in PRECISIONS or (precision == "fp16" and torch.device(device).type == "cpu"):
         raise ValueError(
@@ -554,19 +486,16 @@ def check_checkpoint(checkpoint: Checkpoint, tokenizer: str | Path | None = None
     """Raise unless everything is there; returns the tokenizer."""
     problems = checkpoint.problems()
     if problems:
-        raise ValueError(
-            f"{checkpoint.path} is not a complete Kosmos-2 of these sizes: " + "; ".join(problems)
-        )
+        listed = "; ".join(problems)
+        raise ValueError(f"{checkpoint.path} is not a complete Kosmos-2 of these sizes: {listed}")
     for note in checkpoint.notes():
         warnings.warn(note, stacklevel=3)
     return find_tokenizer(checkpoint, tokenizer)
 
 
 def read_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device = "cpu") -> Kosmos2:
-    """All tensors in one dtype.
-
-    The largest come first: a tensor is in memory twice while it is converted.
-    """
+    """All tensors in one dtype."""
+    # A tensor is in memory twice while it is converted.
     largest_first = sorted(checkpoint.names, key=checkpoint.numel, reverse=True)
     state = {name: checkpoint.tensor(name, dtype, device) for name in largest_first}
     checkpoint.check_tied()
@@ -574,21 +503,16 @@ def read_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.d
     return checkpoint.model
 
 
-MOST_UNUSED = 1024  # rows of the embedding after the location tokens
+MOST_UNUSED = 1024  # rows of the embedding after the location tokens: padding, or tokens that others added
 
 
 def find_tokenizer(checkpoint: Checkpoint, path: str | Path | None = None) -> Tokenizer:
-    """The tokenizer next to a checkpoint, or at `path`; ValueError if its vocabulary does not fit.
-
-    The embedding may have a few more rows than the vocabulary (padding to a round number, tokens
-    added in fine-tuning): they are unused.
-    """
+    """The tokenizer next to a checkpoint, or at `path`; ValueError if its vocabulary does not fit."""
     model_file = checkpoint.folder if path is None else Path(path)
     if model_file.is_dir():
         model_file /= SENTENCEPIECE
     if not model_file.is_file():
-        hint = "" if path else "; pass its path as the tokenizer"
-        raise FileNotFoundError(f"no sentencepiece model at {model_file}{hint}")
+        raise FileNotFoundError(f"no sentencepiece model at {model_file}; pass its path as the tokenizer")
     config = checkpoint.config
     tokenizer = Tokenizer(model_file, config.latent_query_num, config.location_grid)
     unused = config.text.vocab_size - tokenizer.vocab_size
@@ -597,31 +521,22 @@ def find_tokenizer(checkpoint: Checkpoint, path: str | Path | None = None) -> To
             f"{model_file} does not fit: with {config.location_grid} x {config.location_grid} location tokens "
             f"it has {tokenizer.vocab_size} tokens, the checkpoint {config.text.vocab_size}"
         )
-    if unused:
-        return Tokenizer(model_file, config.latent_query_num, config.location_grid, unused)
-    return tokenizer
+    return Tokenizer(model_file, config.latent_query_num, config.location_grid, unused)
 
 
-# ----------------------------------------------------------------------------------------------------
-# The command
-# ----------------------------------------------------------------------------------------------------
+# ---- The command -----------------------------------------------------------------------------------
 
 
 def report(checkpoint: Checkpoint) -> str:
     """What a checkpoint contains, one line for each part of the model."""
-    lines = [f"{len(checkpoint.files)} file(s) in {checkpoint.folder}, {LAYOUTS[checkpoint.layout]} layout"]
+    lines = [f"{checkpoint.folder}: {LAYOUTS[checkpoint.layout]} layout"]
     lines.append(f"{'part':<12}{'tensors':>8}{'parameters':>15}  stored as")
     for part in ("vision", "resampler", "decoder"):
         names = [stored for ours, stored in checkpoint.names.items() if ours.startswith(part)]
         tensors = [checkpoint.stored[name] for name in names if name in checkpoint.stored]
         parameters = sum(math.prod(tensor.shape) for tensor in tensors)
-        dtypes = Counter(tensor.dtype for tensor in tensors)
-        stored_as = ", ".join(f"{dtype} x {count}" for dtype, count in dtypes.items())
+        stored_as = ", ".join(sorted({tensor.dtype for tensor in tensors}))
         lines.append(f"{part:<12}{len(tensors):>8}{parameters:>15,}  {stored_as}")
-    unused = (OUTPUT_PROJECTIONS | UNUSED_BUFFERS) & checkpoint.stored.keys()
-    unused -= set(checkpoint.names.values())
-    if unused:
-        lines.append(f"not needed: {', '.join(sorted(unused))}")
     return "\n".join(lines + checkpoint.notes())
 
 

@@ -8,9 +8,7 @@ bottom-right cell:
 
 so a grounded sentence reads like a hyperlink, `[a snowman](box)` (paper, section 2.2). "Tagged
 text" below means a string like this. `Tokenizer` converts it to ids and back, `parse` to a caption
-and its entities. `Tokenizer.allowed_tokens` constrains decoding to complete boxes.
-
-Order: boxes, the prompts of the tasks, the tokenizer, parsing the output.
+and its entities.
 """
 
 import math
@@ -28,8 +26,7 @@ DELIMITER = "</delimiter_of_multi_objects/>"
 IMAGE_OPEN = "<image>"
 IMAGE_CLOSE = "</image>"
 
-# In the vocabulary, the tags follow the pieces in this order; the GRID * GRID location tokens
-# follow the tags.
+# In the vocabulary, the tags follow the pieces in this order, then come the location tokens.
 TAGS = [
     "</doc>", IMAGE_OPEN, IMAGE_CLOSE, "</chunk>", "</line>", "<phrase>", "</phrase>",
     "<object>", "</object>", DELIMITER, "<grounding>",
@@ -56,21 +53,19 @@ def printable(text: str, most: int = 100) -> str:
     """Text for messages: at most this many characters, with what is not printable escaped."""
     if len(text) > most:
         text = f"{text[: most - 40]}...{text[-37:]}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    shown = ""
+    for character in text:
+        shown += character if character.isprintable() else repr(character)[1:-1]
+    return shown
 
 
-# ----------------------------------------------------------------------------------------------------
-# Boxes
-# ----------------------------------------------------------------------------------------------------
+# ---- Boxes -----------------------------------------------------------------------------------------
 
 TOLERANCE = 0.01  # boxes may extend beyond the image by this much, from rounding; they are clipped
 
 
 def clip_box(box: Box) -> Box:
-    """A box in 0..1, clipped if it extends beyond the image by at most TOLERANCE.
-
-    ValueError for a box that extends further, is empty, or has its corners swapped.
-    """
+    """A box in 0..1, clipped to the image; ValueError if it is empty, swapped or further out than that."""
     values = tuple(float(v) for v in box)
     x1, y1, x2, y2 = (min(max(v, 0.0), 1.0) for v in values)
     on_image = all(-TOLERANCE <= v <= 1 + TOLERANCE for v in values)  # False for NaN
@@ -84,8 +79,8 @@ def clip_box(box: Box) -> Box:
 def box_to_tokens(box: Box, grid: int = GRID) -> tuple[int, int]:
     """A box in 0..1 -> the location indices of its top-left and bottom-right cell.
 
-    A bottom-right coordinate exactly on a cell boundary is assigned to the inner cell. (The original
-    data loader assigned it to the outer one: training/data.py.) ValueError as in `clip_box`.
+    A bottom-right coordinate exactly on a cell boundary is assigned to the inner cell. (In the
+    original training, it was the outer one: training/data.py.)
     """
     x1, y1, x2, y2 = clip_box(box)
     left = math.floor(x1 * grid)
@@ -114,18 +109,20 @@ def tokens_to_box(ul: int, lr: int, grid: int = GRID) -> Box:
 
 def iou(a: Box, b: Box) -> float:
     """Intersection over union of two boxes, in any unit."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
+    ax1, ay1, ax2, ay2 = a
+    bx1, by1, bx2, by2 = b
+    width = min(ax2, bx2) - max(ax1, bx1)
+    height = min(ay2, by2) - max(ay1, by1)
     if width <= 0 or height <= 0:
         return 0.0
     intersection = width * height
-    area_a = (a[2] - a[0]) * (a[3] - a[1])
-    area_b = (b[2] - b[0]) * (b[3] - b[1])
+    area_a = (ax2 - ax1) * (ay2 - ay1)
+    area_b = (bx2 - bx1) * (by2 - by1)
     return intersection / (area_a + area_b - intersection)
 
 
 def box_score(pair: Sequence[float | None]) -> float | None:
-    """The geometric mean of the probabilities of a box's two tokens; None if they are unknown."""
+    """sqrt(p(top left) p(bottom right)), the probabilities of a box's two tokens; None if unknown."""
     if len(pair) != 2 or None in pair:
         return None
     return math.sqrt(pair[0] * pair[1])
@@ -166,11 +163,7 @@ def as_boxes(entry) -> list:
 
 
 def insert_boxes(text: str, boxes, grid: int = GRID) -> str:
-    """Insert the boxes of each phrase of a tagged text after it.
-
-    boxes has one entry for each <phrase>...</phrase>: None, two location indices, four floats in
-    0..1, or a list of those. ValueError for the wrong number of entries or a wrong entry.
-    """
+    """Insert the boxes of each phrase after it: see `Tokenizer.encode`."""
     phrases = list(re.finditer(r"<phrase>.+?</phrase>", text, re.DOTALL))
     if len(phrases) != len(boxes):
         raise ValueError(f"boxes: {len(boxes)}, phrases: {len(phrases)}; pass one entry for each phrase")
@@ -181,9 +174,7 @@ def insert_boxes(text: str, boxes, grid: int = GRID) -> str:
     return text
 
 
-# ----------------------------------------------------------------------------------------------------
-# The prompts of the tasks  (paper, sections 3 and 4)
-# ----------------------------------------------------------------------------------------------------
+# ---- The prompts of the tasks  (paper, sections 3 and 4) -------------------------------------------
 
 # {text} is a phrase, an expression or a question.
 PROMPTS = {
@@ -197,18 +188,11 @@ PROMPTS = {
 }
 TASKS = [*PROMPTS, "context", "text"]
 CONTINUED = {"caption", "plain", "ground", "refer", "text"}  # the answer continues the sentence of the prompt
-TAKES_TEXT = {
-    "ground": "a phrase",
-    "refer": "a referring expression",
-    "vqa": "a question",
-    "answer": "a question",
-    "context": "what to say about each image but the last",
-    "text": "the beginning of a text",
-}
+TAKES_TEXT = {"ground", "refer", "vqa", "answer", "context", "text"}
 
 
 def as_words(text: str) -> str:
-    """Text to put into a prompt; whatever looks like a tag in it is words (`LITERAL`)."""
+    """Text to put into a prompt, where whatever looks like a tag in it is words."""
     return strip_literal(text.strip()).replace("<", "<" + LITERAL)
 
 
@@ -230,11 +214,9 @@ def task_prompts(task: str, texts: list[str], boxes: list) -> list[str]:
     missing = not texts and task != "refer"
     texts = [as_words(text) for text in texts]
     if task in TAKES_TEXT and (missing or "" in texts):
-        raise ValueError(f"task {task} needs a non-empty text: {TAKES_TEXT[task]}")
+        raise ValueError(f"task {task} needs a non-empty text")
     if texts and boxes and task in ("ground", "refer"):
-        raise ValueError(
-            f"task {task} takes a text (to find its box) or a box, not both; for both, write a prompt"
-        )
+        raise ValueError(f"task {task} takes a text or a box, not both; for both, write a prompt")
     if task == "text":
         return texts
     if task == "context":
@@ -246,9 +228,7 @@ def task_prompts(task: str, texts: list[str], boxes: list) -> list[str]:
     return [PROMPTS[task].replace("{text}", text) for text in texts or [""]]
 
 
-# ----------------------------------------------------------------------------------------------------
-# The tokenizer
-# ----------------------------------------------------------------------------------------------------
+# ---- The tokenizer ---------------------------------------------------------------------------------
 
 
 def open_sentencepiece(model_file: str | Path) -> sentencepiece.SentencePieceProcessor:
@@ -272,8 +252,7 @@ class Tokenizer:
 
     ids 0..3 are CONTROL. The pieces of the model follow (id = sentencepiece id + 1, because fairseq
     put <pad> among the control symbols and sentencepiece has none), then <mask>, the TAGS and the
-    location tokens. The published sentencepiece model has 64,000 entries, three of them control
-    symbols, which makes 65,037 ids; any other number works the same way.
+    location tokens: 65,037 ids with the published sentencepiece model.
 
     num_image_tokens: the checkpoint's latent_query_num. unused: further rows of its embedding
     (padding to a round number, tokens added by others); they stand for no text.
@@ -285,39 +264,30 @@ class Tokenizer:
         self.num_image_tokens = num_image_tokens
         self.grid = grid
         pieces = [self.sp_model.id_to_piece(i) for i in range(3, self.sp_model.vocab_size())]
-        if grid < 1 or num_image_tokens < 1 or num_image_tokens > len(pieces):
-            raise ValueError(
-                f"expected a positive grid, and num_image_tokens between 1 and the {len(pieces)} pieces of "
-                f"{model_file}, got {grid} and {num_image_tokens}"
-            )
+        if grid < 1 or not 1 <= num_image_tokens <= len(pieces):
+            raise ValueError(f"a grid of {grid} and {num_image_tokens} image tokens do not fit {model_file}")
         tags_and_locations = ["<mask>", *TAGS, *(location_token(i, grid) for i in range(grid * grid))]
         self.id_to_token = [*CONTROL, *pieces, *tags_and_locations, *["<unused>"] * unused]
         self.vocab_size = len(self.id_to_token)
         self.special_ids = {token: i for i, token in enumerate(CONTROL)}  # tokens that are not pieces
         for i, token in enumerate(tags_and_locations, start=len(CONTROL) + len(pieces)):
             self.special_ids[token] = i
-        self.special_pattern = re.compile("(" + "|".join(map(re.escape, self.special_ids)) + ")")
+        alternatives = "|".join(map(re.escape, self.special_ids))
+        self.special_pattern = re.compile(f"({alternatives})")
         self.first_location = self.special_ids[location_token(0, grid)]
-        self.free_text = self._free_text()
-
-    def _free_text(self) -> np.ndarray:
-        """Tokens allowed outside of phrases and boxes, bool (V,)."""
-        allowed = np.ones(self.vocab_size, dtype=bool)
-        allowed[self.first_location :] = False
+        self.end_of_locations = self.first_location + grid**2
         link_tags = ["<phrase>", "</phrase>", "<object>", "</object>", DELIMITER]
+        self.free_text = np.ones(self.vocab_size, dtype=bool)  # tokens allowed outside of phrases and boxes
+        self.free_text[self.first_location :] = False
         for tag in ["<s>", "<pad>", IMAGE_OPEN, IMAGE_CLOSE, *link_tags]:
-            allowed[self.special_ids[tag]] = False
-        return allowed
-
-    # ---- text -> ids
+            self.free_text[self.special_ids[tag]] = False
 
     def encode(self, text: str, boxes=None, add_bos: bool = True, add_eos: bool = False) -> list[int]:
-        """Tagged text -> ids. `boxes` has one entry for each <phrase>...</phrase>: see
-        `insert_boxes`.
+        """Tagged text -> ids.
 
-        Text between two tags is tokenized separately, as in the original demo and in transformers, so
-        "</phrase>." ends in two tokens, a space and the period. The model was trained on captions
-        tokenized as a whole (training/data.py), but all published prompts were tokenized this way.
+        boxes has one entry for each <phrase>...</phrase>: None, two location indices, four floats in
+        0..1, or a list of those. Text between two tags is tokenized separately, as in the original
+        demo and in transformers, so "</phrase>." ends in two tokens, a space and the period.
         """
         if boxes is not None:
             text = insert_boxes(text, boxes, self.grid)
@@ -345,19 +315,24 @@ class Tokenizer:
 
         Each `<image>` in the prompt becomes <image>, the slots, </image>; without any, a single
         image goes in front. The slots hold the ids 4, 5, 6, ..., which the image embeddings
-        replace. They are all different, so they are not caught by n-gram blocking. ValueError if
-        the number of images differs from the number of `<image>`, for nested phrases and for
-        location tokens that are not in the vocabulary.
+        replace. They are all different, so they are not caught by n-gram blocking. ValueError for a
+        prompt that does not fit.
         """
-        self._check_prompt(prompt)
+        if IMAGE_CLOSE in prompt:
+            raise ValueError(f"write {IMAGE_OPEN} where an image belongs, without {IMAGE_CLOSE}")
+        if re.search(r"<phrase>(?:(?!</phrase>).)*<phrase>", prompt, re.DOTALL):
+            raise ValueError("the prompt has a <phrase> inside another; close the first with </phrase>")
+        for token in re.findall(r"<patch_index_[^<>]*>", prompt):
+            if token not in self.special_ids:
+                raise ValueError(f"{token} is not a location token; they have the form {location_token(44)}")
         tags = prompt.count(IMAGE_OPEN)
         if tags == 0 and num_images == 1:
             prompt = IMAGE_OPEN + prompt
         elif tags != num_images:
             raise ValueError(f"the prompt has {tags} {IMAGE_OPEN} tags, the number of images is {num_images}")
         slots = range(len(CONTROL), len(CONTROL) + self.num_image_tokens)
-        ids: list[int] = []
-        image_mask: list[bool] = []
+        ids = []
+        image_mask = []
         for i in self.encode(prompt.strip(), boxes):
             ids.append(i)
             image_mask.append(False)
@@ -366,28 +341,8 @@ class Tokenizer:
                 image_mask += [True] * len(slots) + [False]
         return ids, image_mask
 
-    def _check_prompt(self, prompt: str) -> None:
-        """ValueError for </image>, phrases inside phrases and invalid location tokens."""
-        if IMAGE_CLOSE in prompt:
-            raise ValueError(
-                f"write {IMAGE_OPEN} where an image belongs; {IMAGE_CLOSE} is added automatically"
-            )
-        if re.search(r"<phrase>(?:(?!</phrase>).)*<phrase>", prompt, re.DOTALL):
-            raise ValueError(
-                "the prompt has a <phrase> inside another <phrase>; close the first with </phrase>"
-            )
-        for token in re.findall(r"<patch_index_[^<>]*>", prompt):
-            if token not in self.special_ids:
-                last = location_token(self.grid**2 - 1, self.grid)
-                raise ValueError(f"{token} is not a location token; the last one is {last}")
-
-    # ---- ids -> text
-
     def decode(self, ids: Sequence[int]) -> str:
-        """ids -> tagged text.
-
-        Drops images (<image>, slots, </image>), <s>, </s>, <pad>, <unk>, <mask> and unused ids.
-        """
+        """ids -> tagged text, without images (<image>, slots, </image>), CONTROL, <mask> and unused ids."""
         return strip_literal(self.decode_literal(ids))
 
     def decode_literal(self, ids: Sequence[int]) -> str:
@@ -396,7 +351,7 @@ class Tokenizer:
         opening = self.special_ids[IMAGE_OPEN]
         closing = self.special_ids[IMAGE_CLOSE]
         mask = self.special_ids["<mask>"]
-        kept: list[str] = []
+        kept = []
         skip_to = 0
         for at, i in enumerate(ids):
             if not 0 <= i < self.vocab_size:
@@ -405,20 +360,21 @@ class Tokenizer:
             if i == opening and end < len(ids) and ids[end] == closing:
                 skip_to = end + 1
                 kept.append("")  # no text, but the next piece is no longer the first
-            if at < skip_to or i < len(CONTROL) or i == mask or i >= self.first_location + self.grid**2:
+            is_text = len(CONTROL) <= i < self.end_of_locations and i != mask
+            if at < skip_to or not is_text:
                 continue
             token = self.id_to_token[i]
-            kept.append(token if i > mask else token.replace("▁", " ").replace("<", "<" + LITERAL))
+            if i < mask:  # a piece
+                token = token.replace("▁", " ").replace("<", "<" + LITERAL)
+            kept.append(token)
         if kept:  # strip the leading space of the first piece
             kept[0] = kept[0].removeprefix(" ")
         return "".join(kept)
 
-    def parse_output(
-        self, prompt_ids: list[int], new_ids: list[int], probabilities=None
-    ) -> tuple[str, list[Entity]]:
+    def parse_output(self, prompt_ids, new_ids, probabilities=None) -> tuple[str, list[Entity]]:
         """The caption and entities of the prompt after its last image, plus the new ids.
 
-        probabilities: of the new ids; with them, each box in `new_ids` gets a score.
+        probabilities: of the new ids; they give each new box its score.
         """
         ids = [*self.after_images(prompt_ids), *new_ids]
         if probabilities is None:
@@ -437,25 +393,24 @@ class Tokenizer:
 
     def location_index(self, token_id: int) -> int | None:
         """The cell that an id stands for; None for all other tokens."""
-        index = token_id - self.first_location
-        return index if 0 <= index < self.grid**2 else None
-
-    # ---- constrained decoding
+        if self.first_location <= token_id < self.end_of_locations:
+            return token_id - self.first_location
+        return None
 
     def allowed_tokens(self, ids: list[int], remaining: int) -> np.ndarray:
         """Which tokens may come next so that the markup stays valid, bool (V,): a constraint for
-        generation.
+        `Kosmos2.generate`. It has no effect on output that is already valid.
 
-        ids: all tokens so far; remaining: how many more may follow. After <object> comes a location
-        token, then one that is neither above nor left of it, then the delimiter or </object>.
-        <phrase> and </phrase> alternate, with text in between. No tag is opened unless there is
-        room to close it. Has no effect on output that is already valid.
+        ids: all tokens so far; remaining: how many more may follow. After <object> come two location
+        tokens, top-left then bottom-right; <phrase> and </phrase> alternate, with text in between.
+        No tag is opened unless there is room to close it.
         """
         special = self.special_ids
-        before_last, last = [special["<s>"], special["<s>"], *ids[-2:]][-2:]  # as if <s> came before
+        begin = special["<s>"]
+        before_last, last = [begin, begin, *ids[-2:]][-2:]  # as if <s> came before
         corner = self.location_index(last)
         allowed = np.zeros(self.vocab_size, dtype=bool)
-        locations = allowed[self.first_location : self.first_location + self.grid**2]  # a view
+        locations = allowed[self.first_location : self.end_of_locations]  # a view
         if last in (special["<object>"], special[DELIMITER]):  # the top-left corner comes next
             locations[:] = True
         elif corner is not None and self.location_index(before_last) is None:  # the bottom-right corner
@@ -482,9 +437,7 @@ class Tokenizer:
         return False
 
 
-# ----------------------------------------------------------------------------------------------------
-# Parsing the output
-# ----------------------------------------------------------------------------------------------------
+# ---- Parsing the output ----------------------------------------------------------------------------
 
 LOCATION = r"<patch_index_[0-9]{1,9}>"
 PAIR = LOCATION + LOCATION
@@ -496,24 +449,17 @@ LINK = re.compile(
 
 
 def strip_tags(text: str) -> str:
-    """Tagged text without its tags.
-
-    (transformers removes everything between any < and >, words included.)
-    """
+    """Tagged text without its tags. (transformers also removes the words between any < and >.)"""
     return strip_literal(re.sub(ANY_TAG, "", text))
 
 
-def parse(
-    tagged_text: str, grid: int = GRID, probabilities: Sequence[float | None] = ()
-) -> tuple[str, list[Entity]]:
+def parse(tagged_text: str, grid: int = GRID, probabilities=()) -> tuple[str, list[Entity]]:
     """Tagged text -> (caption, entities), with spans in the caption; never raises.
 
-    probabilities: of the location tokens in the text, in order, None for those of the prompt. The
-    score of a box is the geometric mean of its two, sqrt(p(top left) p(bottom right)).
-
-    Gives the same result as the published post-processing on well-formed text. Malformed links and
-    boxes off the grid are left out; swapped corners are reordered. A box without a phrase becomes an
-    entity with an empty span, whose phrase is its two tokens.
+    probabilities: of the location tokens in the text, in order, None for those of the prompt.
+    Equal to the published post-processing on well-formed text. Malformed links and boxes off the
+    grid are left out. A box without a phrase becomes an entity with an empty span, whose phrase is
+    its two tokens.
     """
     text = tagged_text.rsplit(IMAGE_CLOSE, 1)[-1]  # what precedes the last image is not part of the caption
     offset = len(tagged_text) - len(text)
@@ -540,9 +486,7 @@ def parse(
     return caption, entities
 
 
-def read_boxes(
-    objects: str, grid: int, probabilities: Sequence[float | None]
-) -> list[tuple[str, Box, float | None]]:
+def read_boxes(objects: str, grid: int, probabilities) -> list[tuple]:
     """(name, box, score) of each box inside <object>...</object> that is on the grid."""
     found = []
     for i, pair in enumerate(objects.split(DELIMITER)):

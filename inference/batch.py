@@ -13,6 +13,7 @@ still answered), 2 usage, 130 interrupted.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -23,15 +24,14 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+import sample
 from inference.progress import Progress, torchrun_rank
 from inference.requests import Job, image_jobs, read_jobs
 from inference.results import Results
 from sample import (
     Answer,
     CommandParser,
-    add_decoding_options,
-    add_model_options,
-    add_question_options,
+    add_options,
     as_json,
     box_lines,
     decoding_options,
@@ -39,16 +39,13 @@ from sample import (
     given_options,
     load_model,
     make_requests,
-    print_json,
     read_answer,
     report_error,
     run_command,
 )
 from tokenizer import Entity, printable, tokens_to_box
 
-DECODING = [
-    "max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "no_repeat_ngram_size", "seed",
-]  # fmt: skip
+DECODING = (*sample.DECODING, "min_new_tokens", "no_repeat_ngram_size")
 
 
 @dataclass
@@ -74,9 +71,7 @@ class Group:
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (width, height) of each image
 
 
-# ----------------------------------------------------------------------------------------------------
-# The command line
-# ----------------------------------------------------------------------------------------------------
+# ---- The command line ------------------------------------------------------------------------------
 
 
 def make_parser() -> CommandParser:
@@ -84,16 +79,14 @@ def make_parser() -> CommandParser:
     p.add_argument("images", nargs="*", metavar="IMAGE", help="image files and folders")
     requests_help = "a request per line: image, task, text, prompt, boxes; - is stdin"
     p.add_argument("--requests", metavar="JSONL", help=requests_help)
-    add_question_options(p)
+    add_options(p)
     top_help = "the K most likely boxes of a phrase (ground, refer)"
     p.add_argument("--top-boxes", type=int, metavar="K", help=top_help)
-    add_decoding_options(p)
     add = p.add_argument_group("more decoding options").add_argument
     add("--min-new-tokens", type=int, metavar="N", help="do not end before this many tokens")
     ngram_help = "forbid repeated n-grams (default: the checkpoint's; off for --task context)"
     add("--no-repeat-ngram-size", type=int, metavar="N", help=ngram_help)
     add("--num-beams", type=int, default=1, metavar="N", help="above 1: beam search")
-    add_model_options(p)
     p.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests per batch (default: 8)")
     add = p.add_argument_group("output").add_argument
     results_help = "append the results to this file, after each batch (default: stdout)"
@@ -141,9 +134,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return args
 
 
-# ----------------------------------------------------------------------------------------------------
-# Reading ahead
-# ----------------------------------------------------------------------------------------------------
+# ---- Reading ahead ---------------------------------------------------------------------------------
 
 
 def load_group(jobs: list[Job], model, tokenizer, args, given: dict) -> Group:
@@ -169,6 +160,7 @@ def load_group(jobs: list[Job], model, tokenizer, args, given: dict) -> Group:
                 options = {"max_new_tokens": 2}
             else:
                 options = decoding_options(model, tokenizer, job.request, len(ids), given)
+                model.check_length([len(ids)], options["max_new_tokens"])
             group.questions.append(Question(job, ids, image_mask, options))
         except (ValueError, TypeError) as error:
             group.errors.append(([job], error))
@@ -199,9 +191,7 @@ def batched(groups: list[list[Job]], batch_size: int) -> Iterator[list[list[Job]
         yield batch
 
 
-# ----------------------------------------------------------------------------------------------------
-# Running the model
-# ----------------------------------------------------------------------------------------------------
+# ---- Running the model -----------------------------------------------------------------------------
 
 
 class Runner:
@@ -330,9 +320,7 @@ class Runner:
         return Answer(text, raw, [Entity(text, (0, len(text)), boxes, scores)])
 
 
-# ----------------------------------------------------------------------------------------------------
-# The run
-# ----------------------------------------------------------------------------------------------------
+# ---- The run ---------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> int:
@@ -401,7 +389,8 @@ def answer_groups(groups: list[list[Job]], runner: Runner, given: dict, results:
                 results.write(lines)
             else:
                 progress.clear()
-                print_json(lines)
+                for line in lines:
+                    print(json.dumps(line, ensure_ascii=False), flush=True)
         progress.update(sum(len(group.jobs) for group in batch), runner.timings)
     return failed
 

@@ -28,9 +28,7 @@ PRECISIONS = [*load_weights.PRECISIONS, "int8"]
 PACKED = ("fp16", "int8")  # on a CPU: the large matrices have this precision, everything else is float32
 SCALE = "_scale"  # the scales of an int8 matrix NAME.weight are stored as NAME.weight_scale
 
-# ----------------------------------------------------------------------------------------------------
-# float32 on all cores
-# ----------------------------------------------------------------------------------------------------
+# ---- float32 on all cores --------------------------------------------------------------------------
 
 FEW_ROWS = 16  # with more rows than this, PyTorch's own kernel uses all cores
 MANY_WEIGHTS = 2**20  # smaller matrices stay in the cache of one core
@@ -97,9 +95,7 @@ def use_multi_core_layers(model: Kosmos2) -> None:
                 model.set_submodule(name, MultiCoreEmbedding.from_pretrained(module.weight, freeze=False))
 
 
-# ----------------------------------------------------------------------------------------------------
-# 8 and 16 bits
-# ----------------------------------------------------------------------------------------------------
+# ---- 8 and 16 bits ---------------------------------------------------------------------------------
 
 MANY_OUTPUTS = 2**14  # packing a matrix with more outputs in one piece takes about three times as long
 
@@ -229,9 +225,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return quantized, scale
 
 
-# ----------------------------------------------------------------------------------------------------
-# Loading
-# ----------------------------------------------------------------------------------------------------
+# ---- Loading ---------------------------------------------------------------------------------------
 
 
 class PackableCheckpoint(Checkpoint):

@@ -129,9 +129,7 @@ def to_markdown(tagged_text: str) -> str:
     return (markdown + strip_tags(text[done:])).strip()
 
 
-# ----------------------------------------------------------------------------------------------------
-# From results files to a page or a folder
-# ----------------------------------------------------------------------------------------------------
+# ---- From results files to a page or a folder ------------------------------------------------------
 
 
 def group_lines(files: list[Path]) -> list[tuple[int, str | None, list[dict]]]:

@@ -71,11 +71,11 @@ def read_jobs(source: str) -> list[Job]:
     """The requests in a JSONL file, or in stdin for "-"; ValueError names the line."""
     name = "stdin" if source == "-" else source
     try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8-sig")
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text ({error}); expected one JSON object per line") from None
     jobs = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
         if not line.strip():
             continue
         try:

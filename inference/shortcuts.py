@@ -13,9 +13,7 @@ from torch import Tensor
 from kosmos2 import DecodeState, GenerationOptions, Kosmos2
 from tokenizer import Tokenizer
 
-# ----------------------------------------------------------------------------------------------------
-# The shared beginning of several prompts
-# ----------------------------------------------------------------------------------------------------
+# ---- The shared beginning of several prompts -------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -58,9 +56,7 @@ def prefill_after(
     return state
 
 
-# ----------------------------------------------------------------------------------------------------
-# Drafts
-# ----------------------------------------------------------------------------------------------------
+# ---- Drafts ----------------------------------------------------------------------------------------
 
 
 def likely_next(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
