@@ -16,11 +16,9 @@ import argparse
 import json
 import os
 import sys
-import time
-from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -29,46 +27,19 @@ from inference.progress import Progress, torchrun_rank
 from inference.requests import Job, image_jobs, read_jobs
 from inference.results import Results
 from sample import (
-    Answer,
     CommandParser,
     add_options,
     as_json,
     box_lines,
-    decoding_options,
-    encode_request,
     given_options,
     load_model,
     make_requests,
-    read_answer,
     report_error,
     run_command,
 )
-from tokenizer import Entity, printable, tokens_to_box
+from tokenizer import printable
 
 DECODING = (*sample.DECODING, "min_new_tokens", "no_repeat_ngram_size")
-
-
-@dataclass
-class Question:
-    """A request as a row of a batch."""
-
-    job: Job
-    ids: list[int]  # the encoded prompt
-    image_mask: list[bool]
-    options: dict  # of `Kosmos2.prefill`
-    image_embeds: object = None  # (I, Q, D), of all images of the prompt
-    answer: Answer | None = None
-
-
-@dataclass
-class Group:
-    """Consecutive requests about the same images."""
-
-    jobs: list[Job]
-    questions: list[Question] = field(default_factory=list)  # the requests that can be answered
-    errors: list = field(default_factory=list)  # (jobs, exception) for the others
-    pixels: list = field(default_factory=list)  # a tensor (3, image_size, image_size) for each image
-    sizes: list[tuple[int, int]] = field(default_factory=list)  # (width, height) of each image
 
 
 # ---- The command line ------------------------------------------------------------------------------
@@ -137,37 +108,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 # ---- Reading ahead ---------------------------------------------------------------------------------
 
 
-def load_group(jobs: list[Job], model, tokenizer, args, given: dict) -> Group:
-    """Read and preprocess the images of requests that share them, and encode their prompts."""
-    from kosmos2 import open_image, preprocess_image
-
-    group = Group(jobs)
-    try:
-        for name in jobs[0].request.images:
-            image = open_image(name)
-            group.pixels.append(preprocess_image(image, model.config.vision.image_size))
-            group.sizes.append(image.size)
-    except Exception as error:  # Pillow's decoders raise many kinds
-        group.errors.append((jobs, error))
-        return group
-    for job in jobs:
-        try:
-            ids, image_mask = encode_request(tokenizer, job.request, group.sizes)
-            if args.top_boxes:
-                ids.append(tokenizer.special_ids["<object>"])
-                image_mask.append(False)
-                model.check_length([len(ids)], 2)
-                options = {"max_new_tokens": 2}
-            else:
-                options = decoding_options(model, tokenizer, job.request, len(ids), given)
-                model.check_length([len(ids)], options["max_new_tokens"])
-            group.questions.append(Question(job, ids, image_mask, options))
-        except (ValueError, TypeError) as error:
-            group.errors.append(([job], error))
-    return group
-
-
-def read_ahead(groups: list[list[Job]], load, batch_size: int) -> Iterator[list[Group]]:
+def read_ahead(groups: list[list[Job]], load, batch_size: int) -> Iterator[list]:
     """Batches of about batch_size requests; the next batch loads in the background."""
     with ThreadPoolExecutor(2) as pool:
         loading: list[Future] = []
@@ -191,135 +132,6 @@ def batched(groups: list[list[Job]], batch_size: int) -> Iterator[list[list[Job]
         yield batch
 
 
-# ---- Running the model -----------------------------------------------------------------------------
-
-
-class Runner:
-    """Answers batches with one model. `timings` describes the last batch."""
-
-    def __init__(self, args: argparse.Namespace, model, tokenizer):
-        self.args = args
-        self.model = model
-        self.tokenizer = tokenizer
-        self.device = model.decoder.layer_norm.weight.device
-        self.image_ids, _ = tokenizer.encode_prompt("")
-        self.timings = ""
-
-    def answer(self, groups: list[Group]) -> None:
-        """Answer all requests of a batch: sets `question.answer`."""
-        from inference.shortcuts import prefill_image
-
-        self.encode_images(groups)
-        together = []
-        for group in groups:
-            shared = group.questions if all(map(self.begins_with_image, group.questions)) else []
-            if shared and (len(shared) > 1 or self.args.top_boxes):
-                prefix = prefill_image(self.model, self.tokenizer, shared[0].image_embeds)
-                for questions in self.parts(shared):
-                    self.generate(questions, prefix)
-            else:
-                together += group.questions
-        for questions in self.parts(together):
-            self.generate(questions)
-
-    def encode_images(self, groups: list[Group]) -> None:
-        """Encode the images of all groups as one batch: sets `question.image_embeds`."""
-        import torch
-
-        started = time.perf_counter()
-        pixels = [image for group in groups for image in group.pixels]
-        if not pixels:
-            self.timings = "no image"
-            return
-        with torch.inference_mode():
-            image_embeds = self.model.encode_image(torch.stack(pixels).to(self.device))  # (I, Q, D)
-            image_embeds[0, 0, 0].item()  # waits for a GPU
-        self.timings = f"vision {(time.perf_counter() - started) * 1000:.0f} ms"
-        start = 0
-        for group in groups:
-            end = start + len(group.pixels)
-            for question in group.questions:
-                question.image_embeds = image_embeds[start:end]
-            start = end
-
-    def begins_with_image(self, question: Question) -> bool:
-        """Whether the prompt has one image, followed by text: such prompts can share its prefill."""
-        count = len(self.image_ids)
-        if question.ids[:count] != self.image_ids or len(question.ids) == count:
-            return False
-        return not any(question.image_mask[count:])
-
-    def parts(self, questions: list[Question]) -> list[list[Question]]:
-        """Batches of at most --batch-size questions with the same decoding options.
-
-        (Few-shot prompts run without n-gram blocking, and a prompt that nearly fills the context has
-        a limit of its own.)
-        """
-        same_options = defaultdict(list)
-        for question in questions:
-            values = (question.options.get("no_repeat_ngram_size"), question.options["max_new_tokens"])
-            same_options[values].append(question)
-        size = 1 if self.args.top_boxes else self.args.batch_size
-        batches = []
-        for same in same_options.values():
-            batches += [same[start : start + size] for start in range(0, len(same), size)]
-        return batches
-
-    def generate(self, questions: list[Question], prefix=None) -> None:
-        """Answer some questions as one batch. prefix: the state after their image."""
-        import torch
-
-        from inference.beam import finish_beams
-        from inference.shortcuts import prefill_after, with_drafts
-        from kosmos2 import pad_left
-
-        started = time.perf_counter()
-        past = 0 if prefix is None else len(self.image_ids)
-        prompts = [(question.ids[past:], question.image_mask[past:]) for question in questions]
-        tokens, image_mask, pad_mask = pad_left(prompts, self.device)
-        options = questions[0].options
-        if prefix is not None:
-            state = prefill_after(prefix, tokens, pad_mask, **options)
-        else:
-            embeds = [question.image_embeds for question in questions if question.image_embeds is not None]
-            image_embeds = torch.cat(embeds) if embeds else None  # (I, Q, D)
-            state = self.model.prefill(tokens, None, image_embeds, image_mask, pad_mask, **options)
-        if self.args.top_boxes:
-            questions[0].answer = self.rank_boxes(questions[0], state)
-            return
-        if self.args.num_beams > 1:
-            rows = finish_beams(state, self.args.num_beams)
-        else:
-            rows = self.decode(with_drafts(state, self.tokenizer), started)
-        for question, row in zip(questions, rows, strict=True):
-            question.answer = read_answer(self.tokenizer, question.job.request, row)
-
-    def decode(self, state, started: float) -> list:
-        """`kosmos2.finish`, with timings."""
-        from kosmos2 import decode
-
-        times = []
-        for _ in decode(state):
-            times.append(time.perf_counter())
-        if len(times) > 1:
-            tokens = sum(max(len(row.ids) - 1, 0) for row in state.rows)  # after the first of each
-            self.timings += f", first token {(times[0] - started) * 1000:.0f} ms"
-            self.timings += f", then {tokens / (times[-1] - times[0]):.0f} tokens/s"
-        return state.rows
-
-    def rank_boxes(self, question: Question, state) -> Answer:
-        """The most likely boxes for the phrase that the prompt ends with, best first."""
-        from inference.beam import rank_boxes
-
-        ranked = rank_boxes(state, self.tokenizer, self.args.top_boxes)
-        boxes = [tokens_to_box(ul, lr, self.tokenizer.grid) for _, ul, lr in ranked]
-        scores = [score for score, _, _ in ranked]
-        ids = question.ids[:-1]  # without <object>
-        text, _ = self.tokenizer.parse_output(ids, [])
-        raw = self.tokenizer.decode(ids).strip()
-        return Answer(text, raw, [Entity(text, (0, len(text)), boxes, scores)])
-
-
 # ---- The run ---------------------------------------------------------------------------------------
 
 
@@ -340,6 +152,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"process {rank} of {world} answers {total} of {len(jobs)} requests", file=sys.stderr)
     failed = []
     if mine:
+        from inference.runner import Runner
+
         model, tokenizer = load_model(args)
         failed = answer_groups(mine, Runner(args, model, tokenizer), given, results)
     if failed and total > 1:
@@ -354,20 +168,17 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def answer_groups(groups: list[list[Job]], runner: Runner, given: dict, results: Results | None) -> list[Job]:
+def answer_groups(groups: list[list[Job]], runner, given: dict, results: Results | None) -> list[Job]:
     """Answer all requests, batch by batch, and write the results; returns the requests that failed."""
     args = runner.args
     progress = Progress(sum(map(len, groups)))
     failed = []
 
-    def load(jobs: list[Job]) -> Group:
-        return load_group(jobs, runner.model, runner.tokenizer, args, given)
-
     def fail(jobs: list[Job], error: Exception) -> None:
         progress.message(f"batch: {describe_error(error, jobs)}")
         failed.extend(jobs)
 
-    for batch in read_ahead(groups, load, args.batch_size):
+    for batch in read_ahead(groups, partial(runner.load, given=given), args.batch_size):
         for group in batch:
             for jobs, error in group.errors:
                 fail(jobs, error)
