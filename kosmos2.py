@@ -660,9 +660,7 @@ class GenerationOptions:
         for name in ("max_new_tokens", "min_new_tokens", "no_repeat_ngram_size"):
             check_integer(name, getattr(self, name), minimum=0)
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens {self.min_new_tokens} is above {self.max_new_tokens}, the limit"
-            )
+            raise ValueError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens")
         if self.top_k is not None:
             check_integer("top_k", self.top_k)
         if self.seed is not None:
@@ -737,18 +735,19 @@ class DecodeState:
         kept = []
         for i in indices:
             row = self.running[i]
-            is_copy = any(row is other for other in kept)
-            kept.append(replace(row, ids=[*row.ids], probabilities=[*row.probabilities]) if is_copy else row)
+            if any(row is other for other in kept):
+                row = replace(row, ids=[*row.ids], probabilities=[*row.probabilities])
+            kept.append(row)
         self.running = kept
 
 
 @torch.inference_mode()
 def decode(state: DecodeState) -> Iterator[list[Row]]:
     """The decoding loop, once for each state; yields the rows of all prompts after each step."""
-    options = state.options
-    generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
     if any(row.ids for row in state.rows):
         return
+    options = state.options
+    generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
     for remaining in range(options.max_new_tokens, 0, -1):
         # 1. Mask the logits and choose a token for each row.
         logits = mask_logits(state.logits, state)  # (B, V)
