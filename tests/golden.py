@@ -13,8 +13,9 @@ import torch
 from conftest import SMALL, TINY, prompt_batch, rough
 from test_model import GOLDEN, PROMPTS, pixels
 
+from inference.convert import save_checkpoint
 from kosmos2 import EOS, PAD, Kosmos2
-from load_weights import SENTENCEPIECE, save_checkpoint
+from load_weights import SENTENCEPIECE
 from tokenizer import Tokenizer
 
 OPTIONS = {

@@ -1,20 +1,17 @@
-"""Built on top of generation: scores of boxes, ranked boxes, valid markup, prefixes, recordings."""
+"""Built on top of generation: probabilities, scores of boxes, valid markup, recordings."""
 
 import math
 import re
 
 import pytest
 import torch
-from conftest import SMALL, TINY, VOCAB, needs_transformers, prompt_batch, rough
-from data import encode_answer
+from conftest import SMALL, TINY, prompt_batch
 from PIL import Image
 from recording import record
-from scenes import demo_scenes
 from test_model import PROMPTS, pixels
 
-from kosmos2 import EOS, Kosmos2, causal_mask, finish, pad_left, preprocess_image, rank_boxes
-from load_weights import SENTENCEPIECE, load_checkpoint
-from tokenizer import iou
+from kosmos2 import EOS, causal_mask, finish, preprocess_image
+from training.data import encode_answer
 
 LINK = "<phrase>(?:(?!</?phrase>|<object>).)+</phrase>|<object>(?:P(?:</delimiter_of_multi_objects/>P)*)</object>".replace(
     "P", r"<patch_index_\d{4}><patch_index_\d{4}>"
@@ -34,23 +31,22 @@ def is_well_formed(text: str) -> bool:
 # ------------------------------------------------------------------------------------------- probabilities
 
 
-@pytest.mark.parametrize("options", [dict(), dict(temperature=2.0, top_k=9, seed=4), dict(num_beams=3)])
+@pytest.mark.parametrize("options", [dict(), dict(temperature=2.0, top_k=9, seed=4)])
 def test_probabilities_equal_a_forward_pass(small, small_tokenizer, options):
     """However a token was chosen, its probability is that of a plain forward pass over the text."""
     tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS)
-    results = finish(
-        small.prefill(tokens, pixels(3), None, image_mask, pad_mask, max_new_tokens=9, **options)
-    )
-    for row in range(3):
-        real = ~pad_mask[row]
-        new = results[row].ids
-        text = torch.cat([tokens[row, real], torch.tensor(new)])[None]
-        mask = torch.cat([image_mask[row, real], torch.zeros(len(new), dtype=torch.bool)])[None]
+    rows = finish(small.prefill(tokens, pixels(3), None, image_mask, pad_mask, max_new_tokens=9, **options))
+    check_probabilities(small, rows, image_mask, pad_mask)
+
+
+def check_probabilities(model, rows, image_mask, pad_mask):
+    """The probabilities of these rows are those of a plain forward pass over each with its image."""
+    for i, row in enumerate(rows):
+        mask = torch.cat([image_mask[i, ~pad_mask[i]], torch.zeros(len(row.ids), dtype=torch.bool)])[None]
         with torch.no_grad():
-            expected = small(text, pixels=pixels(3)[row : row + 1], image_mask=mask)[0].softmax(-1)
-        at = int(real.sum()) - 1
-        for i, (token, probability) in enumerate(zip(new, results[row].probabilities, strict=True)):
-            assert probability == pytest.approx(expected[at + i, token].item(), rel=1e-4)
+            logits = model(torch.tensor([row.all_ids]), pixels=pixels(3)[i : i + 1], image_mask=mask)
+        expected = logits[0].softmax(-1)[range(len(row.prompt) - 1, len(row.all_ids) - 1), row.ids]
+        assert row.ids and row.probabilities == pytest.approx(expected.tolist(), rel=1e-4)
 
 
 def test_scores_belong_to_their_boxes(tiny):
@@ -129,110 +125,14 @@ def test_valid_output_is_not_changed(tiny):
             assert is_well_formed(prompt.replace("<grounding>", "") + tokenizer.decode(row))
 
 
-# --------------------------------------------------------------------------------------------- ranked boxes
-
-
-def test_ranked_boxes(tiny):
-    model, tokenizer = tiny
-    image = preprocess_image(Image.open(TINY / "scene.png"), model.config.vision.image_size)[None]
-    tokens, image_mask, _ = prompt_batch(tokenizer, ["<grounding><phrase> a fire</phrase><object>"])
-    boxes = rank_boxes(model.prefill(tokens, image, None, image_mask, max_new_tokens=2), tokenizer, 5)
-    scores = [score for score, *_ in boxes]
-    assert 1 < len(boxes) <= 5 and scores == sorted(scores, reverse=True) and 0 < scores[0] <= 1
-    areas = [cells(*box) for _, *box in boxes]
-    assert all(iou(a, b) < 0.5 for a in areas for b in areas if a is not b)
-    fire = next(thing for thing in demo_scenes()["scene.png"].things if thing.kind == "fire")
-    assert iou([32 * value for value in fire.box], areas[0]) > 0.5
-    # Without the constraint, which leaves no token within this length limit.
-    state = model.prefill(tokens, image, None, image_mask, max_new_tokens=2)
-    greedy = finish(state)[0]
-    assert all(tokenizer.location_index(i) is not None for i in greedy.ids)
-    assert scores[0] >= math.sqrt(math.prod(greedy.probabilities)) * (1 - 1e-5)
-
-
-def test_ranking_requires_one_prompt_and_two_new_tokens(small, small_tokenizer):
-    for rows, length, count in ((1, 1, 2), (2, 5, 2), (1, 5, 0)):
-        with pytest.raises(ValueError, match="one prompt"):
-            state = small.prefill(torch.full((rows, 4), 9), max_new_tokens=length)
-            rank_boxes(state, small_tokenizer, count)
-
-
-def cells(ul, lr, grid=32):
-    """The box that two corner cells cover, in cells."""
-    return ul % grid, ul // grid, lr % grid + 1, lr // grid + 1
-
-
-def test_overlaps():
-    assert iou(cells(0, 33), cells(0, 33)) == 1.0
-    assert iou(cells(0, 33), cells(1, 34)) == pytest.approx(2 / 6)
-    assert iou(cells(0, 0), cells(1023, 1023)) == 0.0
-    assert iou((0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5)) == 0.0  # touching is not overlapping
-
-
-# ------------------------------------------------------------------------------- several questions, one image
-
-
-def test_a_shared_prefix_does_not_change_the_answers(small, small_tokenizer, monkeypatch):
-    """Three questions after one prefill of their image get the same answers as three separate runs."""
-    questions = [
-        "Question: What color is the star? Answer:",
-        "<grounding> Question: Where is it? Answer:",
-        "An image of",
-    ]
-    alone = []
-    for question in questions:
-        tokens, image_mask, _ = prompt_batch(small_tokenizer, [question])
-        alone += small.generate(
-            tokens, pixels(1), None, image_mask, max_new_tokens=12, no_repeat_ngram_size=3
-        )
-    ids, mask = small_tokenizer.encode_prompt("", 1)
-    past = small.prefill(torch.tensor([ids]), pixels(1), None, torch.tensor([mask]), max_new_tokens=0)
-    monkeypatch.setattr(Kosmos2, "encode_image", None)  # must not be called again
-    tokens, _, pad_mask = pad_left([(small_tokenizer.encode(q, add_bos=False), []) for q in questions])
-    for _ in range(2):  # the prefix can be used several times
-        options = dict(max_new_tokens=12, no_repeat_ngram_size=3)
-        state = small.prefill(tokens, pad_mask=pad_mask, prefix=past, **options)
-        assert [result.ids for result in finish(state)] == alone
-
-
-def test_states_of_another_kind_are_refused(small, small_tokenizer):
-    """A prefix of another model, and ranked boxes after new tokens."""
-    tokens = torch.tensor([[0, 10, 11]])
-    prefix = rough(Kosmos2(small.config), seed=5).prefill(tokens, max_new_tokens=0)
-    with pytest.raises(ValueError, match="of this model"):
-        small.prefill(tokens, prefix=prefix)
-    state = small.prefill(tokens, max_new_tokens=3)
-    finish(state)
-    with pytest.raises(ValueError, match="no new tokens"):
-        rank_boxes(state, small_tokenizer, 1)
-
-
 def test_scores_never_move_to_another_box(small_tokenizer):
-    """Also if new ids contain an image, which is not part of the text, or a tag spelled with letters."""
+    """A tag spelled in letters is text, so its probabilities are not those of a box."""
     special = small_tokenizer.special_ids
     first = small_tokenizer.first_location
     link = [special["<object>"], first, first + 40, special["</object>"]]
-    image = [special["<image>"], first, first + 1, 5, 6, 7, special["</image>"]]
-    assert len(image) == small_tokenizer.num_image_tokens + 2
-    for extra in (image, small_tokenizer.encode_words("<patch_index_0001>")):
-        new = [*extra, *link]
-        probabilities = [0.01] * len(extra) + [0.25] * len(link)
-        _, entities = small_tokenizer.parse_output([0], new, probabilities)
-        assert [entity.scores for entity in entities] == [[None]]
-
-
-def test_a_prefix_with_new_tokens_is_refused(small):
-    past = small.prefill(torch.full((1, 4), 9), max_new_tokens=2)
-    finish(past)
-    with pytest.raises(ValueError, match="without new tokens"):
-        small.prefill(torch.full((1, 4), 9), prefix=past)
-
-
-def test_a_state_is_decoded_once(small):
-    """A second call of finish returns the same results."""
-    state = small.prefill(torch.full((1, 4), 9), max_new_tokens=3, min_new_tokens=3)
-    first = list(finish(state)[0].ids)
-    assert len(first) == 3 and finish(state)[0].ids == first
+    words = small_tokenizer.encode_words("<patch_index_0001>")
+    _, entities = small_tokenizer.parse_output([0], words + link, [0.01] * len(words) + [0.25] * len(link))
+    assert [entity.scores for entity in entities] == [[0.25]]
 
 
 def test_a_constraint_that_allows_no_token_is_skipped(small, small_tokenizer):
@@ -268,46 +168,10 @@ def test_recordings(small, small_tokenizer):
         attn = small.decoder.layers[0].attn
         values = attn.split_heads(attn.v_proj(x))
         attn_out = attn(x)
-        attn(x, mask=causal_mask(6, 6))
+        attn(x, mask=causal_mask(6, torch.zeros(2, 6, dtype=torch.bool)))
     by_hand = attn.out_proj(
         attn.inner_attn_ln((seen["decoder.layers.0.attn"][0] @ values).transpose(1, 2).flatten(2))
     )
     torch.testing.assert_close(by_hand, attn_out)
     assert (seen["decoder.layers.0.attn"][1].triu(1) == 0).all()  # also for a mask given as a keyword
     assert not small.decoder.layers[0]._forward_hooks
-
-
-# ---------------------------------------------------------------------------------------------- larger images
-
-
-@needs_transformers
-@pytest.mark.parametrize("size", [(56, 42), (70, 70), (42, 42), (100, 31)])
-def test_interpolated_positions_equal_the_reference(size, tmp_path):
-    """transformers' Kosmos2Model interpolates; its class for generation ignores the option."""
-    from transformers import Kosmos2Config as ReferenceConfig
-    from transformers import Kosmos2ForConditionalGeneration
-
-    sizes = dict(
-        latent_query_num=5,
-        text_config=dict(vocab_size=VOCAB, embed_dim=48, layers=1, ffn_dim=88, attention_heads=3),
-        vision_config=dict(
-            hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=5, image_size=42
-        ),
-    )
-    full = rough(Kosmos2ForConditionalGeneration(ReferenceConfig(**sizes)), seed=2).eval()
-    full.save_pretrained(tmp_path)
-    from transformers import Kosmos2Model
-
-    reference = Kosmos2Model.from_pretrained(tmp_path).eval()
-    model, tokenizer = load_checkpoint(tmp_path, tokenizer=TINY / SENTENCEPIECE)
-    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    tokens, image_mask, _ = prompt_batch(tokenizer, PROMPTS[:1])
-    with torch.no_grad():
-        theirs = reference(
-            pixel_values=image, input_ids=tokens, image_embeds_position_mask=image_mask.long(),
-            interpolate_pos_encoding=True,
-        ).image_embeds  # fmt: skip
-        ours = model.encode_image(image, interpolate=True)
-    assert (ours - theirs).abs().max() / theirs.abs().max() < 2e-5
-    with pytest.raises(ValueError, match="at least 14"):
-        model.encode_image(torch.zeros(1, 3, 13, 42), interpolate=True)

@@ -12,6 +12,8 @@ from conftest import HAS_TRANSFORMERS, TINY, VOCAB, needs_transformers, prompt_b
 from PIL import Image
 from recording import record
 
+import inference.fast
+from inference.beam import beam_search
 from kosmos2 import EOS, PAD, finish, preprocess_image
 from load_weights import HUGGING_FACE, SENTENCEPIECE, load_checkpoint, rename
 
@@ -38,7 +40,7 @@ SIZES = {
 
 @pytest.fixture(scope="module", params=SIZES)
 def both(request, tmp_path_factory):
-    """(reference, ours, tokenizer) with the same random weights."""
+    """(reference, ours, tokenizer) with the same random weights; ours with plain layers."""
     folder = tmp_path_factory.mktemp("reference")
     reference = rough(Kosmos2ForConditionalGeneration(ReferenceConfig(**SIZES[request.param])), seed=3).eval()
     reference.save_pretrained(folder)
@@ -127,7 +129,12 @@ def test_generated_ids(both, length, options, end_often):
         embedding.data[EOS] = raised
         reference.get_input_embeddings().weight.data[EOS] = raised
     try:
-        ours = model.generate(tokens, pixels=pixels, image_mask=image_mask, max_new_tokens=length, **options)
+        inputs = dict(pixels=pixels, image_mask=image_mask, max_new_tokens=length, **options)
+        ours = (
+            beam_search(model, tokens, **inputs)
+            if "num_beams" in options
+            else model.generate(tokens, **inputs)
+        )
         for row in range(2):  # one at a time: transformers lets rows of a batch wait for each other
             theirs = reference.generate(
                 pixel_values=pixels[row : row + 1], input_ids=tokens[row : row + 1],
@@ -262,10 +269,11 @@ def test_text_alone(both):
         assert difference(model(tokens), reference.text_model(input_ids=tokens).logits) < 2e-5
 
 
-def test_the_bundled_model():
-    """transformers reads the same folder and generates the same ids for the bundled image."""
+@pytest.mark.parametrize("load", [load_checkpoint, inference.fast.load_checkpoint])
+def test_the_bundled_model(load):
+    """With plain layers and with fast ones: transformers reads the same folder and generates the same ids for the bundled image."""
     reference = Kosmos2ForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).eval()
-    model, tokenizer = load_checkpoint(TINY)
+    model, tokenizer = load(TINY)
     assert reference.dtype == torch.float32
     pixels = preprocess_image(Image.open(TINY / "scene.png"), model.config.vision.image_size)[None]
     for prompt in [

@@ -12,12 +12,13 @@ pytest.importorskip("hypothesis")
 
 import torch
 from conftest import TINY
-from data import encode_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inference.page import to_markdown
 from load_weights import SENTENCEPIECE
-from tokenizer import TAGS, Tokenizer, box_to_tokens, location_token, parse, to_markdown, tokens_to_box
+from tokenizer import TAGS, TOLERANCE, Tokenizer, box_to_tokens, location_token, parse, tokens_to_box
+from training.data import encode_answer
 
 settings.register_profile(
     "kosmos2", max_examples=10_000 if os.environ.get("KOSMOS2_THOROUGH") else 200, deadline=None
@@ -81,6 +82,30 @@ def test_boxes_come_back_within_a_cell(a, b, c, d):
     ul, lr = box_to_tokens(box)
     assert 0 <= ul <= lr < 1024 and ul % 32 <= lr % 32
     assert all(abs(x - y) <= 1 / 32 for x, y in zip(box, tokens_to_box(ul, lr), strict=True))
+
+
+near = st.floats(-2 * TOLERANCE, 1 + 2 * TOLERANCE, allow_subnormal=False)
+
+
+@given(near, near, near, near)
+def test_boxes_that_overshoot_a_little_are_clipped(a, b, c, d):
+    """A box up to TOLERANCE outside of the image has the tokens of the clipped one; further out, none."""
+    box = (*map(min, (a, b), (c, d)), *map(max, (a, b), (c, d)))
+    clipped = tuple(min(max(value, 0.0), 1.0) for value in box)
+    if max(abs(x - y) for x, y in zip(box, clipped, strict=True)) > TOLERANCE * (1 + 1e-9):
+        with pytest.raises(ValueError, match="expected"):
+            box_to_tokens(box)
+    elif clipped[0] < clipped[2] and clipped[1] < clipped[3]:
+        assert box_to_tokens(box) == box_to_tokens(clipped)
+
+
+@given(st.integers(0, 1023), st.integers(0, 1023))
+def test_any_two_corners_make_a_box(ul, lr):
+    """Opposite corners in any order: the same box, in order and not empty."""
+    x1, y1, x2, y2 = tokens_to_box(ul, lr)
+    assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
+    mirrored = ul // 32 * 32 + lr % 32, lr // 32 * 32 + ul % 32  # the other diagonal
+    assert (x1, y1, x2, y2) == tokens_to_box(lr, ul) == tokens_to_box(*mirrored)
 
 
 @given(st.integers(1, 24), st.integers(0, 2**31))
