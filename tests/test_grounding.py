@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, TINY, prompt_batch
@@ -141,6 +142,19 @@ def test_a_constraint_that_allows_no_token_is_skipped(small, small_tokenizer):
     assert not small_tokenizer.allowed_tokens(ids, 1).any()
     new = small.generate(torch.tensor([ids]), max_new_tokens=1, constraint=small_tokenizer.allowed_tokens)[0]
     assert len(new) == 1 and small_tokenizer.free_text[new[0]]
+
+
+def test_only_the_end_follows_a_cut(small):
+    """Once the length limit has closed a tag, no further text begins, even before min_new_tokens."""
+    closing = 20
+
+    def constraint(ids, remaining):
+        allowed = np.full(small.config.text.vocab_size, remaining != 2)
+        allowed[closing] = True  # the only token that fits when two may follow
+        return allowed
+
+    options = dict(max_new_tokens=3, min_new_tokens=3, constraint=constraint)
+    assert small.generate(torch.tensor([[0, 5]]), **options)[0][1:] == [closing, EOS]
 
 
 # ------------------------------------------------------------------------------------------- recordings
