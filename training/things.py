@@ -89,24 +89,8 @@ def heart(vary: Vary) -> list[Part]:
 
 def cross(vary: Vary) -> list[Part]:
     a = vary(0.34)
-    return [
-        Part(
-            [
-                (-a, -1),
-                (a, -1),
-                (a, -a),
-                (1, -a),
-                (1, a),
-                (a, a),
-                (a, 1),
-                (-a, 1),
-                (-a, a),
-                (-1, a),
-                (-1, -a),
-                (-a, -a),
-            ]
-        )
-    ]
+    corners = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1)]
+    return [Part([*corners, (-a, a), (-1, a), (-1, -a), (-a, -a)])]
 
 
 def diamond(vary: Vary) -> list[Part]:
@@ -143,37 +127,15 @@ def snowman(vary: Vary) -> list[Part]:
 
 def fire(vary: Vary) -> list[Part]:
     left, top, right = vary(-0.35), vary(-1.0), vary(-0.45)
+    outer = [(-0.6, 0.55), (-0.7, 0.1), (-0.48, left), (-0.3, 0), (0, top)]
+    outer += [(0.25, -0.1), (0.5, right), (0.68, 0.15), (0.58, 0.55), (0, 0.7)]
+    inner = [(-0.35, 0.55), (-0.38, 0.2), (-0.15, 0.1), (0.03, top * 0.5)]
+    inner += [(0.2, 0.15), (0.4, 0.2), (0.34, 0.55), (0, 0.65)]
     return [
         Part([(-0.8, 0.6), (-0.75, 0.42), (0.8, 0.75), (0.75, 0.93)], BROWN),
         Part([(0.8, 0.6), (0.75, 0.42), (-0.8, 0.75), (-0.75, 0.93)], (98, 62, 36)),
-        Part(
-            [
-                (-0.6, 0.55),
-                (-0.7, 0.1),
-                (-0.48, left),
-                (-0.3, 0),
-                (0, top),
-                (0.25, -0.1),
-                (0.5, right),
-                (0.68, 0.15),
-                (0.58, 0.55),
-                (0, 0.7),
-            ],
-            (236, 92, 32),
-        ),
-        Part(
-            [
-                (-0.35, 0.55),
-                (-0.38, 0.2),
-                (-0.15, 0.1),
-                (0.03, top * 0.5),
-                (0.2, 0.15),
-                (0.4, 0.2),
-                (0.34, 0.55),
-                (0, 0.65),
-            ],
-            YELLOW,
-        ),
+        Part(outer, (236, 92, 32)),
+        Part(inner, YELLOW),
     ]
 
 
@@ -443,19 +405,26 @@ COLORED = {
     )
 }  # fmt: skip
 DRAWINGS = SHAPES | UNCOLORED | COLORED
-AIRBORNE = {
-    "sun",
-    "cloud",
-    "moon",
-    "bird",
-    "balloon",
-    "kite",
-    "rocket",
-    "butterfly",
-}  # drawn above the horizon, if any
+AIRBORNE = {"sun", "cloud", "moon", "bird", "balloon", "kite", "rocket", "butterfly"}  # above the horizon
 
-IRREGULAR_PLURALS = {"fish": "fish", "snowman": "snowmen", "butterfly": "butterflies", "cross": "crosses"}
+# The bundled model also knows these, from stickers (stickers.py).
+OTHER_KINDS = [
+    "airplane", "anchor", "banana", "bee", "bell", "bicycle", "book", "bus", "cactus", "cake", "camera", "candle",
+    "carrot", "castle", "chicken", "clock", "cow", "crab", "crown", "doughnut", "drum", "elephant", "ghost", "gift",
+    "guitar", "hamburger", "hammer", "helicopter", "horse", "key", "ladybug", "lemon", "light bulb", "monkey",
+    "octopus", "owl", "palm tree", "penguin", "pig", "pizza", "pumpkin", "rabbit", "rainbow", "ring", "shirt",
+    "shoe", "snail", "snake", "spider", "strawberry", "tractor", "train", "trumpet", "turtle", "watermelon", "whale",
+]  # fmt: skip
+
+IRREGULAR_PLURALS = {"fish": "fish", "sheep": "sheep", "mouse": "mice", "goose": "geese", "knife": "knives"}
 
 
 def plural(kind: str) -> str:
-    return IRREGULAR_PLURALS.get(kind, kind + "s")
+    """The plural of a noun: cats, foxes, butterflies, snowmen."""
+    if kind in IRREGULAR_PLURALS:
+        return IRREGULAR_PLURALS[kind]
+    if kind.endswith("man"):
+        return kind.removesuffix("man") + "men"
+    if kind.endswith("y") and kind[-2] not in "aeiou":
+        return kind.removesuffix("y") + "ies"
+    return kind + ("es" if kind.endswith(("s", "x", "ch", "sh")) else "s")
