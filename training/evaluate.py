@@ -3,6 +3,7 @@
 Grounding and referring expression comprehension have the metric of the paper.
 
     python training/evaluate.py [--checkpoint tiny] [--scenes 500] [--calibration PNG]
+    python training/evaluate.py --stickers DIR            things by others, by style and kind
     python training/evaluate.py --precision int8          compare fp32 with a lower precision
     python training/evaluate.py --results FILE            score a results file of sample.py (benchmarks.py)
 
@@ -32,7 +33,21 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 
 from data import check_grid, encode_example, positive_int  # noqa: E402
-from scenes import MOST, Example, Scene, is_caption, listed, read_words, resolve, tasks  # noqa: E402
+from scenes import (  # noqa: E402
+    MOST,
+    Example,
+    Scene,
+    Thing,
+    captions,
+    counted,
+    ground_prompt,
+    is_caption,
+    listed,
+    read_words,
+    resolve,
+    tasks,
+    try_place,
+)
 from stickers import Stickers  # noqa: E402
 
 from kosmos2 import Generated, Kosmos2, finish, pad_left, preprocess_images, rank_boxes  # noqa: E402
@@ -353,6 +368,70 @@ def plot_calibration(found: list[tuple[float, float, bool]], path: Path, bins: i
 
 
 # ----------------------------------------------------------------------------------------------------
+# Stickers
+# ----------------------------------------------------------------------------------------------------
+
+
+def sticker_scene(stickers: Stickers, seed: int) -> Scene:
+    """One to three stickers of different kinds, as they are, on a plain color or a landscape."""
+    rng = random.Random(f"stickers {seed}")
+    background = rng.choice(["white", "light", "dark", "day", "night", "snow"])
+    aspect = rng.choice([1, 4 / 3, 3 / 4])
+    things: list[Thing] = []
+    for kind in rng.sample(stickers.kinds, min(rng.randint(1, 3), len(stickers.kinds))):
+        path = stickers.choose(rng, kind)
+        for _ in range(40):
+            thing = Thing(kind, None, (0.5, 0.5), rng.uniform(0.25, 0.5), 0, aspect, path)
+            placed = try_place(rng, thing, things, background, gap=0.01)
+            if placed is not None:
+                things.append(placed)
+                break
+    return Scene(tuple(things), background, seed, aspect, plain=True, stickers=stickers)
+
+
+def kind_boxes(entities: list[Entity], kind: str, stickers: Stickers) -> list[Box]:
+    """The boxes of the phrases that name this kind, in any color."""
+    boxes = []
+    for entity in entities:
+        understood = read_words(entity.phrase, stickers)
+        if understood is not None and understood[1]["kind"] == kind:
+            boxes += entity.boxes
+    return boxes
+
+
+def sticker_hits(model, tokenizer, stickers: Stickers, count: int) -> list[tuple[Thing, float, float]]:
+    """(thing, whether a caption names and boxes it, whether it is grounded) for all in `count` scenes."""
+    scenes = [sticker_scene(stickers, seed) for seed in range(count)]
+    chosen = [(scene, captions(scene)[0]) for scene in scenes]
+    asked = []
+    for scene in scenes:
+        for thing in scene.things:
+            asked.append((scene, Example("ground", ground_prompt(counted([thing])), "", (thing,))))
+    texts = [tokenizer.decode(result.ids) for result in answers(model, tokenizer, chosen + asked)]
+    hits = []
+    for (scene, _), text in zip(chosen, texts, strict=False):
+        entities = parse(text)[1]
+        for thing in scene.things:
+            hits += found_all(kind_boxes(entities, thing.kind, stickers), [thing])
+    rows = []
+    for (scene, example), named_hit, text in zip(asked, hits, texts[count:], strict=True):
+        rows.append((*example.targets, named_hit, *score(example, text, scene)))
+    return rows
+
+
+def print_stickers(rows: list[tuple[Thing, float, float]]) -> None:
+    """A table by style and one by kind, the worst kinds first."""
+    groups = defaultdict(list)
+    for thing, *hits in rows:
+        for name in ("all", f"style {thing.sticker.parent.name}", thing.kind):
+            groups[name].append(hits)
+    means = {name: torch.tensor(hits).mean(dim=0).tolist() for name, hits in groups.items()}
+    print("| stickers | named and boxed in the caption | grounded | of |\n|---|---|---|---|")
+    for name in sorted(groups, key=lambda name: (name != "all", not name.startswith("style "), means[name])):
+        print(f"| {name} | {means[name][0]:.3f} | {means[name][1]:.3f} | {len(groups[name])} |")
+
+
+# ----------------------------------------------------------------------------------------------------
 # The command
 # ----------------------------------------------------------------------------------------------------
 
@@ -444,6 +523,9 @@ def run(args: argparse.Namespace) -> None:
             print(f"R@{k} at IoU 0.5: {share:.4f} of {total}")
         return
     model, tokenizer = load_checkpoint(args.checkpoint)
+    if args.stickers:
+        print_stickers(sticker_hits(model, tokenizer, Stickers(args.stickers), args.scenes))
+        return
     chosen = choose_examples(args.scenes, HELD_OUT)
     results = answers(model, tokenizer, chosen)
     title = f"task ({args.scenes} held-out scenes of up to {MOST} things)"
@@ -464,6 +546,7 @@ def main() -> int:
     )
     parser.add_argument("--checkpoint", default=str(ROOT / "tiny"))
     parser.add_argument("--scenes", type=positive_int, default=500)
+    parser.add_argument("--stickers", type=Path, metavar="DIR", help="measure on PNGs STYLE/KIND--NAME.png")
     parser.add_argument("--precision", choices=["bf16", "fp16", "int8"], help="compare fp32 with this")
     parser.add_argument(
         "--calibration", type=Path, metavar="PNG", help="plot how good boxes are by their score"

@@ -223,21 +223,28 @@ def random_thing(
         look = rng.getrandbits(30)
         if thing.sticker is not None:
             look = thing.look
-        thing = replace(thing, center=(0.5, 0.5), size=size, look=look)
-        x1, y1, x2, y2 = thing.box
-        half_width = (x2 - x1) / 2 + 0.01
-        half_height = (y2 - y1) / 2 + 0.01
-        if max(half_width, half_height) > 0.5:
-            continue
-        x = rng.uniform(half_width, 1 - half_width)
-        y = rng.uniform(half_height, 1 - half_height)
-        in_landscape = background in ("day", "night", "snow") and rng.random() < 0.8
-        if in_landscape and thing.sticker is None and (y < 0.45) != (thing.kind in AIRBORNE):
-            continue
-        thing = replace(thing, center=(x, y))
-        if not any(overlap(thing.box, other.box, gap) for other in others):
-            return thing
+        placed = try_place(rng, replace(thing, size=size, look=look), others, background, gap)
+        if placed is not None:
+            return placed
     return None
+
+
+def try_place(
+    rng: random.Random, thing: Thing, others: list[Thing], background: str, gap: float
+) -> Thing | None:
+    """The thing in a random place; None if that place is not free or, for a drawing, not natural."""
+    x1, y1, x2, y2 = thing.box
+    half_width = (x2 - x1) / 2 + 0.01
+    half_height = (y2 - y1) / 2 + 0.01
+    if max(half_width, half_height) > 0.5:
+        return None
+    x = rng.uniform(half_width, 1 - half_width)
+    y = rng.uniform(half_height, 1 - half_height)
+    in_landscape = background in ("day", "night", "snow") and rng.random() < 0.8
+    if in_landscape and thing.sticker is None and (y < 0.45) != (thing.kind in AIRBORNE):
+        return None
+    thing = replace(thing, center=(x, y))
+    return None if any(overlap(thing.box, other.box, gap) for other in others) else thing
 
 
 def random_sticker(rng: random.Random, thing: Thing, others: list[Thing], stickers: Stickers) -> Thing:
