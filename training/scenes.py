@@ -15,7 +15,7 @@ import math
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import islice
@@ -39,10 +39,11 @@ from things import (
     UNCOLORED,
     Color,
     Part,
+    Point,
     plural,
 )
 
-from tokenizer import PROMPTS, Box, boxes_to_text, strip_tags
+from tokenizer import PROMPTS, Box, boxes_to_text, parse, strip_tags
 
 # Each color name covers everything between its samples.
 COLORS: dict[str, list[Color]] = {
@@ -107,10 +108,7 @@ class Thing:
         parts = DRAWINGS[self.kind](lambda value: value * rng.uniform(0.88, 1.12))
         tilt = math.radians(rng.choice([0, rng.uniform(-12, 12)]))
         stretch = rng.uniform(0.88, 1.14) * rng.choice([-1, 1])  # negative: mirrored
-        turned = []
-        for part in parts:
-            points = [rotate(x * stretch, y, tilt) for x, y in part.points]
-            turned.append(Part(points, part.color))
+        turned = moved(parts, lambda x, y: rotate(x * stretch, y, tilt))
         x1, y1, x2, y2 = extent(turned)
         scale = self.size / max(x2 - x1, y2 - y1)
         x_scale = scale / math.sqrt(self.aspect)
@@ -118,13 +116,7 @@ class Thing:
         x_middle = (x1 + x2) / 2
         y_middle = (y1 + y2) / 2
         cx, cy = self.center
-        placed = []
-        for part in turned:
-            points = []
-            for x, y in part.points:
-                points.append((cx + (x - x_middle) * x_scale, cy + (y - y_middle) * y_scale))
-            placed.append(Part(points, part.color))
-        return placed
+        return moved(turned, lambda x, y: (cx + (x - x_middle) * x_scale, cy + (y - y_middle) * y_scale))
 
     @cached_property
     def box(self) -> Box:
@@ -138,11 +130,7 @@ class Thing:
 
     @property
     def size_word(self) -> str | None:
-        if self.size >= LARGE:
-            return "large"
-        if self.size <= SMALL:
-            return "small"
-        return None
+        return "large" if self.size >= LARGE else "small" if self.size <= SMALL else None
 
     @property
     def place(self) -> str:
@@ -153,10 +141,8 @@ class Thing:
     @property
     def clear_place(self) -> str | None:
         """Its place; None if its center is too close to the border of two places."""
-        for coordinate in self.center:
-            if abs(coordinate - 1 / 3) < 0.03 or abs(coordinate - 2 / 3) < 0.03:
-                return None
-        return self.place
+        close = any(abs(c - border) < 0.03 for c in self.center for border in (1 / 3, 2 / 3))
+        return None if close else self.place
 
     @property
     def name(self) -> str:
@@ -180,6 +166,10 @@ def rotate(x: float, y: float, angle: float) -> tuple[float, float]:
     return x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
 
 
+def moved(parts: list[Part], move: Callable[[float, float], Point]) -> list[Part]:
+    return [Part([move(x, y) for x, y in part.points], part.color) for part in parts]
+
+
 def extent(parts: list[Part]) -> Box:
     """The bounding box of some polygons."""
     xs = [x for part in parts for x, _ in part.points]
@@ -188,11 +178,7 @@ def extent(parts: list[Part]) -> Box:
 
 
 def random_thing(
-    rng: random.Random,
-    others: list[Thing],
-    background: str,
-    aspect: float,
-    stickers: Stickers | None = None,
+    rng: random.Random, others: list[Thing], background: str, aspect: float, stickers: Stickers | None
 ) -> Thing | None:
     """A thing in a free place; sometimes of the kind or color of an earlier one.
 
@@ -220,11 +206,8 @@ def random_thing(
         smallest, largest = (0.1, LARGEST) if thing.sticker is None else (0.15, 0.7)
     for _ in range(40):
         size = smallest * (largest / smallest) ** rng.random()
-        look = rng.getrandbits(30)
-        if thing.sticker is not None:
-            look = thing.look
-        placed = try_place(rng, replace(thing, size=size, look=look), others, background, gap)
-        if placed is not None:
+        look = rng.getrandbits(30) if thing.sticker is None else thing.look
+        if placed := try_place(rng, replace(thing, size=size, look=look), others, background, gap):
             return placed
     return None
 
@@ -354,20 +337,13 @@ class Scene:
         Brief: "An image of a snowman next to a fire." or "An image of a red cup, a tree and two
         blue stars." Detailed: one sentence with the place of every thing.
         """
-        caption = "There is" if detailed else "An image of"
+        caption, entities = parse(linked_caption(self, detailed))
         groups = [[thing] for thing in self.things] if detailed else self.groups()
-        rows: list[list] = []
-        for i, group in enumerate(groups):
-            caption += joint(groups, i, detailed)
-            start = len(caption) + 1
-            caption += " " + (described(group[0]) if detailed else counted(group))
-            rows += [[start, len(caption), *thing.box, 1.0] for thing in group]
-            if detailed:
-                caption += f" {group[0].place}"
-        if not groups:
-            caption += " nothing"
+        rows = []
+        for entity, group in zip(entities, groups, strict=True):
+            rows += [[*entity.span, *thing.box, 1.0] for thing in group]
         return {
-            "caption": caption + ".",
+            "caption": caption,
             "noun_chunks": rows,
             "ref_exps": [list(row) for row in rows],
             "things": [{"kind": thing.kind, "color": thing.color, "box": thing.box} for thing in self.things],
@@ -420,22 +396,18 @@ def article(words: str) -> str:
 # ----------------------------------------------------------------------------------------------------
 
 
+Painted = tuple[Image.Image, list[Color]]  # an empty image and the main colors in it
+
+
 def mix(a: Color, b: Color, share: float) -> Color:
     return tuple(round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
-
-
-def distance(a: Color, b: Color) -> float:
-    return math.dist(a, b)
 
 
 def random_color(rng: random.Random, low: int, high: int) -> Color:
     return rng.randint(low, high), rng.randint(low, high), rng.randint(low, high)
 
 
-def paint_background(
-    name: str, width: int, height: int, rng: random.Random
-) -> tuple[Image.Image, list[Color]]:
-    """The empty image and the main colors in it."""
+def paint_background(name: str, width: int, height: int, rng: random.Random) -> Painted:
     size = (width, height)
     if name == "gradient":
         low, high = rng.choice([(0, 255), (150, 255), (0, 110)])
@@ -452,9 +424,7 @@ def paint_background(
     return Image.new("RGB", size, color), [color]
 
 
-def paint_landscape(
-    name: str, width: int, height: int, rng: random.Random
-) -> tuple[Image.Image, list[Color]]:
+def paint_landscape(name: str, width: int, height: int, rng: random.Random) -> Painted:
     """Sky and ground; stars at night, flakes of snow."""
     sky, ground = {
         "day": ((150, 206, 240), rng.choice([(132, 190, 96), (226, 206, 150), (110, 160, 90)])),
@@ -503,12 +473,12 @@ def draw_thing(
     for part in thing.parts:
         points = [(x * width, y * height) for x, y in part.points]
         polygons.append((points, fills.get(part.color, part.color)))
-    main = fills.get(BODY) if thing.color else thing.parts[main_part(thing)].color
-    hidden = any(distance(main, color) < 75 for color in background)
+    main = fills.get(BODY) if thing.color else max(thing.parts, key=area).color
+    hidden = any(math.dist(main, color) < 75 for color in background)
     edges = [(20, 20, 20), (250, 250, 250), mix(main, (0, 0, 0), 0.4)]
     edge = rng.choice(edges)
     if hidden:  # it would not show on this background
-        edge = max(edges, key=lambda color: min(distance(color, other) for other in background))
+        edge = max(edges, key=lambda color: min(math.dist(color, other) for other in background))
     side = math.sqrt(width * height)
     line = max(2, round(side * rng.uniform(0.006, 0.022)))
     pen = ImageDraw.Draw(image)
@@ -524,14 +494,10 @@ def draw_thing(
         pen.polygon(points, fill=fill)
 
 
-def main_part(thing: Thing) -> int:
-    """The index of its largest polygon."""
-
-    def area(i: int) -> float:
-        x1, y1, x2, y2 = extent([thing.parts[i]])
-        return (x2 - x1) * (y2 - y1)
-
-    return max(range(len(thing.parts)), key=area)
+def area(part: Part) -> float:
+    """The area of the box of a polygon."""
+    x1, y1, x2, y2 = extent([part])
+    return (x2 - x1) * (y2 - y1)
 
 
 def add_noise(image: Image.Image, rng: random.Random) -> Image.Image:
@@ -682,16 +648,14 @@ def link(phrase: str, things) -> str:
 
 def linked_caption(scene: Scene, detailed: bool = False) -> str:
     """The caption of a scene with a link for every phrase."""
-    record = scene.record(detailed)
-    caption = record["caption"]
+    text = "There is" if detailed else "An image of"
     groups = [[thing] for thing in scene.things] if detailed else scene.groups()
-    spans = dict.fromkeys((row[0], row[1]) for row in record["noun_chunks"])
-    text = ""
-    done = 0
-    for (start, end), group in zip(spans, groups, strict=True):
-        text += caption[done : start - 1] + link(caption[start:end], group)
-        done = end
-    return text + caption[done:]
+    for i, group in enumerate(groups):
+        words = described(group[0]) if detailed else counted(group)
+        text += joint(groups, i, detailed) + link(words, group)
+        if detailed:
+            text += f" {group[0].place}"
+    return text + "." if groups else text + " nothing."
 
 
 def captions(scene: Scene) -> list[Example]:
@@ -899,13 +863,12 @@ def is_caption(text: str, stickers: Stickers | None = None) -> bool:
     forms = {(group[0].kind, group[0].color is None) for group in groups}  # of a kind, only one
     if len(names_used) < len(groups) or len(forms) > len(dict(forms)) or sum(map(len, groups)) > MOST:
         return False
-    joints = re.split("|".join(map(re.escape, phrases)), text.removeprefix("An image of "))
+    joints = [" and "]
     if len(groups) == 2 and len(groups[0]) == len(groups[1]) == 1:  # they are joined by their relation
-        return joints[1] in (" next to ", " above ", " below ", " left of ") and joints[2] == "."
-    expected = ["", *[", "] * (len(phrases) - 2), "."]
-    if len(phrases) > 1:
-        expected.insert(-1, " and ")
-    return joints == expected
+        joints = [" next to ", " above ", " below ", " left of "]
+    first = ", ".join(phrases[:-1])
+    last = phrases[-1]
+    return text in [f"An image of {first}{joint if first else ''}{last}." for joint in joints]
 
 
 def tasks(scene: Scene, rng: random.Random) -> list[Example]:
@@ -924,43 +887,21 @@ def demo_scenes() -> dict[str, Scene]:
     """The scenes of the images in tiny/, by file name."""
 
     def scene(background: str, seed: int, aspect: float, *things: tuple) -> Scene:
-        placed = [
-            Thing(kind, color, center, size, look, aspect) for kind, color, center, size, look in things
-        ]
+        placed = [Thing(*thing, aspect) for thing in things]
         return Scene(tuple(sorted(placed, key=lambda thing: thing.center[0])), background, seed, aspect)
 
+    snowman = ("snowman", None, (0.408, 0.526), 0.475, 16)
+    fire = ("fire", None, (0.752, 0.67), 0.363, 21)
+    cats = [("cat", "orange", (0.17, 0.68), 0.36, 31), ("cat", "orange", (0.82, 0.66), 0.34, 14)]
+    car = ("car", "blue", (0.5, 0.7), 0.36, 37)
+    sky = [("sun", None, (0.85, 0.17), 0.24, 15), ("cloud", None, (0.3, 0.17), 0.3, 40)]
+    first = [("cup", "yellow", (0.3, 0.62), 0.35, 1), ("kite", "red", (0.7, 0.35), 0.45, 2)]
+    second = [("umbrella", "purple", (0.33, 0.4), 0.45, 1), ("cat", "orange", (0.72, 0.66), 0.4, 2)]
     return {
-        "scene.png": scene(
-            "snow",
-            8,
-            4 / 3,
-            ("snowman", None, (0.408, 0.526), 0.475, 16),
-            ("fire", None, (0.752, 0.67), 0.363, 21),
-        ),
-        "busy.png": scene(
-            "day",
-            21,
-            4 / 3,
-            ("cat", "orange", (0.17, 0.68), 0.36, 31),
-            ("car", "blue", (0.5, 0.7), 0.36, 37),
-            ("cat", "orange", (0.82, 0.66), 0.34, 14),
-            ("sun", None, (0.85, 0.17), 0.24, 15),
-            ("cloud", None, (0.3, 0.17), 0.3, 40),
-        ),
-        "first.png": scene(
-            "light",
-            14,
-            1.0,
-            ("cup", "yellow", (0.3, 0.62), 0.35, 1),
-            ("kite", "red", (0.7, 0.35), 0.45, 2),
-        ),
-        "second.png": scene(
-            "light",
-            14,
-            1.0,
-            ("umbrella", "purple", (0.33, 0.4), 0.45, 1),
-            ("cat", "orange", (0.72, 0.66), 0.4, 2),
-        ),
+        "scene.png": scene("snow", 8, 4 / 3, snowman, fire),
+        "busy.png": scene("day", 21, 4 / 3, *cats, car, *sky),
+        "first.png": scene("light", 14, 1.0, *first),
+        "second.png": scene("light", 14, 1.0, *second),
     }
 
 
