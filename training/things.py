@@ -41,6 +41,10 @@ def ellipse(x: float, y: float, rx: float, ry: float, start: float = 0, stop: fl
     return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
 
 
+def discs(radius: float, color: Color, *centers: Point) -> list[Part]:
+    return [Part(ellipse(x, y, radius, radius), color) for x, y in centers]
+
+
 def rectangle(x1: float, y1: float, x2: float, y2: float) -> list[Point]:
     return [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
 
@@ -118,10 +122,8 @@ def snowman(vary: Vary) -> list[Part]:
         Part(rectangle(-0.2, -1.15, 0.2, -0.85), BLACK),
         Part(rectangle(-0.34, -0.88, 0.34, -0.8), BLACK),
         Part([(0, head), (vary(0.3), head + 0.08), (0, head + 0.12)], ORANGE),
-        Part(ellipse(-0.1, head - 0.07, 0.045, 0.045), BLACK),
-        Part(ellipse(0.1, head - 0.07, 0.045, 0.045), BLACK),
-        Part(ellipse(0, -0.1, 0.05, 0.05), BLACK),
-        Part(ellipse(0, 0.15, 0.05, 0.05), BLACK),
+        *discs(0.045, BLACK, (-0.1, head - 0.07), (0.1, head - 0.07)),
+        *discs(0.05, BLACK, (0, -0.1), (0, 0.15)),
     ]
 
 
@@ -143,10 +145,8 @@ def tree(vary: Vary) -> list[Part]:
     width = vary(0.62)
     trunk = Part(rectangle(-0.12, 0.3, 0.12, 1), BROWN)
     if vary(1) > 1:
-        layers = [
-            [(0, y - 0.65), (x, y), (-x, y)]
-            for x, y in ((width, 0.6), (width * 0.8, 0.15), (width * 0.6, -0.3))
-        ]
+        sizes = [(width, 0.6), (width * 0.8, 0.15), (width * 0.6, -0.3)]
+        layers = [[(0, y - 0.65), (x, y), (-x, y)] for x, y in sizes]
     else:
         layers = [ellipse(x, y, width * 0.7, 0.42) for x, y in ((-0.3, 0.05), (0.3, 0.05), (0, -0.45))]
     return [trunk, *(Part(points, GREEN) for points in layers)]
@@ -210,10 +210,8 @@ def car(vary: Vary) -> list[Part]:
         Part([(-0.42, -0.02), (-0.28, roof + 0.1), (-0.05, roof + 0.1), (-0.05, -0.02)], SKY),
         Part([(0.03, -0.02), (0.03, roof + 0.1), (0.25, roof + 0.1), (0.43, -0.02)], SKY),
         Part([(-1, 0), (0.8, 0), (1, 0.12), (1, 0.4), (-1, 0.4)]),
-        Part(ellipse(-0.55, 0.4, 0.22, 0.22), BLACK),
-        Part(ellipse(0.55, 0.4, 0.22, 0.22), BLACK),
-        Part(ellipse(-0.55, 0.4, 0.09, 0.09), (190, 190, 190)),
-        Part(ellipse(0.55, 0.4, 0.09, 0.09), (190, 190, 190)),
+        *discs(0.22, BLACK, (-0.55, 0.4), (0.55, 0.4)),
+        *discs(0.09, (190, 190, 190), (-0.55, 0.4), (0.55, 0.4)),
     ]
 
 
