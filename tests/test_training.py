@@ -29,7 +29,6 @@ from evaluate import (
     score,
     score_results,
     sticker_hits,
-    sticker_scene,
 )
 from patches import patch_labels
 from PIL import Image, ImageDraw
@@ -340,9 +339,12 @@ def test_weights_are_carried_over(tiny, stickers, tmp_path):
 
 def test_accuracy_on_stickers(tiny, stickers):
     """Every sticker of the scenes has one hit or miss in its caption and one in its grounding."""
-    rows = sticker_hits(*tiny, stickers, 4)
-    assert len(rows) == sum(len(sticker_scene(stickers, seed).things) for seed in range(4))
-    assert all(thing.sticker and {named_hit, found} <= {0.0, 1.0} for thing, named_hit, found in rows)
+    found = sticker_hits(*tiny, stickers, 4)
+    things = [thing for seed in range(4) for thing in Scene.of_stickers(seed, stickers).things]
+    assert len(found) == len(things) and all(
+        hits in ([0, 0], [0, 1], [1, 0], [1, 1]) for hits in found.values()
+    )
+    assert all(thing.sticker is not None for thing in things)
 
 
 # ------------------------------------------------------------------------------------------------- training

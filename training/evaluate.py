@@ -39,14 +39,12 @@ from scenes import (  # noqa: E402
     Scene,
     Thing,
     captions,
-    counted,
-    ground_prompt,
+    grounding,
     is_caption,
     listed,
     read_words,
     resolve,
     tasks,
-    try_place,
 )
 from stickers import Stickers  # noqa: E402
 
@@ -372,57 +370,25 @@ def plot_calibration(found: list[tuple[float, float, bool]], path: Path, bins: i
 # ----------------------------------------------------------------------------------------------------
 
 
-def sticker_scene(stickers: Stickers, seed: int) -> Scene:
-    """One to three stickers of different kinds, as they are, on a plain color or a landscape."""
-    rng = random.Random(f"stickers {seed}")
-    background = rng.choice(["white", "light", "dark", "day", "night", "snow"])
-    aspect = rng.choice([1, 4 / 3, 3 / 4])
-    things: list[Thing] = []
-    for kind in rng.sample(stickers.kinds, min(rng.randint(1, 3), len(stickers.kinds))):
-        path = stickers.choose(rng, kind)
-        for _ in range(40):
-            thing = Thing(kind, None, (0.5, 0.5), rng.uniform(0.25, 0.5), 0, aspect, path)
-            placed = try_place(rng, thing, things, background, gap=0.01)
-            if placed is not None:
-                things.append(placed)
-                break
-    return Scene(tuple(things), background, seed, aspect, plain=True, stickers=stickers)
+def sticker_hits(model, tokenizer, stickers: Stickers, count: int) -> dict[Thing, list[float]]:
+    """{sticker: [whether a caption names and boxes it, whether it is grounded]} for those of `count` scenes."""
+    chosen: Chosen = []
+    for seed in range(count):
+        scene = Scene.of_stickers(seed, stickers)
+        examples = captions(scene)[:1] + grounding(scene, random.Random(seed))
+        chosen += [(scene, example) for example in examples if example.task in ("caption", "ground")]
+    hits = defaultdict(list)
+    for (scene, example), result in zip(chosen, answers(model, tokenizer, chosen), strict=True):
+        found = score(example, tokenizer.decode(result.ids), scene)
+        for thing, hit in zip(example.targets, found, strict=True):
+            hits[thing].append(hit)
+    return hits
 
 
-def kind_boxes(entities: list[Entity], kind: str, stickers: Stickers) -> list[Box]:
-    """The boxes of the phrases that name this kind, in any color."""
-    boxes = []
-    for entity in entities:
-        understood = read_words(entity.phrase, stickers)
-        if understood is not None and understood[1]["kind"] == kind:
-            boxes += entity.boxes
-    return boxes
-
-
-def sticker_hits(model, tokenizer, stickers: Stickers, count: int) -> list[tuple[Thing, float, float]]:
-    """(thing, whether a caption names and boxes it, whether it is grounded) for all in `count` scenes."""
-    scenes = [sticker_scene(stickers, seed) for seed in range(count)]
-    chosen = [(scene, captions(scene)[0]) for scene in scenes]
-    asked = []
-    for scene in scenes:
-        for thing in scene.things:
-            asked.append((scene, Example("ground", ground_prompt(counted([thing])), "", (thing,))))
-    texts = [tokenizer.decode(result.ids) for result in answers(model, tokenizer, chosen + asked)]
-    hits = []
-    for (scene, _), text in zip(chosen, texts, strict=False):
-        entities = parse(text)[1]
-        for thing in scene.things:
-            hits += found_all(kind_boxes(entities, thing.kind, stickers), [thing])
-    rows = []
-    for (scene, example), named_hit, text in zip(asked, hits, texts[count:], strict=True):
-        rows.append((*example.targets, named_hit, *score(example, text, scene)))
-    return rows
-
-
-def print_stickers(rows: list[tuple[Thing, float, float]]) -> None:
-    """A table by style and one by kind, the worst kinds first."""
+def print_stickers(found: dict[Thing, list[float]]) -> None:
+    """A table by style and by kind, the worst kinds first."""
     groups = defaultdict(list)
-    for thing, *hits in rows:
+    for thing, hits in found.items():
         for name in ("all", f"style {thing.sticker.parent.name}", thing.kind):
             groups[name].append(hits)
     means = {name: torch.tensor(hits).mean(dim=0).tolist() for name, hits in groups.items()}

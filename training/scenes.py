@@ -292,6 +292,23 @@ class Scene:
         things.sort(key=lambda thing: thing.center[0])
         return cls(tuple(things), background, seed, aspect, stickers=stickers)
 
+    @classmethod
+    def of_stickers(cls, seed: int, stickers: Stickers) -> "Scene":
+        """One to three stickers of different kinds, as they are, on a plain color or a landscape."""
+        rng = random.Random(f"stickers {seed}")
+        background = rng.choice(["white", "light", "dark", "day", "night", "snow"])
+        aspect = rng.choice([1, 4 / 3, 3 / 4])
+        things: list[Thing] = []
+        for kind in rng.sample(stickers.kinds, min(rng.randint(1, 3), len(stickers.kinds))):
+            path = stickers.choose(rng, kind)
+            for _ in range(40):
+                thing = Thing(kind, None, (0.5, 0.5), rng.uniform(0.25, 0.5), 0, aspect, path)
+                if placed := try_place(rng, thing, things, background, gap=0.01):
+                    things.append(placed)
+                    break
+        things.sort(key=lambda thing: thing.center[0])
+        return cls(tuple(things), background, seed, aspect, plain=True, stickers=stickers)
+
     @cached_property
     def kinds(self) -> list[str]:
         """The kinds of this world: those of our drawings and then those of the stickers."""
