@@ -614,6 +614,8 @@ def parse_arguments() -> argparse.Namespace:
         p.error("--steps and --vision-steps must be between 0 and 2^31")
     if not 0 < args.lr < math.inf:
         p.error("--lr must be a positive number")
+    if args.continue_from and (args.checkpoint or args.data) or args.stickers and args.data:
+        p.error("--continue-from and --stickers are for scenes, without --data or another --checkpoint")
     return args
 
 
