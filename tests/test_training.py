@@ -28,9 +28,10 @@ from evaluate import (
     named,
     score,
     score_results,
+    sticker_hits,
 )
 from patches import patch_labels
-from PIL import Image
+from PIL import Image, ImageDraw
 from scenes import (
     Scene,
     Thing,
@@ -44,8 +45,9 @@ from scenes import (
     resolve,
     tasks,
 )
+from stickers import Stickers, sticker_image
 from things import DRAWINGS, UNCOLORED
-from train import Losses, learning_rate
+from train import Losses, carry_over, learning_rate, train_vocabulary
 
 from kosmos2 import EOS, Kosmos2
 from load_weights import SENTENCEPIECE, load_checkpoint
@@ -107,6 +109,8 @@ def test_captions_name_their_things():
         "An image of a snowman and a fire.",  # two single things are joined by their relation
         "An image of two snowmen next to a fire.",
         "An image of a red cup and a red cup.",
+        "An image of a red cup next to a cup.",  # the cups of an image are all drawings or all stickers
+        "An image of a red airplane.",
         "An image of four fires and two trees.",  # more than five things
         "A snowman.",
     ],
@@ -160,7 +164,7 @@ def test_the_rule_based_reader():
     assert resolve("the two red things", scene) == [star, heart]
     assert resolve("the three red things", scene) is None
     assert resolve("the thing below the red heart", scene) is None  # the star is too close to say
-    assert resolve("the dog", scene) == [] and resolve("the shoe", scene) is None
+    assert resolve("the dog", scene) == [] and resolve("the spoon", scene) is None
     assert resolve("red", scene) is None and resolve("the star left of", scene) is None
     assert resolve("the star left of the tree above the heart", scene) is None  # no such tree
     assert resolve("the star left of the heart right of the tree", scene) == [star]
@@ -223,6 +227,124 @@ def test_patch_labels():
     labels = patch_labels(scene, 10).view(10, 10, 6)
     assert (labels[4:6, 4:6, 0] == list(DRAWINGS).index("circle") + 1).all()
     assert (labels[:2] == 0).all() and labels[5, 5, 2:].tolist() == pytest.approx(scene.things[0].box)
+
+
+# ------------------------------------------------------------------------------------------------- stickers
+
+
+@pytest.fixture(scope="module")
+def stickers(tmp_path_factory):
+    """Two styles of four kinds: an ellipse of the kind's color, off the center of a transparent image."""
+    folder = tmp_path_factory.mktemp("stickers")
+    for style, edge in (("flat", None), ("lines", "black")):
+        (folder / style).mkdir()
+        for kind, color in (("cat", "orange"), ("mouse", "gray"), ("wine-glass", "red"), ("fox", "brown")):
+            image = Image.new("RGBA", (90, 60))
+            ImageDraw.Draw(image).ellipse((30, 10, 80, 50), color, edge, 3)
+            image.save(folder / style / f"{kind}--{color}.png")
+    return Stickers(folder)
+
+
+def test_stickers_fit_their_boxes(stickers):
+    """Opaque pixels lie in the box and reach all its sides; without a random look, the image is unchanged."""
+    assert sticker_image(stickers.files["fox"]["flat"][0], 0).size == (51, 41)
+    for look in range(12):
+        path = stickers.choose(random.Random(look), "mouse")
+        thing = Thing("mouse", None, (0.45, 0.55), 0.5, look, 1.5, path)
+        empty = Image.new("RGB", (450, 300), (255, 0, 255))
+        image = empty.copy()
+        draw_thing(image, thing, [(255, 0, 255)], False, random.Random(1))
+        changed = np.abs(np.asarray(image).astype(int) - np.asarray(empty)).max(axis=2) > 120
+        rows, columns = np.nonzero(changed)
+        found = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert np.abs(found - np.array(thing.box) * (450, 300, 450, 300)).max() <= 6, look
+
+
+def test_scenes_with_stickers(stickers):
+    """Stickers have no color word, and every task has an answer that scores, also with two-word kinds."""
+    seen = Counter()
+    for seed in range(80):
+        scene = Scene.random(seed, stickers)
+        assert scene == Scene.random(seed, stickers)
+        caption = scene.record()["caption"]
+        assert is_caption(caption, stickers)
+        for thing in scene.things:
+            assert thing.sticker is None or thing.color is None
+            seen[thing.name] += thing.sticker is not None
+        for group in scene.groups():
+            assert resolve(scenes.counted(group), scene) == group
+            seen[scenes.counted(group)] += 1
+        for example in tasks(scene, random.Random(seed)):
+            if example.task != "ground absent":
+                assert set(score(example, example.answer, scene)) == {1.0}, example
+    assert seen["a cat"] and seen["two mice"] and seen["two wine glasses"] and seen["two foxes"]
+    assert {name for name in seen if name.endswith("fox")} == {"fox", "a fox"}
+    assert Scene.random(3).kinds == list(DRAWINGS) and stickers.kinds[0] in Scene.random(3, stickers).kinds
+
+
+def test_patch_labels_of_stickers(tmp_path):
+    """A ring: its patches have the kind and the box of the sticker, its hole is background."""
+    image = Image.new("RGBA", (100, 100))
+    ImageDraw.Draw(image).ellipse((0, 0, 99, 99), None, "gold", 20)
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / "a" / "wheel--gold.png")
+    found = Stickers(tmp_path)
+    thing = Thing("wheel", None, (0.5, 0.5), 0.8, 0, 1.0, found.files["wheel"]["a"][0])
+    labels = patch_labels(Scene((thing,), "white", 0, stickers=found), 10).view(10, 10, 6)
+    assert labels[5, 1, 0] == len(DRAWINGS) + 1 and labels[5, 1, 1] == 0
+    assert labels[5, 1, 2:].tolist() == pytest.approx(thing.box)
+    assert (labels[4:6, 4:6] == 0).all() and (labels[0] == 0).all() and labels[1, 1, 0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "words"),
+    [
+        (None, "", "has no stickers; expected PNGs named STYLE/KIND--NAME.png"),
+        ("a/fox--1.png", "RGB", "fox--1.png has no alpha channel"),
+        ("a/fox--1.png", "RGBA", "fox--1.png has no opaque pixels"),
+        ("a/fox.png", "RGBA", "fox.png: expected a name such as palm-tree--tall.png"),
+        ("a/fox--1.png", "text", "cannot read sticker .*fox--1.png"),
+    ],
+)
+def test_folders_that_are_not_stickers(tmp_path, name, mode, words):
+    if name is not None:
+        (tmp_path / "a").mkdir()
+        if mode == "text":
+            (tmp_path / name).write_text("no image")
+        else:
+            Image.new(mode, (9, 9)).save(tmp_path / name)
+    with pytest.raises(ValueError, match=words):
+        Stickers(tmp_path)
+
+
+def test_weights_are_carried_over(tiny, stickers, tmp_path):
+    """Tokens of both vocabularies keep their embeddings; a new piece is the mean of its old pieces."""
+    old, old_tokenizer = tiny
+    train_vocabulary(tmp_path / "words", stickers, scenes=60)
+    tokenizer = Tokenizer(tmp_path / "words", old.config.latent_query_num)
+    text = replace(old.config.text, vocab_size=tokenizer.vocab_size)
+    model = Kosmos2(replace(old.config, text=text))
+    carry_over(model, tokenizer, old, old_tokenizer)
+    old_weights, weights = old.decoder.embed_tokens.weight, model.decoder.embed_tokens.weight
+    for token in ("<s>", "<phrase>", "<patch_index_0007>", "▁of"):
+        ids = tokenizer.id_to_token.index(token), old_tokenizer.id_to_token.index(token)
+        assert torch.equal(weights[ids[0]], old_weights[ids[1]])
+    new = next(token for token in tokenizer.id_to_token if token not in old_tokenizer.id_to_token)
+    mean = old_weights[old_tokenizer.encode_words(new.replace("▁", " "))].mean(dim=0)
+    assert torch.equal(weights[tokenizer.id_to_token.index(new)], mean)
+    assert torch.equal(model.resampler.dense.weight, old.resampler.dense.weight)
+    with pytest.raises(ValueError, match="other sizes"):
+        carry_over(Kosmos2(replace(SMALL, text=text)), tokenizer, old, old_tokenizer)
+
+
+def test_accuracy_on_stickers(tiny, stickers):
+    """Every sticker of the scenes has one hit or miss in its caption and one in its grounding."""
+    found = sticker_hits(*tiny, stickers, 4)
+    things = [thing for seed in range(4) for thing in Scene.of_stickers(seed, stickers).things]
+    assert len(found) == len(things) and all(
+        hits in ([0, 0], [0, 1], [1, 0], [1, 1]) for hits in found.values()
+    )
+    assert all(thing.sticker is not None for thing in things)
 
 
 # ------------------------------------------------------------------------------------------------- training

@@ -18,6 +18,7 @@ import torch
 from patches import patch_labels
 from PIL import Image
 from scenes import Example, Scene, tasks
+from stickers import Stickers
 
 from kosmos2 import EOS, FIRST_POSITION, PAD, Kosmos2Config, open_image, preprocess_image
 from tokenizer import GRID, Box, Tokenizer, boxes_to_text
@@ -280,7 +281,13 @@ class Scenes:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, config: Kosmos2Config, length: int, first: int, without_texts: int = 0
+        self,
+        tokenizer: Tokenizer,
+        config: Kosmos2Config,
+        length: int,
+        first: int,
+        without_texts: int = 0,
+        stickers: Stickers | None = None,
     ):
         check_grid(tokenizer)
         self.tokenizer = tokenizer
@@ -289,9 +296,10 @@ class Scenes:
         self.length = length
         self.first = first
         self.without_texts = without_texts
+        self.stickers = stickers
 
     def row(self, n: int) -> Row:
-        scene = Scene.random(self.first + n)
+        scene = Scene.random(self.first + n, self.stickers)
         rng = random.Random(self.first + n)
         row = Row(self.tokenizer, preprocess_image(scene.draw(), self.image_size))
         row.patch_labels.append(patch_labels(scene, self.grid))

@@ -3,6 +3,7 @@
 Grounding and referring expression comprehension have the metric of the paper.
 
     python training/evaluate.py [--checkpoint tiny] [--scenes 500] [--calibration PNG]
+    python training/evaluate.py --stickers DIR            things by others, by style and kind
     python training/evaluate.py --precision int8          compare fp32 with a lower precision
     python training/evaluate.py --results FILE            score a results file of sample.py (benchmarks.py)
 
@@ -32,7 +33,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 
 from data import check_grid, encode_example, positive_int  # noqa: E402
-from scenes import MOST, Example, Scene, Thing, is_caption, listed, read_words, resolve, tasks  # noqa: E402
+from scenes import (  # noqa: E402
+    MOST,
+    Example,
+    Scene,
+    Thing,
+    captions,
+    grounding,
+    is_caption,
+    listed,
+    read_words,
+    resolve,
+    tasks,
+)
+from stickers import Stickers  # noqa: E402
 
 from kosmos2 import Generated, Kosmos2, finish, pad_left, preprocess_images, rank_boxes  # noqa: E402
 from load_weights import load_checkpoint  # noqa: E402
@@ -81,9 +95,9 @@ TABLE = {
 # ----------------------------------------------------------------------------------------------------
 
 
-def name_of(phrase: str) -> tuple[str, int] | None:
+def name_of(phrase: str, stickers: Stickers | None = None) -> tuple[str, int] | None:
     """What a phrase of a caption names, and how many: "two red cups" -> ("red cup", 2)."""
-    understood = read_words(phrase)
+    understood = read_words(phrase, stickers)
     if understood is None:
         return None
     number, meaning = understood
@@ -93,28 +107,28 @@ def name_of(phrase: str) -> tuple[str, int] | None:
     return name, 1 if number is None else number
 
 
-def named(caption: str) -> Counter:
+def named(caption: str, stickers: Stickers | None = None) -> Counter:
     """How often a caption names each thing: "two red cups" counts twice."""
     found: Counter = Counter()
     for phrase in listed(caption):
-        name = name_of(phrase)
+        name = name_of(phrase, stickers)
         if name is not None:
             found[name[0]] += name[1]
     return found
 
 
-def caption_hits(entities: list[Entity], things: tuple[Thing, ...]) -> list[float]:
+def caption_hits(entities: list[Entity], scene: Scene) -> list[float]:
     """For each thing, whether some phrase names it and has a box on it.
 
     A box counts for one thing only.
     """
     boxes = defaultdict(list)
     for entity in entities:
-        name = name_of(entity.phrase)
+        name = name_of(entity.phrase, scene.stickers)
         if name is not None:
             boxes[name[0]] += entity.boxes
     hits = []
-    for thing in things:
+    for thing in scene.things:
         best = max(boxes[thing.name], key=lambda box: iou(box, thing.box), default=None)
         hit = best is not None and iou(best, thing.box) >= 0.5
         if hit:
@@ -146,12 +160,12 @@ def score(example: Example, answer: str, scene: Scene) -> list[float]:
     if task in ("caption", "detail"):
         if not scene.things:
             return [float(caption == parse(example.answer)[0])]
-        return caption_hits(entities, scene.things)
+        return caption_hits(entities, scene)
     if task in ("plain caption", "plain detail"):
         if not scene.things:
             return [float(caption == parse(example.answer)[0])]
         right = Counter(thing.name for thing in scene.things)
-        hits = (named(caption) & right).total()
+        hits = (named(caption, scene.stickers) & right).total()
         return [1.0] * hits + [0.0] * (right.total() - hits)
     if task == "ground several":
         return found_all(asked_boxes(example, answer), example.targets)
@@ -159,7 +173,7 @@ def score(example: Example, answer: str, scene: Scene) -> list[float]:
         return found_all(asked_boxes(example, answer)[:1], example.targets)
     if task == "text alone":
         joint = "" if answer[:1] in ",." else " "  # the first word of an answer has no space before it
-        return [float(is_caption(example.prompt + joint + answer.strip()))]
+        return [float(is_caption(example.prompt + joint + answer.strip(), scene.stickers))]
     if task == "describe box":
         return [float(resolve(answer, scene) == list(example.targets))]
     if task.endswith("grounded"):
@@ -199,11 +213,11 @@ def answers(model: Kosmos2, tokenizer: Tokenizer, chosen: Chosen, batch: int = 6
     return results
 
 
-def choose_examples(scenes: int, first_seed: int, only=None) -> Chosen:
+def choose_examples(scenes: int, first_seed: int, only=None, stickers: Stickers | None = None) -> Chosen:
     """One example of every task (or of the tasks in `only`) for each of `scenes` scenes."""
     chosen = []
     for seed in range(first_seed, first_seed + scenes):
-        scene = Scene.random(seed)
+        scene = Scene.random(seed, stickers)
         rng = random.Random(seed)
         by_task = defaultdict(list)
         for example in tasks(scene, rng):
@@ -214,9 +228,11 @@ def choose_examples(scenes: int, first_seed: int, only=None) -> Chosen:
     return chosen
 
 
-def evaluate(model, tokenizer, scenes: int, first_seed: int, only=None) -> dict[str, tuple[float, int]]:
+def evaluate(
+    model, tokenizer, scenes: int, first_seed: int, only=None, stickers: Stickers | None = None
+) -> dict[str, tuple[float, int]]:
     """{task: (share of hits, number of hits and misses)} over `choose_examples`."""
-    chosen = choose_examples(scenes, first_seed, only)
+    chosen = choose_examples(scenes, first_seed, only, stickers)
     return accuracies(tokenizer, chosen, answers(model, tokenizer, chosen))
 
 
@@ -308,7 +324,7 @@ def scored_boxes(model, tokenizer, chosen: Chosen) -> list[tuple[float, float, b
         for entity in generated_boxes(tokenizer, example, result):
             right = [thing.box for thing in example.targets]
             if example.task == "caption":  # the things that the phrase names
-                name = name_of(entity.phrase)
+                name = name_of(entity.phrase, scene.stickers)
                 right = [thing.box for thing in scene.things if name and thing.name == name[0]]
             exact = [tokens_to_box(*box_to_tokens(box, training=True)) for box in right]
             for box, score in zip(entity.boxes, entity.scores, strict=True):
@@ -347,6 +363,38 @@ def plot_calibration(found: list[tuple[float, float, bool]], path: Path, bins: i
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower right", fontsize=9)
     fig.savefig(path, dpi=110)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Stickers
+# ----------------------------------------------------------------------------------------------------
+
+
+def sticker_hits(model, tokenizer, stickers: Stickers, count: int) -> dict[Thing, list[float]]:
+    """{sticker: [whether a caption names and boxes it, whether it is grounded]} for those of `count` scenes."""
+    chosen: Chosen = []
+    for seed in range(count):
+        scene = Scene.of_stickers(seed, stickers)
+        examples = captions(scene)[:1] + grounding(scene, random.Random(seed))
+        chosen += [(scene, example) for example in examples if example.task in ("caption", "ground")]
+    hits = defaultdict(list)
+    for (scene, example), result in zip(chosen, answers(model, tokenizer, chosen), strict=True):
+        found = score(example, tokenizer.decode(result.ids), scene)
+        for thing, hit in zip(example.targets, found, strict=True):
+            hits[thing].append(hit)
+    return hits
+
+
+def print_stickers(found: dict[Thing, list[float]]) -> None:
+    """A table by style and by kind, the worst kinds first."""
+    groups = defaultdict(list)
+    for thing, hits in found.items():
+        for name in ("all", f"style {thing.sticker.parent.name}", thing.kind):
+            groups[name].append(hits)
+    means = {name: torch.tensor(hits).mean(dim=0).tolist() for name, hits in groups.items()}
+    print("| stickers | named and boxed in the caption | grounded | of |\n|---|---|---|---|")
+    for name in sorted(groups, key=lambda name: (name != "all", not name.startswith("style "), means[name])):
+        print(f"| {name} | {means[name][0]:.3f} | {means[name][1]:.3f} | {len(groups[name])} |")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -441,6 +489,9 @@ def run(args: argparse.Namespace) -> None:
             print(f"R@{k} at IoU 0.5: {share:.4f} of {total}")
         return
     model, tokenizer = load_checkpoint(args.checkpoint)
+    if args.stickers:
+        print_stickers(sticker_hits(model, tokenizer, Stickers(args.stickers), args.scenes))
+        return
     chosen = choose_examples(args.scenes, HELD_OUT)
     results = answers(model, tokenizer, chosen)
     title = f"task ({args.scenes} held-out scenes of up to {MOST} things)"
@@ -461,6 +512,7 @@ def main() -> int:
     )
     parser.add_argument("--checkpoint", default=str(ROOT / "tiny"))
     parser.add_argument("--scenes", type=positive_int, default=500)
+    parser.add_argument("--stickers", type=Path, metavar="DIR", help="measure on PNGs STYLE/KIND--NAME.png")
     parser.add_argument("--precision", choices=["bf16", "fp16", "int8"], help="compare fp32 with this")
     parser.add_argument(
         "--calibration", type=Path, metavar="PNG", help="plot how good boxes are by their score"

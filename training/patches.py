@@ -7,9 +7,12 @@ learns much faster from them than from texts. When train.py trains from scratch,
 have nothing but patch labels, and afterwards their loss is added to that of the texts.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from scenes import COLORS, KINDS, Scene
+from PIL import Image
+from scenes import COLORS, KINDS, Scene, Thing
+from stickers import sticker_image
 from torch import Tensor, nn
 
 BACKGROUND = 0  # the label of a patch without a thing; kinds and colors follow from 1
@@ -21,10 +24,13 @@ def patch_labels(scene: Scene, grid: int) -> Tensor:
     colors = [None, *COLORS]
     for thing in scene.things:
         x1, y1, x2, y2 = thing.box
-        overlap = cell_overlap(y1, y2, grid)[:, None] * cell_overlap(x1, x2, grid)  # (grid, grid), areas
+        if thing.sticker is None:
+            overlap = cell_overlap(y1, y2, grid)[:, None] * cell_overlap(x1, x2, grid)  # (grid, grid), areas
+        else:
+            overlap = opaque_overlap(thing, grid)
         enough = 0.3 / grid**2
         covered = overlap >= min(enough, overlap.max().item())  # at least one patch
-        kind = KINDS.index(thing.kind) + 1
+        kind = scene.kinds.index(thing.kind) + 1
         color = colors.index(thing.color)
         labels[covered] = torch.tensor([kind, color, x1, y1, x2, y2])
     return labels.flatten(0, 1)
@@ -38,13 +44,22 @@ def cell_overlap(start: float, end: float, grid: int) -> Tensor:
     return (right - left).clamp(min=0)
 
 
+def opaque_overlap(thing: Thing, grid: int, scale: int = 8) -> Tensor:
+    """The area of a sticker's opaque pixels in each cell, (grid, grid)."""
+    x1, y1, x2, y2 = (round(v * grid * scale) for v in thing.box)
+    alpha = sticker_image(thing.sticker, thing.look).getchannel("A")
+    mask = Image.new("L", (grid * scale, grid * scale))
+    mask.paste(alpha.resize((max(x2 - x1, 1), max(y2 - y1, 1))), (x1, y1))
+    return torch.from_numpy(np.array(mask.reduce(scale))) / 255 / grid**2
+
+
 class PatchHead(nn.Module):
     """A linear layer that predicts the labels of each patch from the ViT's features."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, kinds: int = len(KINDS)):
         super().__init__()
         self.width = width
-        self.sizes = [len(KINDS) + 1, len(COLORS) + 1, 4]
+        self.sizes = [kinds + 1, len(COLORS) + 1, 4]
         self.linear = nn.Linear(width, sum(self.sizes))
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:

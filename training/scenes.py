@@ -1,44 +1,49 @@
 """Random images of shapes and things, and captions, questions and answers about them.
 
-This is the world of the bundled model: up to five things on a background. `Scene.random` makes a
-scene, `Scene.draw` paints it, `Scene.record` describes it as a GRIT record (caption, noun chunks,
+This is the world of the bundled model: up to five things on a background, drawn by things.py or, with
+a folder of stickers, by anyone (stickers.py). `Scene.random` makes a scene, `Scene.draw` paints it, `Scene.record` describes it as a GRIT record (caption, noun chunks,
 boxes), and `tasks` lists what can be asked about it in the prompts of the paper, each with its one
 correct answer. Answers follow from rules (`resolve`), so a model can be scored without a judge.
 
-    python training/scenes.py FOLDER [--count 9] [--seed 0]    write images and grit.jsonl to look at
+    python training/scenes.py FOLDER [--count 9] [--stickers DIR]    write images and grit.jsonl to look at
 """
 
 import argparse
+import io
 import json
 import math
 import random
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from stickers import Stickers, sticker_image
 from things import (
     AIRBORNE,
     BODY,
     BROWN,
+    COLORED,
     DRAWINGS,
+    OTHER_KINDS,
     SHADE,
     SHAPES,
     UNCOLORED,
     Color,
     Part,
+    Point,
     plural,
 )
 
-from tokenizer import PROMPTS, Box, boxes_to_text, strip_tags
+from tokenizer import PROMPTS, Box, boxes_to_text, parse, strip_tags
 
 # Each color name covers everything between its samples.
 COLORS: dict[str, list[Color]] = {
@@ -51,16 +56,9 @@ COLORS: dict[str, list[Color]] = {
     "black": [(36, 36, 40), (0, 0, 0), (20, 20, 24)],
     "white": [(250, 250, 250), (255, 255, 255), (240, 240, 244)],
 }
-BACKGROUNDS = {
-    "white": 16,
-    "light": 18,
-    "dark": 16,
-    "any": 10,
-    "gradient": 18,
-    "day": 10,
-    "night": 6,
-    "snow": 6,
-}  # weights
+BACKGROUNDS = {  # weights
+    "white": 16, "light": 18, "dark": 16, "any": 10, "gradient": 18, "day": 10, "night": 6, "snow": 6,
+}  # fmt: skip
 MOST = 5  # things in a scene
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -88,19 +86,20 @@ SECOND = 50_000_000  # from a scene's seed to the seed of the other scene in its
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawing in a scene.
+    """One drawing or sticker in a scene.
 
     center: of its box, in 0..1 of the image. size: its longer side, as a fraction of sqrt(width *
-    height) of the image. look: seed of its proportions, tilt and direction. aspect: width / height
-    of the image.
+    height) of the image. look: seed of its proportions, tilt and direction, and of a sticker's
+    colors. aspect: width / height of the image.
     """
 
     kind: str
-    color: str | None  # None for kinds with colors of their own
+    color: str | None  # None for stickers and for kinds with colors of their own
     center: tuple[float, float]
     size: float
     look: int = 0
     aspect: float = 1.0
+    sticker: Path | None = None  # drawn by things.py if None
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -109,10 +108,7 @@ class Thing:
         parts = DRAWINGS[self.kind](lambda value: value * rng.uniform(0.88, 1.12))
         tilt = math.radians(rng.choice([0, rng.uniform(-12, 12)]))
         stretch = rng.uniform(0.88, 1.14) * rng.choice([-1, 1])  # negative: mirrored
-        turned = []
-        for part in parts:
-            points = [rotate(x * stretch, y, tilt) for x, y in part.points]
-            turned.append(Part(points, part.color))
+        turned = moved(parts, lambda x, y: rotate(x * stretch, y, tilt))
         x1, y1, x2, y2 = extent(turned)
         scale = self.size / max(x2 - x1, y2 - y1)
         x_scale = scale / math.sqrt(self.aspect)
@@ -120,25 +116,21 @@ class Thing:
         x_middle = (x1 + x2) / 2
         y_middle = (y1 + y2) / 2
         cx, cy = self.center
-        placed = []
-        for part in turned:
-            points = []
-            for x, y in part.points:
-                points.append((cx + (x - x_middle) * x_scale, cy + (y - y_middle) * y_scale))
-            placed.append(Part(points, part.color))
-        return placed
+        return moved(turned, lambda x, y: (cx + (x - x_middle) * x_scale, cy + (y - y_middle) * y_scale))
 
     @cached_property
     def box(self) -> Box:
-        return extent(self.parts)
+        if self.sticker is None:
+            return extent(self.parts)
+        width, height = sticker_image(self.sticker, self.look).size
+        scale = self.size / max(width, height) / 2
+        dx = width * scale / math.sqrt(self.aspect)
+        dy = height * scale * math.sqrt(self.aspect)
+        return self.center[0] - dx, self.center[1] - dy, self.center[0] + dx, self.center[1] + dy
 
     @property
     def size_word(self) -> str | None:
-        if self.size >= LARGE:
-            return "large"
-        if self.size <= SMALL:
-            return "small"
-        return None
+        return "large" if self.size >= LARGE else "small" if self.size <= SMALL else None
 
     @property
     def place(self) -> str:
@@ -149,10 +141,8 @@ class Thing:
     @property
     def clear_place(self) -> str | None:
         """Its place; None if its center is too close to the border of two places."""
-        for coordinate in self.center:
-            if abs(coordinate - 1 / 3) < 0.03 or abs(coordinate - 2 / 3) < 0.03:
-                return None
-        return self.place
+        close = any(abs(c - border) < 0.03 for c in self.center for border in (1 / 3, 2 / 3))
+        return None if close else self.place
 
     @property
     def name(self) -> str:
@@ -176,6 +166,10 @@ def rotate(x: float, y: float, angle: float) -> tuple[float, float]:
     return x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
 
 
+def moved(parts: list[Part], move: Callable[[float, float], Point]) -> list[Part]:
+    return [Part([move(x, y) for x, y in part.points], part.color) for part in parts]
+
+
 def extent(parts: list[Part]) -> Box:
     """The bounding box of some polygons."""
     xs = [x for part in parts for x, _ in part.points]
@@ -183,7 +177,9 @@ def extent(parts: list[Part]) -> Box:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def random_thing(rng: random.Random, others: list[Thing], background: str, aspect: float) -> Thing | None:
+def random_thing(
+    rng: random.Random, others: list[Thing], background: str, aspect: float, stickers: Stickers | None
+) -> Thing | None:
     """A thing in a free place; sometimes of the kind or color of an earlier one.
 
     None if no place was found.
@@ -201,26 +197,58 @@ def random_thing(rng: random.Random, others: list[Thing], background: str, aspec
             kind = twin.kind
         if shared != "kind" and twin.color:
             color = twin.color
+    thing = Thing(kind, None if kind in UNCOLORED else color, (0.5, 0.5), 0, 0, aspect)
+    if stickers is not None:
+        thing = random_sticker(rng, thing, others, stickers)
     gap = rng.choice([0.01, 0.01, -0.03])  # one in three may overlap its neighbors a little
+    smallest, largest = SMALLEST, LARGEST
+    if stickers is not None:  # things by others may be larger, and our shapes smaller
+        smallest, largest = (0.1, LARGEST) if thing.sticker is None else (0.15, 0.7)
     for _ in range(40):
-        size = SMALLEST * (LARGEST / SMALLEST) ** rng.random()
-        thing = Thing(
-            kind, None if kind in UNCOLORED else color, (0.5, 0.5), size, rng.getrandbits(30), aspect
-        )
-        x1, y1, x2, y2 = thing.box
-        half_width = (x2 - x1) / 2 + 0.01
-        half_height = (y2 - y1) / 2 + 0.01
-        if max(half_width, half_height) > 0.5:
-            continue
-        x = rng.uniform(half_width, 1 - half_width)
-        y = rng.uniform(half_height, 1 - half_height)
-        in_landscape = background in ("day", "night", "snow") and rng.random() < 0.8
-        if in_landscape and (y < 0.45) != (kind in AIRBORNE):
-            continue
-        thing = replace(thing, center=(x, y))
-        if not any(overlap(thing.box, other.box, gap) for other in others):
-            return thing
+        size = smallest * (largest / smallest) ** rng.random()
+        look = rng.getrandbits(30) if thing.sticker is None else thing.look
+        if placed := try_place(rng, replace(thing, size=size, look=look), others, background, gap):
+            return placed
     return None
+
+
+def try_place(
+    rng: random.Random, thing: Thing, others: list[Thing], background: str, gap: float
+) -> Thing | None:
+    """The thing in a random place; None if that place is not free or, for a drawing, not natural."""
+    x1, y1, x2, y2 = thing.box
+    half_width = (x2 - x1) / 2 + 0.01
+    half_height = (y2 - y1) / 2 + 0.01
+    if max(half_width, half_height) > 0.5:
+        return None
+    x = rng.uniform(half_width, 1 - half_width)
+    y = rng.uniform(half_height, 1 - half_height)
+    in_landscape = background in ("day", "night", "snow") and rng.random() < 0.8
+    if in_landscape and thing.sticker is None and (y < 0.45) != (thing.kind in AIRBORNE):
+        return None
+    thing = replace(thing, center=(x, y))
+    return None if any(overlap(thing.box, other.box, gap) for other in others) else thing
+
+
+def random_sticker(rng: random.Random, thing: Thing, others: list[Thing], stickers: Stickers) -> Thing:
+    """A drawing, or a sticker in its place; more often than without stickers named as an earlier thing.
+
+    The things of one kind are all drawings or all stickers, so that "the cat" is not a red cat.
+    """
+    path = None
+    if others and rng.random() < 0.25:
+        twin = rng.choice(others)
+        thing = replace(thing, kind=twin.kind, color=twin.color)
+        path = twin.sticker if rng.random() < 0.4 else None
+    elif rng.random() < 0.7:
+        known = [kind for kind in stickers.kinds if kind in KINDS]  # our drawings alone do not teach them
+        thing = replace(thing, kind=rng.choice([*stickers.kinds, *known]), color=None)
+        path = stickers.choose(rng, thing.kind)
+    for other in others:
+        if other.kind == thing.kind and (path is None) != (other.sticker is None):
+            path = None if other.sticker is None else stickers.choose(rng, thing.kind)
+            thing = replace(thing, color=other.color)
+    return replace(thing, sticker=path, look=1 + rng.getrandbits(30))
 
 
 def overlap(a: Box, b: Box, gap: float) -> bool:
@@ -243,21 +271,52 @@ class Scene:
     seed: int
     aspect: float = 1.0  # width / height
     plain: bool = False  # drawn without outlines and noise
+    stickers: Stickers | None = field(default=None, compare=False, repr=False)  # what may be in it
 
     @classmethod
-    def random(cls, seed: int) -> "Scene":
-        """The scene of this seed, of up to MOST things; one in thirty is empty."""
+    def random(cls, seed: int, stickers: Stickers | None = None) -> "Scene":
+        """The scene of this seed, of up to MOST things; one in thirty is empty.
+
+        With stickers, four scenes in five may have them.
+        """
         rng = random.Random(seed)
         background = rng.choices(list(BACKGROUNDS), list(BACKGROUNDS.values()))[0]
         aspect = rng.choice([1.0, 2 ** rng.uniform(-1, 1)])
         count = 0 if rng.random() < 1 / 30 else rng.randint(1, MOST)
         things: list[Thing] = []
+        used = stickers if stickers is not None and rng.random() < 0.8 else None
         for _ in range(count):
-            thing = random_thing(rng, things, background, aspect)
+            thing = random_thing(rng, things, background, aspect, used)
             if thing is not None:
                 things.append(thing)
         things.sort(key=lambda thing: thing.center[0])
-        return cls(tuple(things), background, seed, aspect)
+        return cls(tuple(things), background, seed, aspect, stickers=stickers)
+
+    @classmethod
+    def of_stickers(cls, seed: int, stickers: Stickers) -> "Scene":
+        """One to three stickers of different kinds, as they are, on a plain color or a landscape."""
+        rng = random.Random(f"stickers {seed}")
+        background = rng.choice(["white", "light", "dark", "day", "night", "snow"])
+        aspect = rng.choice([1, 4 / 3, 3 / 4])
+        things: list[Thing] = []
+        for kind in rng.sample(stickers.kinds, min(rng.randint(1, 3), len(stickers.kinds))):
+            path = stickers.choose(rng, kind)
+            for _ in range(40):
+                thing = Thing(kind, None, (0.5, 0.5), rng.uniform(0.25, 0.5), 0, aspect, path)
+                if placed := try_place(rng, thing, things, background, gap=0.01):
+                    things.append(placed)
+                    break
+        things.sort(key=lambda thing: thing.center[0])
+        return cls(tuple(things), background, seed, aspect, plain=True, stickers=stickers)
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """The kinds of this world: those of our drawings and then those of the stickers."""
+        return list(dict.fromkeys([*KINDS, *(self.stickers.kinds if self.stickers else [])]))
+
+    @property
+    def has_stickers(self) -> bool:
+        return any(thing.sticker is not None for thing in self.things)
 
     def draw(self, side: int | None = None) -> Image.Image:
         """The image.
@@ -275,8 +334,9 @@ class Scene:
             outlined = style == "outlined" or (style == "mixed" and rng.random() < 0.5)
             draw_thing(image, thing, colors, outlined, rng)
         image = image.reduce(smooth)
-        noisy = not self.plain and rng.random() < 0.3
-        return add_noise(image, rng) if noisy else image
+        if not self.plain and rng.random() < 0.3:
+            image = add_noise(image, rng)
+        return degrade(image, rng) if self.has_stickers and not self.plain else image
 
     def find(self, kind: str, color: str | None = None, size: str | None = None) -> list[Thing]:
         return [thing for thing in self.things if thing.is_a(kind, color, size)]
@@ -294,20 +354,13 @@ class Scene:
         Brief: "An image of a snowman next to a fire." or "An image of a red cup, a tree and two
         blue stars." Detailed: one sentence with the place of every thing.
         """
-        caption = "There is" if detailed else "An image of"
+        caption, entities = parse(linked_caption(self, detailed))
         groups = [[thing] for thing in self.things] if detailed else self.groups()
-        rows: list[list] = []
-        for i, group in enumerate(groups):
-            caption += joint(groups, i, detailed)
-            start = len(caption) + 1
-            caption += " " + (described(group[0]) if detailed else counted(group))
-            rows += [[start, len(caption), *thing.box, 1.0] for thing in group]
-            if detailed:
-                caption += f" {group[0].place}"
-        if not groups:
-            caption += " nothing"
+        rows = []
+        for entity, group in zip(entities, groups, strict=True):
+            rows += [[*entity.span, *thing.box, 1.0] for thing in group]
         return {
-            "caption": caption + ".",
+            "caption": caption,
             "noun_chunks": rows,
             "ref_exps": [list(row) for row in rows],
             "things": [{"kind": thing.kind, "color": thing.color, "box": thing.box} for thing in self.things],
@@ -336,11 +389,13 @@ def relation(a: Thing, b: Thing) -> str:
 
 def counted(group: list[Thing]) -> str:
     """ "a red cup", "an apple", "two blue squares"."""
-    name = group[0].name
-    if len(group) == 1:
+    return amount(len(group), group[0].name, group[0].kind)
+
+
+def amount(number: int, name: str, kind: str) -> str:
+    if number == 1:
         return f"{article(name)} {name}"
-    kind = group[0].kind
-    return f"{NUMBERS[len(group)]} {name.removesuffix(kind)}{plural(kind)}"
+    return f"{NUMBERS[number]} {name.removesuffix(kind)}{plural(kind)}"
 
 
 def described(thing: Thing) -> str:
@@ -358,22 +413,18 @@ def article(words: str) -> str:
 # ----------------------------------------------------------------------------------------------------
 
 
+Painted = tuple[Image.Image, list[Color]]  # an empty image and the main colors in it
+
+
 def mix(a: Color, b: Color, share: float) -> Color:
     return tuple(round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
-
-
-def distance(a: Color, b: Color) -> float:
-    return math.dist(a, b)
 
 
 def random_color(rng: random.Random, low: int, high: int) -> Color:
     return rng.randint(low, high), rng.randint(low, high), rng.randint(low, high)
 
 
-def paint_background(
-    name: str, width: int, height: int, rng: random.Random
-) -> tuple[Image.Image, list[Color]]:
-    """The empty image and the main colors in it."""
+def paint_background(name: str, width: int, height: int, rng: random.Random) -> Painted:
     size = (width, height)
     if name == "gradient":
         low, high = rng.choice([(0, 255), (150, 255), (0, 110)])
@@ -390,9 +441,7 @@ def paint_background(
     return Image.new("RGB", size, color), [color]
 
 
-def paint_landscape(
-    name: str, width: int, height: int, rng: random.Random
-) -> tuple[Image.Image, list[Color]]:
+def paint_landscape(name: str, width: int, height: int, rng: random.Random) -> Painted:
     """Sky and ground; stars at night, flakes of snow."""
     sky, ground = {
         "day": ((150, 206, 240), rng.choice([(132, 190, 96), (226, 206, 150), (110, 160, 90)])),
@@ -424,6 +473,11 @@ def draw_thing(
     First the lines around all its polygons, then the polygons, so that only its silhouette is outlined.
     """
     width, height = image.size
+    if thing.sticker is not None:
+        x1, y1, x2, y2 = (round(v * n) for v, n in zip(thing.box, (width, height) * 2, strict=True))
+        picture = sticker_image(thing.sticker, thing.look).resize((max(x2 - x1, 1), max(y2 - y1, 1)))
+        image.paste(picture, (x1, y1), picture)
+        return
     body = BROWN
     if thing.color is not None:
         samples = COLORS[thing.color]
@@ -436,12 +490,12 @@ def draw_thing(
     for part in thing.parts:
         points = [(x * width, y * height) for x, y in part.points]
         polygons.append((points, fills.get(part.color, part.color)))
-    main = fills.get(BODY) if thing.color else thing.parts[main_part(thing)].color
-    hidden = any(distance(main, color) < 75 for color in background)
+    main = fills.get(BODY) if thing.color else max(thing.parts, key=area).color
+    hidden = any(math.dist(main, color) < 75 for color in background)
     edges = [(20, 20, 20), (250, 250, 250), mix(main, (0, 0, 0), 0.4)]
     edge = rng.choice(edges)
     if hidden:  # it would not show on this background
-        edge = max(edges, key=lambda color: min(distance(color, other) for other in background))
+        edge = max(edges, key=lambda color: min(math.dist(color, other) for other in background))
     side = math.sqrt(width * height)
     line = max(2, round(side * rng.uniform(0.006, 0.022)))
     pen = ImageDraw.Draw(image)
@@ -457,14 +511,10 @@ def draw_thing(
         pen.polygon(points, fill=fill)
 
 
-def main_part(thing: Thing) -> int:
-    """The index of its largest polygon."""
-
-    def area(i: int) -> float:
-        x1, y1, x2, y2 = extent([thing.parts[i]])
-        return (x2 - x1) * (y2 - y1)
-
-    return max(range(len(thing.parts)), key=area)
+def area(part: Part) -> float:
+    """The area of the box of a polygon."""
+    x1, y1, x2, y2 = extent([part])
+    return (x2 - x1) * (y2 - y1)
 
 
 def add_noise(image: Image.Image, rng: random.Random) -> Image.Image:
@@ -477,30 +527,52 @@ def add_noise(image: Image.Image, rng: random.Random) -> Image.Image:
     return Image.fromarray(noisy.astype(np.uint8))
 
 
+def degrade(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Sometimes blurred, sometimes with the artifacts of a JPEG."""
+    if rng.random() < 0.12:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2) * image.width / 250))
+    if rng.random() < 0.15:
+        content = io.BytesIO()
+        image.save(content, "jpeg", quality=rng.randint(15, 80))
+        image = Image.open(content).convert("RGB")
+    return image
+
+
 # ----------------------------------------------------------------------------------------------------
 # Referring expressions
 # ----------------------------------------------------------------------------------------------------
 
-MEANINGS = {
-    **{word: ("kind", kind) for kind in [*KINDS, ANYTHING] for word in (kind, plural(kind))},
+ADJECTIVES = {
     **{word: ("color", word) for word in COLORS},
     **{word: ("size", word) for word in ("large", "small")},
 }
 
 
-def read_words(words: str) -> tuple[int | None, dict[str, str]] | None:
+@cache
+def kind_words(stickers: Stickers | None) -> dict[str, str]:
+    """{"cup": "cup", "cups": "cup", ...}: the words for the kinds of this world."""
+    kinds = [*KINDS, *OTHER_KINDS, *(stickers.kinds if stickers else []), ANYTHING]
+    return {word: kind for kind in kinds for word in (kind, plural(kind))}
+
+
+def read_words(words: str, stickers: Stickers | None = None) -> tuple[int | None, dict[str, str]] | None:
     """ "two large red cups" -> (2, {"size": "large", "color": "red", "kind": "cup"}), or None."""
     number = None
     meaning: dict[str, str] = {}
-    for word in words.split():
-        slot, value = MEANINGS.get(word, (None, word))
+    rest = words.split()
+    while rest:
+        kind = kind_words(stickers).get(" ".join(rest))  # such as "palm trees"
+        if kind is not None:
+            return number, {**meaning, "kind": kind}
+        word = rest.pop(0)
+        slot, value = ADJECTIVES.get(word, (None, word))
         if word in NUMBERS:
             number = NUMBERS.index(word)
         elif slot is not None and slot not in meaning:
             meaning[slot] = value
         elif word not in ("the", "a", "an"):
             return None
-    return (number, meaning) if "kind" in meaning else None
+    return None
 
 
 def resolve(expression: str, scene: Scene) -> list[Thing] | None:
@@ -518,7 +590,7 @@ def resolve(expression: str, scene: Scene) -> list[Thing] | None:
             return None
         anchor = anchors[0]
         words = words[: match.start()]
-    understood = read_words(words)
+    understood = read_words(words, scene.stickers)
     if understood is None:
         return None
     number, meaning = understood
@@ -593,16 +665,14 @@ def link(phrase: str, things) -> str:
 
 def linked_caption(scene: Scene, detailed: bool = False) -> str:
     """The caption of a scene with a link for every phrase."""
-    record = scene.record(detailed)
-    caption = record["caption"]
+    text = "There is" if detailed else "An image of"
     groups = [[thing] for thing in scene.things] if detailed else scene.groups()
-    spans = dict.fromkeys((row[0], row[1]) for row in record["noun_chunks"])
-    text = ""
-    done = 0
-    for (start, end), group in zip(spans, groups, strict=True):
-        text += caption[done : start - 1] + link(caption[start:end], group)
-        done = end
-    return text + caption[done:]
+    for i, group in enumerate(groups):
+        words = described(group[0]) if detailed else counted(group)
+        text += joint(groups, i, detailed) + link(words, group)
+        if detailed:
+            text += f" {group[0].place}"
+    return text + "." if groups else text + " nothing."
 
 
 def captions(scene: Scene) -> list[Example]:
@@ -637,7 +707,7 @@ def grounding(scene: Scene, rng: random.Random) -> list[Example]:
         task = "ground" if len(group) == 1 else "ground several"
         for phrase in phrases:
             found.append(Example(task, ground_prompt(phrase), objects(group), tuple(group)))
-    absent = random_name(rng)
+    absent = random_name(rng, scene)
     if not resolve(absent, scene):
         (x1, x2) = sorted(rng.random() for _ in "xx")
         (y1, y2) = sorted(rng.random() for _ in "yy")
@@ -647,10 +717,13 @@ def grounding(scene: Scene, rng: random.Random) -> list[Example]:
     return found
 
 
-def random_name(rng: random.Random) -> str:
-    """The name of any thing of this world: "red cup", "snowman"."""
-    kind = rng.choice(KINDS)
-    return kind if kind in UNCOLORED else f"{rng.choice(list(COLORS))} {kind}"
+def random_name(rng: random.Random, scene: Scene) -> str:
+    """The name of any thing of the scene's world: "red cup", "snowman"."""
+    kind = rng.choice(scene.kinds)
+    sticker = scene.stickers is not None and kind in scene.stickers.kinds and rng.random() < 0.6
+    if kind in UNCOLORED or kind not in KINDS or sticker:
+        return kind
+    return f"{rng.choice(list(COLORS))} {kind}"
 
 
 def referring(scene: Scene, rng: random.Random) -> list[Example]:
@@ -689,7 +762,7 @@ def questions(scene: Scene, rng: random.Random) -> list[Example]:
             question = f"What color is the {thing.kind}?"
             grounded = f"{link(f'the {thing.kind}', [thing])} is {thing.color}."
             found += ask("color", question, thing.color, grounded, [thing])
-        if thing.color and len(scene.find(ANYTHING, thing.color)) == 1:
+        if thing.color and not scene.has_stickers and len(scene.find(ANYTHING, thing.color)) == 1:
             question = f"Which thing is {thing.color}?"
             found += ask("kind", question, thing.kind, f"{link(a_name, [thing])}.", [thing])
         if len(scene.find(thing.kind, thing.color)) == 1:
@@ -714,15 +787,20 @@ def questions(scene: Scene, rng: random.Random) -> list[Example]:
 
 
 def counting(scene: Scene, rng: random.Random) -> list[Example]:
-    """How many there are of a kind or a color, and whether there is one at all."""
+    """How many there are of a kind or a color, and whether there is one at all.
+
+    (Stickers may have any color, so in scenes with some a color is asked about with a kind only.)
+    """
     found = []
     color = rng.choice(list(COLORS))
-    kind = rng.choice(KINDS)
+    kind = rng.choice(scene.kinds)
     choices: list[tuple[str, str | None]] = [(ANYTHING, None), (ANYTHING, color), (kind, None)]
     if scene.things:
         some = rng.choice(scene.things)
         choices += [(some.kind, None), (some.kind, some.color), (ANYTHING, some.color)]
     for kind, color in dict.fromkeys(choices):
+        if scene.has_stickers and kind == ANYTHING and color is not None:
+            continue
         group = scene.find(kind, color)
         prefix = "" if color is None else f"{color} "
         number = NUMBERS[len(group)]
@@ -730,12 +808,13 @@ def counting(scene: Scene, rng: random.Random) -> list[Example]:
         grounded = f"{link(f'{number} {prefix}{noun}', group)}." if group else f"{number}."
         found += ask("count", f"How many {prefix}{plural(kind)} are there?", number, grounded, group)
     present = [rng.choice(scene.things).name] if scene.things else []
-    for name in [*present, random_name(rng)]:
-        number, meaning = read_words(name)
+    for name in [*present, random_name(rng, scene)]:
+        _, meaning = read_words(name, scene.stickers)
         group = scene.find(**meaning)
         question = f"Is there {article(name)} {name}?"
         if group:
-            found += ask("yes or no", question, "yes", f"yes,{link(counted(group), group)}.", group)
+            words = amount(len(group), name, meaning["kind"])
+            found += ask("yes or no", question, "yes", f"yes,{link(words, group)}.", group)
         else:
             found += ask("yes or no", question, "no", "no.", group)
     return found
@@ -747,7 +826,7 @@ def in_context(scene: Scene, rng: random.Random) -> list[Example]:
 
     It is the color, the kind or the place of the thing in the box.
     """
-    second = Scene.random(scene.seed + SECOND)
+    second = Scene.random(scene.seed + SECOND, scene.stickers)
     if not scene.things or not second.things:
         return []
     found = []
@@ -776,35 +855,37 @@ def unseen(scene: Scene) -> Example:
     return Example("text alone", " ".join(words[:cut]), " " + " ".join(words[cut:]), alone=True)
 
 
-def is_caption(text: str) -> bool:
+def is_caption(text: str, stickers: Stickers | None = None) -> bool:
     """Whether some scene has this brief caption, with every article, plural and comma in place."""
     if text == "An image of nothing.":
         return True
     phrases = listed(text)
     groups = []
     for phrase in phrases:
-        understood = read_words(phrase)
+        understood = read_words(phrase, stickers)
         if understood is None:
             return False
         number, meaning = understood
         kind = meaning["kind"]
         color = meaning.get("color")
-        if kind == ANYTHING or (color is None) != (kind in UNCOLORED) or number in (0, 1):
+        if kind == ANYTHING or number in (0, 1):
+            return False
+        if kind in SHAPES if color is None else kind not in SHAPES | COLORED:
             return False
         group = [Thing(kind, color, (0, 0), 0)] * (number or 1)
         if phrase != counted(group):
             return False
         groups.append(group)
     names_used = {group[0].name for group in groups}
-    if len(names_used) < len(groups) or sum(map(len, groups)) > MOST:
+    forms = {(group[0].kind, group[0].color is None) for group in groups}  # of a kind, only one
+    if len(names_used) < len(groups) or len(forms) > len(dict(forms)) or sum(map(len, groups)) > MOST:
         return False
-    joints = re.split("|".join(map(re.escape, phrases)), text.removeprefix("An image of "))
+    joints = [" and "]
     if len(groups) == 2 and len(groups[0]) == len(groups[1]) == 1:  # they are joined by their relation
-        return joints[1] in (" next to ", " above ", " below ", " left of ") and joints[2] == "."
-    expected = ["", *[", "] * (len(phrases) - 2), "."]
-    if len(phrases) > 1:
-        expected.insert(-1, " and ")
-    return joints == expected
+        joints = [" next to ", " above ", " below ", " left of "]
+    first = ", ".join(phrases[:-1])
+    last = phrases[-1]
+    return text in [f"An image of {first}{joint if first else ''}{last}." for joint in joints]
 
 
 def tasks(scene: Scene, rng: random.Random) -> list[Example]:
@@ -823,43 +904,21 @@ def demo_scenes() -> dict[str, Scene]:
     """The scenes of the images in tiny/, by file name."""
 
     def scene(background: str, seed: int, aspect: float, *things: tuple) -> Scene:
-        placed = [
-            Thing(kind, color, center, size, look, aspect) for kind, color, center, size, look in things
-        ]
+        placed = [Thing(*thing, aspect) for thing in things]
         return Scene(tuple(sorted(placed, key=lambda thing: thing.center[0])), background, seed, aspect)
 
+    snowman = ("snowman", None, (0.408, 0.526), 0.475, 16)
+    fire = ("fire", None, (0.752, 0.67), 0.363, 21)
+    cats = [("cat", "orange", (0.17, 0.68), 0.36, 31), ("cat", "orange", (0.82, 0.66), 0.34, 14)]
+    car = ("car", "blue", (0.5, 0.7), 0.36, 37)
+    sky = [("sun", None, (0.85, 0.17), 0.24, 15), ("cloud", None, (0.3, 0.17), 0.3, 40)]
+    first = [("cup", "yellow", (0.3, 0.62), 0.35, 1), ("kite", "red", (0.7, 0.35), 0.45, 2)]
+    second = [("umbrella", "purple", (0.33, 0.4), 0.45, 1), ("cat", "orange", (0.72, 0.66), 0.4, 2)]
     return {
-        "scene.png": scene(
-            "snow",
-            8,
-            4 / 3,
-            ("snowman", None, (0.408, 0.526), 0.475, 16),
-            ("fire", None, (0.752, 0.67), 0.363, 21),
-        ),
-        "busy.png": scene(
-            "day",
-            21,
-            4 / 3,
-            ("cat", "orange", (0.17, 0.68), 0.36, 31),
-            ("car", "blue", (0.5, 0.7), 0.36, 37),
-            ("cat", "orange", (0.82, 0.66), 0.34, 14),
-            ("sun", None, (0.85, 0.17), 0.24, 15),
-            ("cloud", None, (0.3, 0.17), 0.3, 40),
-        ),
-        "first.png": scene(
-            "light",
-            14,
-            1.0,
-            ("cup", "yellow", (0.3, 0.62), 0.35, 1),
-            ("kite", "red", (0.7, 0.35), 0.45, 2),
-        ),
-        "second.png": scene(
-            "light",
-            14,
-            1.0,
-            ("umbrella", "purple", (0.33, 0.4), 0.45, 1),
-            ("cat", "orange", (0.72, 0.66), 0.4, 2),
-        ),
+        "scene.png": scene("snow", 8, 4 / 3, snowman, fire),
+        "busy.png": scene("day", 21, 4 / 3, *cats, car, *sky),
+        "first.png": scene("light", 14, 1.0, *first),
+        "second.png": scene("light", 14, 1.0, *second),
     }
 
 
@@ -868,6 +927,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stickers", type=Path, metavar="DIR", help="mix in these stickers")
     parser.add_argument("--demo", action="store_true", help="write the images of tiny/ instead")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -875,9 +935,10 @@ def main() -> None:
         for name, scene in demo_scenes().items():
             scene.draw(side=420).save(args.folder / name)
         return
+    stickers = Stickers(args.stickers) if args.stickers else None
     with open(args.folder / "grit.jsonl", "w", encoding="utf-8") as lines:
         for seed in range(args.seed, args.seed + args.count):
-            scene = Scene.random(seed)
+            scene = Scene.random(seed, stickers)
             scene.draw().save(args.folder / f"{seed}.png")
             print(json.dumps({"image": f"{seed}.png", **scene.record()}), file=lines)
     print(f"wrote {args.count} scenes to {args.folder}")

@@ -41,6 +41,10 @@ def ellipse(x: float, y: float, rx: float, ry: float, start: float = 0, stop: fl
     return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
 
 
+def discs(radius: float, color: Color, *centers: Point) -> list[Part]:
+    return [Part(ellipse(x, y, radius, radius), color) for x, y in centers]
+
+
 def rectangle(x1: float, y1: float, x2: float, y2: float) -> list[Point]:
     return [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
 
@@ -89,24 +93,8 @@ def heart(vary: Vary) -> list[Part]:
 
 def cross(vary: Vary) -> list[Part]:
     a = vary(0.34)
-    return [
-        Part(
-            [
-                (-a, -1),
-                (a, -1),
-                (a, -a),
-                (1, -a),
-                (1, a),
-                (a, a),
-                (a, 1),
-                (-a, 1),
-                (-a, a),
-                (-1, a),
-                (-1, -a),
-                (-a, -a),
-            ]
-        )
-    ]
+    corners = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1)]
+    return [Part([*corners, (-a, a), (-1, a), (-1, -a), (-a, -a)])]
 
 
 def diamond(vary: Vary) -> list[Part]:
@@ -134,46 +122,22 @@ def snowman(vary: Vary) -> list[Part]:
         Part(rectangle(-0.2, -1.15, 0.2, -0.85), BLACK),
         Part(rectangle(-0.34, -0.88, 0.34, -0.8), BLACK),
         Part([(0, head), (vary(0.3), head + 0.08), (0, head + 0.12)], ORANGE),
-        Part(ellipse(-0.1, head - 0.07, 0.045, 0.045), BLACK),
-        Part(ellipse(0.1, head - 0.07, 0.045, 0.045), BLACK),
-        Part(ellipse(0, -0.1, 0.05, 0.05), BLACK),
-        Part(ellipse(0, 0.15, 0.05, 0.05), BLACK),
+        *discs(0.045, BLACK, (-0.1, head - 0.07), (0.1, head - 0.07)),
+        *discs(0.05, BLACK, (0, -0.1), (0, 0.15)),
     ]
 
 
 def fire(vary: Vary) -> list[Part]:
     left, top, right = vary(-0.35), vary(-1.0), vary(-0.45)
+    outer = [(-0.6, 0.55), (-0.7, 0.1), (-0.48, left), (-0.3, 0), (0, top)]
+    outer += [(0.25, -0.1), (0.5, right), (0.68, 0.15), (0.58, 0.55), (0, 0.7)]
+    inner = [(-0.35, 0.55), (-0.38, 0.2), (-0.15, 0.1), (0.03, top * 0.5)]
+    inner += [(0.2, 0.15), (0.4, 0.2), (0.34, 0.55), (0, 0.65)]
     return [
         Part([(-0.8, 0.6), (-0.75, 0.42), (0.8, 0.75), (0.75, 0.93)], BROWN),
         Part([(0.8, 0.6), (0.75, 0.42), (-0.8, 0.75), (-0.75, 0.93)], (98, 62, 36)),
-        Part(
-            [
-                (-0.6, 0.55),
-                (-0.7, 0.1),
-                (-0.48, left),
-                (-0.3, 0),
-                (0, top),
-                (0.25, -0.1),
-                (0.5, right),
-                (0.68, 0.15),
-                (0.58, 0.55),
-                (0, 0.7),
-            ],
-            (236, 92, 32),
-        ),
-        Part(
-            [
-                (-0.35, 0.55),
-                (-0.38, 0.2),
-                (-0.15, 0.1),
-                (0.03, top * 0.5),
-                (0.2, 0.15),
-                (0.4, 0.2),
-                (0.34, 0.55),
-                (0, 0.65),
-            ],
-            YELLOW,
-        ),
+        Part(outer, (236, 92, 32)),
+        Part(inner, YELLOW),
     ]
 
 
@@ -181,10 +145,8 @@ def tree(vary: Vary) -> list[Part]:
     width = vary(0.62)
     trunk = Part(rectangle(-0.12, 0.3, 0.12, 1), BROWN)
     if vary(1) > 1:
-        layers = [
-            [(0, y - 0.65), (x, y), (-x, y)]
-            for x, y in ((width, 0.6), (width * 0.8, 0.15), (width * 0.6, -0.3))
-        ]
+        sizes = [(width, 0.6), (width * 0.8, 0.15), (width * 0.6, -0.3)]
+        layers = [[(0, y - 0.65), (x, y), (-x, y)] for x, y in sizes]
     else:
         layers = [ellipse(x, y, width * 0.7, 0.42) for x, y in ((-0.3, 0.05), (0.3, 0.05), (0, -0.45))]
     return [trunk, *(Part(points, GREEN) for points in layers)]
@@ -248,10 +210,8 @@ def car(vary: Vary) -> list[Part]:
         Part([(-0.42, -0.02), (-0.28, roof + 0.1), (-0.05, roof + 0.1), (-0.05, -0.02)], SKY),
         Part([(0.03, -0.02), (0.03, roof + 0.1), (0.25, roof + 0.1), (0.43, -0.02)], SKY),
         Part([(-1, 0), (0.8, 0), (1, 0.12), (1, 0.4), (-1, 0.4)]),
-        Part(ellipse(-0.55, 0.4, 0.22, 0.22), BLACK),
-        Part(ellipse(0.55, 0.4, 0.22, 0.22), BLACK),
-        Part(ellipse(-0.55, 0.4, 0.09, 0.09), (190, 190, 190)),
-        Part(ellipse(0.55, 0.4, 0.09, 0.09), (190, 190, 190)),
+        *discs(0.22, BLACK, (-0.55, 0.4), (0.55, 0.4)),
+        *discs(0.09, (190, 190, 190), (-0.55, 0.4), (0.55, 0.4)),
     ]
 
 
@@ -443,19 +403,26 @@ COLORED = {
     )
 }  # fmt: skip
 DRAWINGS = SHAPES | UNCOLORED | COLORED
-AIRBORNE = {
-    "sun",
-    "cloud",
-    "moon",
-    "bird",
-    "balloon",
-    "kite",
-    "rocket",
-    "butterfly",
-}  # drawn above the horizon, if any
+AIRBORNE = {"sun", "cloud", "moon", "bird", "balloon", "kite", "rocket", "butterfly"}  # above the horizon
 
-IRREGULAR_PLURALS = {"fish": "fish", "snowman": "snowmen", "butterfly": "butterflies", "cross": "crosses"}
+# The bundled model also knows these, from stickers (stickers.py).
+OTHER_KINDS = [
+    "airplane", "anchor", "banana", "bee", "bell", "bicycle", "book", "bus", "cactus", "cake", "camera", "candle",
+    "carrot", "castle", "chicken", "clock", "cow", "crab", "crown", "doughnut", "drum", "elephant", "ghost", "gift",
+    "guitar", "hamburger", "hammer", "helicopter", "horse", "key", "ladybug", "lemon", "light bulb", "monkey",
+    "octopus", "owl", "palm tree", "penguin", "pig", "pizza", "pumpkin", "rabbit", "rainbow", "ring", "shirt",
+    "shoe", "snail", "snake", "spider", "strawberry", "tractor", "train", "trumpet", "turtle", "watermelon", "whale",
+]  # fmt: skip
+
+IRREGULAR_PLURALS = {"fish": "fish", "sheep": "sheep", "mouse": "mice", "goose": "geese", "knife": "knives"}
 
 
 def plural(kind: str) -> str:
-    return IRREGULAR_PLURALS.get(kind, kind + "s")
+    """The plural of a noun: cats, foxes, butterflies, snowmen."""
+    if kind in IRREGULAR_PLURALS:
+        return IRREGULAR_PLURALS[kind]
+    if kind.endswith("man"):
+        return kind.removesuffix("man") + "men"
+    if kind.endswith("y") and kind[-2] not in "aeiou":
+        return kind.removesuffix("y") + "ies"
+    return kind + ("es" if kind.endswith(("s", "x", "ch", "sh")) else "s")

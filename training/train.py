@@ -3,6 +3,7 @@
     python training/train.py --out runs/tiny    from scratch, on scenes; about five hours on two cores
     python training/train.py --out runs/short --vision-steps 20 --steps 50    to see that it works
     python training/train.py --out mine --checkpoint WEIGHTS --data grit.jsonl --optimizer adamw --lr 1e-4 --steps 300
+    python training/train.py --out more --stickers DIR --continue-from tiny    also on stickers by others
     torchrun --nproc-per-node 8 training/train.py ...     the same on many processes
 
 Writes checkpoint.pt (a run resumes from it) and at the end the model in the published layout,
@@ -52,6 +53,7 @@ from data import Grit, Scenes, Steps, positive_int  # noqa: E402
 from evaluate import HELD_OUT, evaluate  # noqa: E402
 from patches import PatchHead  # noqa: E402
 from scenes import Scene, tasks  # noqa: E402
+from stickers import Stickers  # noqa: E402
 
 from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig  # noqa: E402
 from load_weights import (  # noqa: E402
@@ -80,13 +82,13 @@ PARTS = ["vision", "resampler", "decoder"]
 # ----------------------------------------------------------------------------------------------------
 
 
-def train_vocabulary(model_file: Path, scenes: int = 5000) -> None:
+def train_vocabulary(model_file: Path, stickers: Stickers | None = None, scenes: int = 5000) -> None:
     """Train a sentencepiece model on texts about scenes; it covers all printable ASCII characters."""
     import sentencepiece
 
     texts = []
     for seed in range(scenes):
-        for example in tasks(Scene.random(seed), random.Random(seed)):
+        for example in tasks(Scene.random(seed, stickers), random.Random(seed)):
             texts.append(strip_tags(example.prompt + " " + example.answer))
     # The trainer only considers pieces that at least two different words share.
     for word in sorted(set(re.findall(r"\w+", " ".join(texts)))):
@@ -150,6 +152,25 @@ def init_weights(model: Kosmos2, first_location: int, seed: int = 0) -> None:
     model.vision.position_embedding[1:] = sincos_2d(grid, grid, E) * math.sqrt(E)
     locations = slice(first_location, first_location + GRID * GRID)
     model.decoder.embed_tokens.weight[locations] = sincos_2d(GRID, GRID, model.config.text.width)
+
+
+@torch.no_grad()
+def carry_over(model: Kosmos2, tokenizer: Tokenizer, old_model: Kosmos2, old_tokenizer: Tokenizer) -> None:
+    """Copy the weights of another model of the same sizes, embeddings by the name of their token.
+
+    A piece that is not in the other vocabulary starts as the mean of the pieces that spell it there.
+    """
+    old = old_model.state_dict()
+    embedding = old.pop("decoder.embed_tokens.weight")
+    old_ids = {token: i for i, token in enumerate(old_tokenizer.id_to_token)}
+    for i, token in enumerate(tokenizer.id_to_token):
+        ids = [old_ids[token]] if token in old_ids else old_tokenizer.encode_words(token.replace("▁", " "))
+        model.decoder.embed_tokens.weight[i] = embedding[ids].mean(dim=0)
+    try:
+        model.load_state_dict(model.state_dict() | old)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"cannot continue from a model of other sizes ({reason})") from None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -260,6 +281,7 @@ class Run:
         if torch.cuda.is_available():
             self.device = torch.device("cuda", self.rank % torch.cuda.device_count())
         check_target(self.folder)
+        self.stickers = Stickers(args.stickers) if args.stickers else None
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model, self.tokenizer = self.open_model()
         for name, part in self.model.named_children():
@@ -267,7 +289,8 @@ class Run:
         self.patch_head = None
         self.vision_steps = 0
         if not args.checkpoint and not args.data:
-            self.patch_head = PatchHead(self.model.config.vision.width)
+            kinds = len(Scene((), "white", 0, stickers=self.stickers).kinds)
+            self.patch_head = PatchHead(self.model.config.vision.width, kinds)
             self.vision_steps = args.vision_steps
         self.last_step = self.vision_steps + args.steps
         if args.recompute:
@@ -285,8 +308,9 @@ class Run:
             self.say(f"boxes: {', '.join(counts)}\n")
         else:
             first = args.seed * 100_000_000
+            without_texts = self.vision_steps * args.batch
             self.source = Scenes(
-                self.tokenizer, config, args.length, first, without_texts=self.vision_steps * args.batch
+                self.tokenizer, config, args.length, first, without_texts, stickers=self.stickers
             )
         self.step = 0
         self.minutes = 0.0
@@ -301,12 +325,14 @@ class Run:
         words = self.folder / SENTENCEPIECE
         if self.rank == 0 and not words.exists():
             self.say("training the vocabulary\n")
-            train_vocabulary(words)
+            train_vocabulary(words, self.stickers)
         if self.world > 1:
             dist.barrier()
         tokenizer = Tokenizer(words, CONFIG.latent_query_num)
         model = Kosmos2(replace(CONFIG, text=replace(CONFIG.text, vocab_size=tokenizer.vocab_size)))
         init_weights(model, tokenizer.first_location, self.args.seed)
+        if self.args.continue_from:
+            carry_over(model, tokenizer, *load_checkpoint(self.args.continue_from))
         return model, tokenizer
 
     def resume(self) -> None:
@@ -318,8 +344,8 @@ class Run:
                     raise ValueError("checksum error")
             state = torch.load(file, weights_only=True, map_location=self.device)
             for name, value in self.settings().items():
-                if state["settings"][name] != value:
-                    raise ValueError(f"{name} was {state['settings'][name]}, is {value}")
+                if state["settings"].get(name) != value:
+                    raise ValueError(f"{name} was {state['settings'].get(name)}, is {value}")
             if state["model"].keys() != self.trained_parameters().keys():
                 raise ValueError("other parameters are trained")
             self.model.load_state_dict(self.model.state_dict() | state["model"])
@@ -340,9 +366,10 @@ class Run:
     def settings(self) -> dict:
         """The options that may not change when a run is resumed."""
         names = ("checkpoint", "data", "train", "seed", "batch", "length", "vision_steps", "optimizer")
-        values = {name: getattr(self.args, name) for name in names}
+        paths = ("checkpoint", "data", "stickers", "continue_from")
+        values = {name: getattr(self.args, name) for name in dict.fromkeys(names + paths)}
         values["train"] = sorted(values["train"])
-        for name in ("checkpoint", "data"):
+        for name in paths:
             if values[name] is not None and os.path.exists(values[name]):
                 values[name] = os.path.realpath(values[name])
         return values
@@ -435,7 +462,7 @@ class Run:
     def measure(self) -> dict[str, float]:
         """Accuracy by task on scenes held out from training."""
         self.model.eval()
-        found = evaluate(self.model, self.tokenizer, self.args.scenes, HELD_OUT)
+        found = evaluate(self.model, self.tokenizer, self.args.scenes, HELD_OUT, stickers=self.stickers)
         self.model.train()
         return {task: round(share, 4) for task, (share, _) in found.items()}
 
@@ -526,6 +553,10 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--checkpoint", help="fine-tune these weights (anything that load_weights.py reads)")
     p.add_argument("--data", type=Path, metavar="JSONL", help="GRIT-format records (default: scenes)")
     p.add_argument(
+        "--stickers", type=Path, metavar="DIR", help="PNGs STYLE/KIND--NAME.png to mix into scenes"
+    )
+    p.add_argument("--continue-from", metavar="DIR", help="initial weights; the vocabulary is a new one")
+    p.add_argument(
         "--train",
         nargs="+",
         choices=PARTS,
@@ -583,6 +614,8 @@ def parse_arguments() -> argparse.Namespace:
         p.error("--steps and --vision-steps must be between 0 and 2^31")
     if not 0 < args.lr < math.inf:
         p.error("--lr must be a positive number")
+    if args.continue_from and (args.checkpoint or args.data) or args.stickers and args.data:
+        p.error("--continue-from and --stickers are for scenes, without --data or another --checkpoint")
     return args
 
 
