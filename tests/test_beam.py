@@ -262,6 +262,15 @@ def test_ranked_boxes_are_the_best_of_all(small, small_tokenizer):
     assert box == list(best[1:]) and score == pytest.approx(best[0], rel=1e-4)
 
 
+def test_corners_of_ranked_boxes_are_in_order(small, small_tokenizer):
+    """A random model would put many bottom-right corners above or left of the top-left ones."""
+    state = small.prefill(torch.tensor([[0, 10, 11]]), max_new_tokens=2)
+    boxes = rank_boxes(state, small_tokenizer, 30)
+    grid = small_tokenizer.grid
+    assert len(boxes) == 30
+    assert all(ul // grid <= lr // grid and ul % grid <= lr % grid for _, ul, lr in boxes)
+
+
 def test_ranking_requires_one_prompt_and_two_new_tokens(small, small_tokenizer):
     for rows, length, count in ((1, 1, 2), (2, 5, 2), (1, 5, 0)):
         state = small.prefill(torch.full((rows, 4), 9), max_new_tokens=length)
