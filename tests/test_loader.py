@@ -7,15 +7,15 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, TINY, copy, needs_transformers, rough
-from safetensors import SafetensorError
+from conftest import ROOT, SMALL, TINY, copy, needs_transformers
 from safetensors.torch import load_file, save_file
 
-from inference.convert import save_checkpoint
 from kosmos2 import Kosmos2, Kosmos2Config
 from load_weights import (
     EMBEDDING,
@@ -27,7 +27,7 @@ from load_weights import (
     load_checkpoint,
     rename,
 )
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, box_to_tokens
 
 LM_HEAD = "text_model.lm_head.weight"
 
@@ -44,6 +44,13 @@ def fairseq_state(model: Kosmos2) -> dict:
     weights["gpt_model.decoder.self_attn_sope.scale"] = torch.ones(32)
     return {"args": None, "cfg": {"model": argparse.Namespace(layers=3, path=ROOT)}, "model": weights,
             "optimizer_history": [{"num_updates": 1}], "extra_state": OrderedDict(epoch=1)}  # fmt: skip
+
+
+def as_bin(folder: Path, content, **options) -> Path:
+    """Store `content` with torch.save as the only weights of a checkpoint folder."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    torch.save(content, folder / "pytorch_model.bin", **options)
+    return folder
 
 
 def assert_same(model: Kosmos2, small: Kosmos2, dtype=torch.float32):
@@ -83,8 +90,7 @@ def test_shards(small, small_folder, tmp_path):
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("zip_format", [True, False])
-def test_pytorch_bin(small, small_folder, tmp_path, zip_format):
+def test_pytorch_bin(small, small_folder, tmp_path):
     folder = copy(small_folder, tmp_path / "bin")
     state = OrderedDict(published(folder))
     state[LM_HEAD] = state[rename(EMBEDDING, HUGGING_FACE)]  # one storage, two names
@@ -94,7 +100,7 @@ def test_pytorch_bin(small, small_folder, tmp_path, zip_format):
     q_proj = "text_model.model.layers.0.self_attn.q_proj.weight"
     state[q_proj] = state[q_proj].t().contiguous().t()  # stored column by column
     (folder / "model.safetensors").unlink()
-    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zip_format)
+    torch.save(state, folder / "pytorch_model.bin")
     assert_same(load_checkpoint(folder)[0], small)
     assert_same(load_checkpoint(folder / "pytorch_model.bin")[0], small)
 
@@ -145,7 +151,7 @@ def test_stored_and_expected_type_are_independent(small, small_folder, tmp_path,
 def test_without_config_the_published_sizes_are_meant(small_folder, tmp_path):
     folder = copy(small_folder, tmp_path / "bare")
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"772 tensors missing.*expected \(257, 1024\)"):
+    with pytest.raises(ValueError, match=r"772 tensors missing.*expected \(2048,\).*no config.json"):
         load_checkpoint(folder)
 
 
@@ -177,7 +183,7 @@ def test_impossible_sizes(small_folder, tmp_path, name, value):
     config = json.loads((folder / "config.json").read_text())
     config["text_config"][name] = value
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="expected at most"):
+    with pytest.raises(ValueError, match="expected an integer from 1 to"):
         load_checkpoint(folder)
 
 
@@ -285,6 +291,70 @@ def test_damaged_files(small, small_folder, tmp_path, name, damage):
         load_checkpoint(folder)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("entry", ["", "data.pkl", "data/7"])
+def test_compressed_files_are_refused(small_folder, tmp_path, method, entry):
+    """All entries, or only one of them: torch.save compresses none."""
+    folder = as_bin(copy(small_folder, tmp_path / "zip"), published(small_folder))
+    original = (folder / "pytorch_model.bin").rename(tmp_path / "original")
+    with (
+        zipfile.ZipFile(original) as archive,
+        zipfile.ZipFile(folder / "pytorch_model.bin", "w") as compressed,
+    ):
+        for name in archive.namelist():
+            chosen = method if entry in name else zipfile.ZIP_STORED
+            compressed.writestr(name, archive.read(name), compress_type=chosen)
+    with pytest.raises(ValueError, match="compressed"):
+        load_checkpoint(folder)
+
+
+def test_a_compressed_file_is_not_unpacked(tmp_path, monkeypatch):
+    """200 MB of zeros in 200 kB: refused without reading an entry, be it only for its checksum."""
+    with (
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("archive/data/0", "w") as entry,
+    ):
+        for _ in range(200):
+            entry.write(bytes(2**20))
+
+    def forbidden(*arguments, **options):
+        raise AssertionError("an entry was opened")
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", forbidden)
+    with pytest.raises(ValueError, match="compressed"):
+        load_checkpoint(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize(
+    "content", [torch.zeros(3), [{"a": torch.zeros(3)}], {"epoch": 3}, {}, torch.nn.Linear(2, 2)]
+)
+def test_files_without_a_state_dict(small_folder, tmp_path, content):
+    """A tensor, a list, numbers, nothing, a whole module."""
+    with pytest.raises(ValueError, match="no state dict"):
+        load_checkpoint(as_bin(copy(small_folder, tmp_path / "other"), content))
+
+
+def test_a_file_that_contains_itself(small_folder, tmp_path):
+    endless: dict = {}
+    endless["model"] = endless
+    with pytest.raises(ValueError, match="no state dict"):
+        load_checkpoint(as_bin(copy(small_folder, tmp_path / "endless"), endless))
+
+
+def test_old_torch_files_are_refused(small_folder, tmp_path):
+    """Before 1.6, torch.save did not write zip files; the message says how to convert one."""
+    old = dict(_use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="re-save its state dict with a recent PyTorch"):
+        load_checkpoint(as_bin(copy(small_folder, tmp_path / "old"), published(small_folder), **old))
+
+
+def test_an_unfinished_training_run_is_named(small, small_folder, tmp_path):
+    content = {"kosmos2_training": 1, "step": 1900, "model": small.state_dict()}
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is an unfinished training run; training/README"):
+        load_checkpoint(tmp_path / "checkpoint.pt")
+
+
 def test_paths_that_lead_nowhere(tmp_path, small_folder):
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
         load_checkpoint(tmp_path / "nothing.safetensors")
@@ -298,9 +368,97 @@ def test_paths_that_lead_nowhere(tmp_path, small_folder):
     assert load_checkpoint(folder, tokenizer=TINY)
 
 
+@pytest.mark.parametrize("hub_id", ["microsoft/kosmos-2-patch14-224", "some-one/my.kosmos_2"])
+def test_hub_ids(monkeypatch, hub_id):
+    """Without huggingface_hub, one line explains how to get the files."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(
+        FileNotFoundError, match=f"no {hub_id} here; pip install huggingface_hub, or download"
+    ):
+        load_checkpoint(hub_id)
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    def snapshot_download(*arguments, **options):
+        raise ConnectionError("no\nnetwork")
+
+    hub = argparse.Namespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(
+        FileNotFoundError, match=r"could not fetch a/b \(ConnectionError\); retry, or .*"
+    ) as no:
+        load_checkpoint("a/b")
+    assert "\n" not in str(no.value)
+
+
+def test_a_checkpoint_is_fetched_from_the_hub(monkeypatch, small, small_folder):
+    hub = argparse.Namespace(snapshot_download=lambda hub_id, allow_patterns: str(small_folder))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert_same(load_checkpoint("a/b")[0], small)
+
+
+def test_a_folder_of_the_hub_cache(small, small_folder, tmp_path):
+    """models--OWNER--NAME leads to the snapshot that its refs/main names."""
+    repository = tmp_path / "models--microsoft--kosmos-2-patch14-224"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot = repository / "snapshots" / "e91cfb"
+    snapshot.mkdir(parents=True)
+    for file in small_folder.iterdir():  # the files of a snapshot are links to blobs
+        blob = repository / "blobs" / f"hash-of-{file.name}"
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(blob)
+    with pytest.raises(FileNotFoundError, match="no model.safetensors"):
+        load_checkpoint(repository)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("e91cfb")
+    for path in (repository, snapshot, snapshot / "model.safetensors"):
+        assert_same(load_checkpoint(path)[0], small)
+    (repository / "refs" / "main").write_text("deleted")
+    with pytest.raises(FileNotFoundError, match="snapshots/deleted"):
+        load_checkpoint(repository)
+
+
+@pytest.mark.parametrize("name", ["model.SAFETENSORS", "Model.SafeTensors"])
+def test_capital_letters_in_a_suffix(small, small_folder, tmp_path, name):
+    folder = copy(small_folder, tmp_path / "upper")
+    (folder / "model.safetensors").rename(folder / name)
+    assert_same(load_checkpoint(folder / name)[0], small)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.JSON", "m.gguf", "m.h5", "m.onnx"])
+def test_files_without_weights_are_not_called_damaged(small_folder, tmp_path, name):
+    shutil.copy(small_folder / "config.json", tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} has no weights .* expected \.safetensors, \.bin or \.pt"):
+        load_checkpoint(tmp_path / name)
+
+
 def test_a_vocabulary_of_another_size_is_refused(small_folder, tmp_path, official_model_file):
     with pytest.raises(ValueError, match="65037"):
         load_checkpoint(small_folder, tokenizer=official_model_file)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "fp64", "FP32", ""])
+def test_precisions_of_other_layers(small_folder, precision):
+    """fp16 and int8 on a CPU need the layers of inference/fast.py, as the one line says."""
+    with pytest.raises(
+        ValueError, match=rf"precision '{precision}' .*fp32, bf16.*inference\.fast"
+    ) as refused:
+        load_checkpoint(small_folder, precision)
+    assert "\n" not in str(refused.value)
+
+
+def test_layers_are_plain(small_folder):
+    for module in load_checkpoint(small_folder)[0].modules():
+        assert not isinstance(module, torch.nn.Linear) or type(module) is torch.nn.Linear
+
+
+def test_loading_imports_nothing_from_the_folders():
+    """Nor the compiler, which takes longer than all the rest: see `random_parameter`."""
+    script = "import sys; sys.path.insert(0, sys.argv[1])\nfrom load_weights import load_checkpoint\n"
+    script += "load_checkpoint(sys.argv[2])\n"
+    script += "print([m for m in sys.modules if m.split('.')[0] in ('inference', 'sample') or m == 'torch._dynamo'])"
+    run = [sys.executable, "-c", script, str(ROOT), str(TINY)]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_command_reports_what_is_missing(small_folder, tmp_path):
@@ -401,7 +559,7 @@ def test_integer_tensors_raise(small_folder, tmp_path):
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "sentencepiece.bpe.model"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_git_lfs_pointers_are_recognized(small_folder, tmp_path, name):
     folder = copy(small_folder, tmp_path / "lfs")
     if name == "pytorch_model.bin":
@@ -411,15 +569,11 @@ def test_git_lfs_pointers_are_recognized(small_folder, tmp_path, name):
         load_checkpoint(folder)
 
 
-def test_a_vocabulary_with_other_first_pieces_raises(tmp_path):
-    import sentencepiece
-
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red star", "a blue moon"] * 20), model_prefix=str(tmp_path / "other"), vocab_size=18, hard_vocab_limit=False,
-        pad_id=0, unk_id=1, bos_id=2, eos_id=3, minloglevel=2,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="expected first pieces <unk> <s> </s>"):
-        Tokenizer(tmp_path / "other.model")
+def test_lora_adapters_are_mentioned(small_folder, tmp_path):
+    folder = copy(small_folder, tmp_path / "adapter")
+    save_file({"base_model.lora_A.weight": torch.zeros(2)}, folder / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="LoRA adapter .* not applied"):
+        load_checkpoint(folder)
 
 
 def test_dangerous_functions_in_a_pickle_raise(small, small_folder, tmp_path):
@@ -435,3 +589,68 @@ def test_dangerous_functions_in_a_pickle_raise(small, small_folder, tmp_path):
     with pytest.raises(ValueError, match="safely"):
         load_checkpoint(folder)
     assert not (tmp_path / "gotcha").exists()
+
+
+# --------------------------------------------------------------------- grid and surplus rows of the vocabulary
+
+
+def with_rows(folder: Path, to: Path, surplus: int, **config_changes) -> Path:
+    """Copy a checkpoint, with this many more rows of its embedding."""
+    copy(folder, to, **config_changes)
+    tensors = published(folder)
+    name = rename(EMBEDDING, HUGGING_FACE)
+    old = tensors[name]
+    more = torch.randn(max(surplus, 0), old.shape[1])
+    save_file(tensors | {name: torch.cat([old, more])[: len(old) + surplus]}, to / "model.safetensors")
+    config = json.loads((to / "config.json").read_text())
+    config["text_config"]["vocab_size"] += surplus
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+@pytest.mark.parametrize("surplus", [1, 3, 28, 63, 65, 129, 499, 1024])
+def test_surplus_rows_do_not_change_the_grid(small, small_folder, tmp_path, surplus):
+    """Padding to a multiple of 64, a task token; 65 and 129 are the location tokens of 33 x 33 and 34 x 34."""
+    model, tokenizer = load_checkpoint(with_rows(small_folder, tmp_path / "more", surplus))
+    assert tokenizer.grid == 32
+    assert tokenizer.vocab_size == model.config.text.vocab_size == SMALL.text.vocab_size + surplus
+    first = SMALL.text.vocab_size
+    assert [tokenizer.id_to_token[i] for i in (first - 1, first)] == ["<patch_index_1023>", "<unused>"]
+    ids = tokenizer.encode("<phrase> a</phrase>", [(0.1, 0.2, 0.7, 0.9)])
+    assert ids == Tokenizer(TINY / SENTENCEPIECE).encode("<phrase> a</phrase>", [(0.1, 0.2, 0.7, 0.9)])
+
+
+def test_surplus_rows_are_never_generated(small_folder, tmp_path):
+    """Not even if they are the most likely by far."""
+    folder = with_rows(small_folder, tmp_path / "more", 28)
+    tensors = published(folder)
+    name = rename(EMBEDDING, HUGGING_FACE)
+    tensors[name][-28:] *= 1000  # of both signs, so some logits are huge
+    save_file(tensors, folder / "model.safetensors")
+    model, tokenizer = load_checkpoint(folder)
+    tokens = torch.tensor([tokenizer.encode(prompt) for prompt in ("a", "<phrase>", "<object>")])
+    options = dict(max_new_tokens=20, temperature=1.0, seed=3)
+    free = model.generate(tokens, **options)
+    assert any(i >= tokenizer.end_of_locations for row in free for i in row)
+    for row in model.generate(tokens, **options, constraint=tokenizer.allowed_tokens):
+        assert max(row) < tokenizer.end_of_locations
+
+
+@pytest.mark.parametrize("surplus", [-1, -64, 1025, 3000])
+def test_vocabularies_that_do_not_fit(small_folder, tmp_path, surplus):
+    """Too small for the location tokens, or too large for padding: the message has both sizes and the grid."""
+    sizes = f"32 x 32 location tokens it has {SMALL.text.vocab_size} tokens, the checkpoint "
+    with pytest.raises(ValueError, match=sizes + str(SMALL.text.vocab_size + surplus)):
+        load_checkpoint(with_rows(small_folder, tmp_path / "other", surplus))
+
+
+@pytest.mark.parametrize("grid", [8, 33, 40])
+def test_another_grid_is_written_in_the_configuration(small, small_folder, tmp_path, grid):
+    surplus = grid**2 - 32**2
+    folder = with_rows(small_folder, tmp_path / "grid", surplus, location_grid=grid)
+    model, tokenizer = load_checkpoint(folder)
+    assert model.config.location_grid == tokenizer.grid == grid
+    assert tokenizer.id_to_token[-1] == f"<patch_index_{grid**2 - 1:04d}>"
+    box = (0.1, 0.2, 0.7, 0.9)
+    ids = tokenizer.encode("<phrase> a</phrase>", [box])
+    assert [i for i in map(tokenizer.location_index, ids) if i is not None] == [*box_to_tokens(box, grid)]
