@@ -1,9 +1,9 @@
-"""Turn the paper's grounding benchmarks into requests for sample.py.
+"""Turn the paper's grounding benchmarks into requests for inference/batch.py.
 
-    python training/benchmarks.py refcoco ANNOTATIONS.json IMAGES --out requests.jsonl
-    python training/benchmarks.py flickr ANNOTATIONS.json IMAGES --out requests.jsonl
-    python sample.py --requests requests.jsonl --results results.jsonl --checkpoint WEIGHTS
-    python training/evaluate.py --results results.jsonl
+    python -m training.benchmarks refcoco ANNOTATIONS.json IMAGES --out requests.jsonl
+    python -m training.benchmarks flickr ANNOTATIONS.json IMAGES --out requests.jsonl
+    python -m inference.batch --requests requests.jsonl --results results.jsonl --checkpoint WEIGHTS
+    python -m training.evaluate --results results.jsonl
 
 ANNOTATIONS are the files that MDETR published in COCO's format: finetune_refcoco_val.json and its
 relatives for RefCOCO, RefCOCO+ and RefCOCOg, final_flickr_separateGT_val.json for Flickr30k

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from patches import patch_labels
 from PIL import Image
-from scenes import Example, Scene, tasks
-from stickers import Stickers
 
 from kosmos2 import EOS, FIRST_POSITION, PAD, Kosmos2Config, open_image, preprocess_image
-from tokenizer import GRID, Box, Tokenizer, boxes_to_text
+from tokenizer import GRID, Box, Tokenizer
+from training.patches import patch_labels
+from training.scenes import Example, Scene, objects_text, tasks
+from training.stickers import Stickers
 
 # How many examples of each task a scene contributes at most; a fraction is the chance of one more.
 MIXTURE = {
@@ -130,7 +130,7 @@ def encode_record(tokenizer: Tokenizer, record: dict) -> list[int]:
         if first >= end:  # all its pieces belong to the previous phrase
             continue
         done = end
-        objects = boxes_to_text(span.boxes, tokenizer.grid, training=True)
+        objects = objects_text(span.boxes, tokenizer.grid)
         tags.append((first, "<phrase>"))
         tags.append((end, f"</phrase>{objects}"))
     ids = insert_tags(tokenizer, caption, tags)
@@ -191,7 +191,7 @@ def grit_to_text(record: dict, key: str = "ref_exps", grid: int = GRID) -> str:
         opening = span.start
         if opening > done and caption[opening - 1] == " ":
             opening -= 1
-        objects = boxes_to_text(span.boxes, grid, training=True)
+        objects = objects_text(span.boxes, grid)
         text += f"{caption[done:opening]}<phrase>{caption[opening : span.end]}</phrase>{objects}"
         done = span.end
     return text + caption[done:]

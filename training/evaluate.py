@@ -2,10 +2,10 @@
 
 Grounding and referring expression comprehension have the metric of the paper.
 
-    python training/evaluate.py [--checkpoint tiny] [--scenes 500] [--calibration PNG]
-    python training/evaluate.py --stickers DIR            things by others, by style and kind
-    python training/evaluate.py --precision int8          compare fp32 with a lower precision
-    python training/evaluate.py --results FILE            score a results file of sample.py (benchmarks.py)
+    python -m training.evaluate [--checkpoint tiny] [--scenes 500] [--calibration PNG]
+    python -m training.evaluate --stickers DIR            things by others, by style and kind
+    python -m training.evaluate --precision int8          compare fp32 with a lower precision
+    python -m training.evaluate --results FILE            score a results file (benchmarks.py)
 
 | task                      | a hit is                                                                       |
 |---------------------------|--------------------------------------------------------------------------------|
@@ -29,16 +29,27 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "training")]
-
-from data import check_grid, encode_example, positive_int  # noqa: E402
-from scenes import (  # noqa: E402
+from inference.beam import rank_boxes
+from inference.fast import load_checkpoint
+from kosmos2 import Kosmos2, Row, finish, pad_left, preprocess_image
+from tokenizer import (
+    Box,
+    Entity,
+    Tokenizer,
+    box_score,
+    iou,
+    parse,
+    strip_tags,
+    tokens_to_box,
+)
+from training.data import check_grid, encode_example, positive_int
+from training.scenes import (
     MOST,
     Example,
     Scene,
     Thing,
     captions,
+    cells,
     grounding,
     is_caption,
     listed,
@@ -46,21 +57,9 @@ from scenes import (  # noqa: E402
     resolve,
     tasks,
 )
-from stickers import Stickers  # noqa: E402
+from training.stickers import Stickers
 
-from kosmos2 import Generated, Kosmos2, finish, pad_left, preprocess_images, rank_boxes  # noqa: E402
-from load_weights import load_checkpoint  # noqa: E402
-from tokenizer import (  # noqa: E402
-    Box,
-    Entity,
-    Tokenizer,
-    box_score,
-    box_to_tokens,
-    iou,
-    parse,
-    strip_tags,
-    tokens_to_box,
-)
+ROOT = Path(__file__).resolve().parent.parent
 
 HELD_OUT = 1_000_000_000  # scenes from this seed on are never trained on
 
@@ -190,10 +189,11 @@ Chosen = list[tuple[Scene, Example]]  # examples, each with its scene
 
 
 @torch.inference_mode()
-def answers(model: Kosmos2, tokenizer: Tokenizer, chosen: Chosen, batch: int = 64) -> list[Generated]:
+def answers(model: Kosmos2, tokenizer: Tokenizer, chosen: Chosen, batch: int = 64) -> list[Row]:
     """The model's greedy answer to every example about its scene."""
     check_grid(tokenizer)
     results = []
+    size = model.config.vision.image_size
     device = next(model.parameters()).device
     for start in range(0, len(chosen), batch):
         part = chosen[start : start + batch]
@@ -205,7 +205,7 @@ def answers(model: Kosmos2, tokenizer: Tokenizer, chosen: Chosen, batch: int = 6
                 images.append(example.second.draw())
         pixels = None
         if images:
-            pixels = preprocess_images(images, model.config.vision.image_size).to(device)
+            pixels = torch.stack([preprocess_image(image, size) for image in images]).to(device)
         prompts = [encode_example(tokenizer, example) for _, example in part]
         tokens, image_mask, pad_mask = pad_left(prompts, device)
         state = model.prefill(tokens, pixels, None, image_mask, pad_mask, max_new_tokens=120)
@@ -236,9 +236,7 @@ def evaluate(
     return accuracies(tokenizer, chosen, answers(model, tokenizer, chosen))
 
 
-def accuracies(
-    tokenizer: Tokenizer, chosen: Chosen, results: list[Generated]
-) -> dict[str, tuple[float, int]]:
+def accuracies(tokenizer: Tokenizer, chosen: Chosen, results: list[Row]) -> dict[str, tuple[float, int]]:
     hits = defaultdict(list)
     for (scene, example), result in zip(chosen, results, strict=True):
         if example.task != "ground absent":
@@ -257,16 +255,14 @@ def table_rows(found: dict[str, tuple[float, int]]) -> dict[str, tuple[float, in
     return rows
 
 
-def generated_boxes(tokenizer: Tokenizer, example: Example, result: Generated) -> list[Entity]:
+def generated_boxes(tokenizer: Tokenizer, example: Example, result: Row) -> list[Entity]:
     """The entities of an answer whose boxes the model generated, with their scores."""
     prompt = encode_example(tokenizer, example)[0]
     _, entities = tokenizer.parse_output(prompt, result.ids, result.probabilities)
     return [entity for entity in entities if entity.scores[0] is not None]
 
 
-def boxes_kept(
-    tokenizer, chosen: Chosen, results: list[Generated], others: list[Generated]
-) -> tuple[float, int]:
+def boxes_kept(tokenizer, chosen: Chosen, results: list[Row], others: list[Row]) -> tuple[float, int]:
     """The share of boxes in `results` that have IoU >= 0.9 with a box in `others`, and their number."""
     kept = []
     for (_, example), result, other in zip(chosen, results, others, strict=True):
@@ -287,7 +283,7 @@ def ranked_accuracy(model: Kosmos2, tokenizer: Tokenizer, chosen: Chosen, counts
     """
     hits: Counter = Counter()
     for scene, example in chosen:
-        pixels = preprocess_images([scene.draw()], model.config.vision.image_size)
+        pixels = preprocess_image(scene.draw(), model.config.vision.image_size)[None]
         ids, mask = tokenizer.encode_prompt(example.prompt + "<object>")
         state = model.prefill(torch.tensor([ids]), pixels, image_mask=torch.tensor([mask]), max_new_tokens=2)
         ranked = rank_boxes(state, tokenizer, max(counts))
@@ -298,7 +294,7 @@ def ranked_accuracy(model: Kosmos2, tokenizer: Tokenizer, chosen: Chosen, counts
     return {k: hits[k] / len(chosen) for k in counts}
 
 
-def first_scores(tokenizer: Tokenizer, chosen: Chosen, results: list[Generated]) -> dict[str, list[float]]:
+def first_scores(tokenizer: Tokenizer, chosen: Chosen, results: list[Row]) -> dict[str, list[float]]:
     """The score of the first box of every grounding answer, for present and for absent phrases."""
     scores: dict[str, list[float]] = {"ground": [], "ground absent": []}
     for (_, example), result in zip(chosen, results, strict=True):
@@ -326,7 +322,7 @@ def scored_boxes(model, tokenizer, chosen: Chosen) -> list[tuple[float, float, b
             if example.task == "caption":  # the things that the phrase names
                 name = name_of(entity.phrase, scene.stickers)
                 right = [thing.box for thing in scene.things if name and thing.name == name[0]]
-            exact = [tokens_to_box(*box_to_tokens(box, training=True)) for box in right]
+            exact = [tokens_to_box(*cells(box)) for box in right]
             for box, score in zip(entity.boxes, entity.scores, strict=True):
                 best = max((iou(box, truth) for truth in right), default=0.0)
                 found.append((score, best, box in exact))
@@ -402,7 +398,7 @@ def print_stickers(found: dict[Thing, list[float]]) -> None:
 # ----------------------------------------------------------------------------------------------------
 
 
-def print_comparison(args, tokenizer, chosen: Chosen, results: list[Generated], title: str) -> None:
+def print_comparison(args, tokenizer, chosen: Chosen, results: list[Row], title: str) -> None:
     """A table of fp32 next to another precision."""
     others = answers(load_checkpoint(args.checkpoint, args.precision)[0], tokenizer, chosen)
     rows = table_rows(accuracies(tokenizer, chosen, results))
@@ -461,7 +457,7 @@ def boxes_of_phrase(entities: list[dict], phrase: str) -> list[Box]:
     return []
 
 
-def print_results(model, tokenizer, chosen: Chosen, results: list[Generated], title: str) -> None:
+def print_results(model, tokenizer, chosen: Chosen, results: list[Row], title: str) -> None:
     """The table of the model card: accuracies, ranked boxes and scores."""
     print(f"| {title} | accuracy | of |\n|---|---|---|")
     for task, (share, count) in table_rows(accuracies(tokenizer, chosen, results)).items():

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scenes import COLORS, KINDS, Scene, Thing
-from stickers import sticker_image
 from torch import Tensor, nn
+
+from training.scenes import COLORS, KINDS, Scene, Thing
+from training.stickers import sticker_image
 
 BACKGROUND = 0  # the label of a patch without a thing; kinds and colors follow from 1
 

@@ -5,7 +5,7 @@ a folder of stickers, by anyone (stickers.py). `Scene.random` makes a scene, `Sc
 boxes), and `tasks` lists what can be asked about it in the prompts of the paper, each with its one
 correct answer. Answers follow from rules (`resolve`), so a model can be scored without a judge.
 
-    python training/scenes.py FOLDER [--count 9] [--stickers DIR]    write images and grit.jsonl to look at
+    python -m training.scenes FOLDER [--count 9] [--stickers DIR]    write images and grit.jsonl to look at
 """
 
 import argparse
@@ -14,7 +14,6 @@ import json
 import math
 import random
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -24,10 +23,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from stickers import Stickers, sticker_image
-from things import (
+from tokenizer import GRID, PROMPTS, Box, boxes_to_text, clip_box, parse, strip_tags
+from training.stickers import Stickers, sticker_image
+from training.things import (
     AIRBORNE,
     BODY,
     BROWN,
@@ -42,8 +40,6 @@ from things import (
     Point,
     plural,
 )
-
-from tokenizer import PROMPTS, Box, boxes_to_text, parse, strip_tags
 
 # Each color name covers everything between its samples.
 COLORS: dict[str, list[Color]] = {
@@ -653,9 +649,28 @@ class Example:
     alone: bool = False  # a text without an image
 
 
+def cells(box: Box, grid: int = GRID) -> tuple[int, int]:
+    """The location indices of a box as the original data loader chose them.
+
+    `tokenizer.box_to_tokens` differs: there, a bottom-right coordinate exactly on a cell boundary is
+    assigned to the inner cell, here to the outer one.
+    """
+    x1, y1, x2, y2 = clip_box(box)
+    left = math.floor(x1 * grid)
+    top = math.floor(y1 * grid)
+    right = max(left, math.floor(min(x2, 0.99999) * grid))
+    bottom = max(top, math.floor(min(y2, 0.99999) * grid))
+    return top * grid + left, bottom * grid + right
+
+
+def objects_text(boxes: list[Box], grid: int = GRID) -> str:
+    """Boxes as `<object>…</object>`."""
+    return boxes_to_text([cells(box, grid) for box in boxes], grid)
+
+
 def objects(things) -> str:
     """The boxes of some things as `<object>…</object>`."""
-    return boxes_to_text([thing.box for thing in things], training=True)
+    return objects_text([thing.box for thing in things])
 
 
 def link(phrase: str, things) -> str:
@@ -713,7 +728,7 @@ def grounding(scene: Scene, rng: random.Random) -> list[Example]:
         (y1, y2) = sorted(rng.random() for _ in "yy")
         box = (x1, y1, min(1, x2 + 0.01), min(1, y2 + 0.01))
         prompt = ground_prompt(f"{article(absent)} {absent}")
-        found.append(Example("ground absent", prompt, boxes_to_text([box], training=True)))
+        found.append(Example("ground absent", prompt, objects_text([box])))
     return found
 
 

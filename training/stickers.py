@@ -12,7 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
-from things import Color
+
+from training.things import Color
 
 SIDE = 112  # pixels; larger stickers are reduced
 OPAQUE = 128  # from this alpha on, a pixel belongs to the thing and its box

@@ -1,10 +1,10 @@
 """Train a Kosmos-2: the bundled model from scratch, or any checkpoint on GRIT data.
 
-    python training/train.py --out runs/tiny    from scratch, on scenes; about five hours on two cores
-    python training/train.py --out runs/short --vision-steps 20 --steps 50    to see that it works
-    python training/train.py --out mine --checkpoint WEIGHTS --data grit.jsonl --optimizer adamw --lr 1e-4 --steps 300
-    python training/train.py --out more --stickers DIR --continue-from tiny    also on stickers by others
-    torchrun --nproc-per-node 8 training/train.py ...     the same on many processes
+    python -m training.train --out runs/tiny    from scratch, on scenes; about five hours on two cores
+    python -m training.train --out runs/short --vision-steps 20 --steps 50    to see that it works
+    python -m training.train --out mine --checkpoint WEIGHTS --data grit.jsonl --optimizer adamw --lr 1e-4 --steps 300
+    python -m training.train --out more --stickers DIR --continue-from tiny    also on stickers by others
+    torchrun --nproc-per-node 8 -m training.train ...     the same on many processes
 
 Writes checkpoint.pt (a run resumes from it) and at the end the model in the published layout,
 log.jsonl and loss.png. The data of a step follows from its number: a resumed run sees the same
@@ -46,26 +46,19 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
+from inference.convert import check_finite, check_target, replacing, save_checkpoint
+from inference.fast import load_checkpoint
+from inference.progress import progress_bar
+from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig
+from load_weights import SENTENCEPIECE
+from tokenizer import GRID, Tokenizer, strip_tags
+from training.data import Grit, Scenes, Steps, positive_int
+from training.evaluate import HELD_OUT, evaluate
+from training.patches import PatchHead
+from training.scenes import Scene, tasks
+from training.stickers import Stickers
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "training")]
-
-from data import Grit, Scenes, Steps, positive_int  # noqa: E402
-from evaluate import HELD_OUT, evaluate  # noqa: E402
-from patches import PatchHead  # noqa: E402
-from scenes import Scene, tasks  # noqa: E402
-from stickers import Stickers  # noqa: E402
-
-from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig  # noqa: E402
-from load_weights import (  # noqa: E402
-    SENTENCEPIECE,
-    check_finite,
-    check_target,
-    load_checkpoint,
-    replacing,
-    save_checkpoint,
-)
-from sample import progress_bar  # noqa: E402
-from tokenizer import GRID, Tokenizer, strip_tags  # noqa: E402
 
 CONFIG = Kosmos2Config(
     vision=VisionConfig(image_size=168, patch_size=14, width=192, layers=6, heads=3, mlp_width=768),

@@ -1,0 +1,3 @@
+"""Training the bundled model, fine-tuning, and measuring accuracy."""
+
+__all__ = ["benchmarks", "data", "evaluate", "scenes", "stickers", "train"]
