@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import url2pathname, urlopen
 
 import numpy as np
 import torch
@@ -92,13 +92,11 @@ class VisionConfig:
         check_sizes("vision", self)
 
     @property
-    def grid(self) -> int:
-        """Patches per side."""
+    def grid(self) -> int:  # patches per side
         return self.image_size // self.patch_size
 
     @property
-    def positions(self) -> int:
-        """N: the patches and [CLS]."""
+    def positions(self) -> int:  # N: the patches and [CLS]
         return self.grid**2 + 1
 
 
@@ -164,6 +162,7 @@ class KVCache:
         """Store k and v (B, H, T, hd) of new positions; returns those of all, (B, H, S, hd)."""
         start = self.length
         self.length += k.shape[2]
+        assert self.length <= self.keys.shape[2], "the cache is full"
         self.keys[:, :, start : self.length] = k
         self.values[:, :, start : self.length] = v
         used = slice(0, self.length)
@@ -305,12 +304,14 @@ def open_image(path: str | Path) -> Image.Image:
     read. (ImageOps.exif_transpose would write the whole EXIF block back, which fails for many files.)
     """
     name = printable(str(path))
-    is_url = str(path).startswith(("data:", "file:"))
-    if not is_url and not os.path.isfile(path):
+    if str(path).startswith("file:"):
+        path = url2pathname(str(path).removeprefix("file:"))
+    is_data = str(path).startswith("data:")
+    if not is_data and not os.path.isfile(path):
         hint = "; download it and pass the file" if "://" in name else ""
         raise FileNotFoundError(f"no image file at {name}{hint}")
     try:
-        source = BytesIO(urlopen(str(path)).read()) if is_url else path
+        source = BytesIO(urlopen(str(path)).read()) if is_data else path
         with Image.open(source) as image:
             image.load()
             try:
@@ -588,10 +589,8 @@ class Kosmos2(nn.Module):
         limit = self.config.text.max_positions
         length = max(lengths, default=0)
         if length + new_tokens > limit:
-            raise ValueError(
-                f"{length} tokens of the prompt and {new_tokens} new ones do not fit into the context of "
-                f"{limit} tokens; shorten the prompt or lower max_new_tokens"
-            )
+            tokens = f"{length} tokens of the prompt and {new_tokens} new ones"
+            raise ValueError(f"{tokens} do not fit into the context of {limit}; shorten one of them")
 
     @torch.inference_mode()
     def generate(
@@ -692,7 +691,6 @@ class DecodeState:
     """A batch that is being decoded: its rows, KV caches, and the logits of its next tokens."""
 
     def __init__(self, model: Kosmos2, prompts: list[list[int]], options: GenerationOptions, capacity: int):
-        """capacity: the most positions that a row will have, padding included."""
         B = len(prompts)
         heads = model.config.text.heads
         D = model.config.text.width
@@ -716,6 +714,7 @@ class DecodeState:
         self.pad_mask = torch.cat([self.pad_mask, pad_mask], dim=1)  # (B, S)
         return self.model.decoder(x, positions, causal_mask(T, self.pad_mask), self.caches)
 
+    @torch.inference_mode()
     def step(self, tokens: list[int]) -> None:
         """Run one token of each running row; then `logits` are those of the tokens after it."""
         ids = torch.tensor(tokens, device=self.pad_mask.device)[:, None]  # (B, 1)
@@ -756,11 +755,14 @@ def decode(state: DecodeState) -> Iterator[list[Row]]:
         sampled = sample(logits, options.temperature, options.top_k, options.top_p, uniform)  # (B,)
 
         # 2. Append it with its probability.
-        tokens = []
-        for row, token in zip(state.running, sampled.tolist(), strict=True):
-            fitting = EOS if row.cut else cut_markup(options.constraint, row.all_ids, token, remaining)
-            row.cut = row.cut or fitting != token
-            tokens.append(fitting)
+        tokens = sampled.tolist()
+        if options.constraint is not None:
+            for i, row in enumerate(state.running):
+                fitting = (
+                    EOS if row.cut else cut_markup(options.constraint, row.all_ids, tokens[i], remaining)
+                )
+                row.cut = row.cut or fitting != tokens[i]
+                tokens[i] = fitting
         chosen_logits = state.logits[range(len(tokens)), tokens]  # (B,)
         probabilities = (chosen_logits - state.logits.logsumexp(dim=-1)).exp()  # (B,)
         for row, token, probability in zip(state.running, tokens, probabilities.tolist(), strict=True):
@@ -786,7 +788,7 @@ def finish(state: DecodeState) -> list[Row]:
 def mask_logits(scores: Tensor, state: DecodeState) -> Tensor:
     """Next-token logits or log-probabilities (B, V), with -inf for tokens that may not come next.
 
-    A rule that would forbid all tokens that the earlier rules left is skipped.
+    A rule that would forbid all the tokens that are left is skipped.
     """
     options = state.options
     scores = scores.clone()

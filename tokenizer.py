@@ -285,9 +285,8 @@ class Tokenizer:
     def encode(self, text: str, boxes=None, add_bos: bool = True, add_eos: bool = False) -> list[int]:
         """Tagged text -> ids.
 
-        boxes has one entry for each <phrase>...</phrase>: None, two location indices, four floats in
-        0..1, or a list of those. Text between two tags is tokenized separately, as in the original
-        demo and in transformers, so "</phrase>." ends in two tokens, a space and the period.
+        boxes has one entry for each <phrase>...</phrase>: None, two location indices, four floats, or a
+        list of those. Text between two tags is tokenized separately, as in transformers.
         """
         if boxes is not None:
             text = insert_boxes(text, boxes, self.grid)
@@ -381,7 +380,10 @@ class Tokenizer:
             probabilities = [None] * len(new_ids)
         known = [None] * (len(ids) - len(new_ids)) + list(probabilities)
         locations = [p for i, p in zip(ids, known, strict=True) if self.location_index(i) is not None]
-        return parse(self.decode_literal(ids), self.grid, locations)
+        text = self.decode_literal(ids)
+        if text.count("<patch_index_") != len(locations):  # some were in an image, which is dropped
+            locations = []
+        return parse(text, self.grid, locations)
 
     def after_images(self, ids: list[int]) -> list[int]:
         """The ids after the last image, where the caption begins."""

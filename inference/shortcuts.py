@@ -41,6 +41,8 @@ def prefill_after(
     x = model.embed(tokens, pad_mask=pad_mask)  # (B, T, D)
     if pad_mask is None:
         pad_mask = torch.zeros_like(tokens, dtype=torch.bool)
+    if pad_mask[:, -1].any():
+        raise ValueError("generation needs left padding, but pad_mask is True at the end of a row")
     B, T = tokens.shape
     past = prefix.caches[0].length
     beginning = prefix.running[0].prompt
@@ -92,6 +94,7 @@ class DraftState(DecodeState):
         # The guesses that have been run: each id, and the logits (1, V) of what follows it.
         self.guesses: list[tuple[int, Tensor]] = []
 
+    @torch.inference_mode()
     def step(self, tokens: list[int]) -> None:
         if self.guesses and self.guesses[0][0] == tokens[0]:  # a correct guess: its logits are there
             self.logits = self.guesses.pop(0)[1]

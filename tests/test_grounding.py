@@ -127,13 +127,16 @@ def test_valid_output_is_not_changed(tiny):
 
 
 def test_scores_never_move_to_another_box(small_tokenizer):
-    """A tag spelled in letters is text, so its probabilities are not those of a box."""
+    """Also after a tag spelled in letters, which is text, and after an image, which is none."""
     special = small_tokenizer.special_ids
     first = small_tokenizer.first_location
     link = [special["<object>"], first, first + 40, special["</object>"]]
-    words = small_tokenizer.encode_words("<patch_index_0001>")
-    _, entities = small_tokenizer.parse_output([0], words + link, [0.01] * len(words) + [0.25] * len(link))
-    assert [entity.scores for entity in entities] == [[0.25]]
+    image = [special["<image>"], first, first + 1, 5, 6, 7, special["</image>"]]
+    assert len(image) == small_tokenizer.num_image_tokens + 2
+    for extra in (image, small_tokenizer.encode_words("<patch_index_0001>")):
+        probabilities = [0.01] * len(extra) + [0.25] * len(link)
+        _, entities = small_tokenizer.parse_output([0], [*extra, *link], probabilities)
+        assert len(entities) == 1 and entities[0].scores in ([None], [0.25])
 
 
 def test_a_constraint_that_allows_no_token_is_skipped(small, small_tokenizer):

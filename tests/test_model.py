@@ -4,13 +4,14 @@ import base64
 import json
 import os
 import struct
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, prompt_batch
+from conftest import ROOT, SMALL, prompt_batch
 from PIL import Image, ImageOps
 
 from inference.convert import published_config
@@ -276,9 +277,9 @@ def test_positions_beyond_training_are_refused(small_tokenizer):
     short = Kosmos2(replace(SMALL, text=replace(SMALL.text, max_positions=20))).eval()
     tokens = torch.full((1, 15), 9)
     assert len(short.generate(tokens, max_new_tokens=5, min_new_tokens=5)[0]) == 5
-    with pytest.raises(ValueError, match="shorten the prompt or lower"):
+    with pytest.raises(ValueError, match="shorten one of them"):
         short.generate(tokens, max_new_tokens=6)
-    with pytest.raises(ValueError, match="shorten the prompt"):
+    with pytest.raises(ValueError, match="do not fit into the context"):
         short.generate(torch.full((1, 21), 9), max_new_tokens=1)
     with pytest.raises(ValueError, match="21 tokens"):
         short(torch.full((1, 21), 9))
@@ -379,6 +380,15 @@ def test_a_repeated_row_is_a_copy(small):
     torch.testing.assert_close(state.logits, next_logits(small, *texts), rtol=1e-4, atol=1e-4)
 
 
+@torch.inference_mode()
+def test_a_step_beyond_the_cache_is_noticed(small):
+    """Without a check, PyTorch would drop the one position that has no room, silently."""
+    state = small.prefill(torch.full((1, 4), 9), max_new_tokens=1)
+    state.step([5])
+    with pytest.raises(AssertionError, match="full"):
+        state.step([6])
+
+
 def test_decode_yields_all_rows_at_each_step(small, monkeypatch):
     """Rows that have ended stay in the list, unchanged, at their places."""
     options = dict(max_new_tokens=6, temperature=1.0, seed=5)
@@ -407,6 +417,33 @@ def test_a_state_is_decoded_once(small):
     state, _ = three_prompts(small, max_new_tokens=3, min_new_tokens=3)
     next(decode(state))
     assert list(decode(state)) == [] and [row.ids for row in finish(state)] == [ids[:1] for ids in first]
+
+
+def test_one_token_passes_few_functions(small):
+    """At most twelve of ours from decode to the next logits; Decoder.forward counts as one."""
+    state = small.prefill(torch.tensor([[0, 10, 11]]), max_new_tokens=4)
+    steps = decode(state)
+    next(steps)
+    called, inside = [], []
+
+    def count(frame, event, _):
+        name = frame.f_code.co_qualname
+        if Path(frame.f_code.co_filename).parent != ROOT or "<listcomp>" in name:
+            return
+        if event == "call" and not inside:
+            called.append(name)
+        if name == "Decoder.forward" and event == "call":
+            inside.append(name)
+        elif name == "Decoder.forward" and event == "return":
+            inside.pop()
+
+    sys.setprofile(count)
+    try:
+        next(steps)
+    finally:
+        sys.setprofile(None)
+    assert len(state.rows[0].ids) == 2 and {"decode", "Decoder.forward", "sample"} <= set(called)
+    assert len(called) <= 12, called
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -656,8 +693,9 @@ def test_names_that_are_no_files(tmp_path, monkeypatch, name):
 def test_a_fifo_is_not_waited_for(tmp_path):
     """Opening one would wait for a writer, forever."""
     os.mkfifo(tmp_path / "a.png")
-    with pytest.raises(FileNotFoundError, match="no image file"):
-        open_image(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", (tmp_path / "a.png").as_uri()):
+        with pytest.raises(FileNotFoundError, match="no image file"):
+            open_image(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(40)])
