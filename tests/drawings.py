@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from kosmos2 import finish, pad_left, preprocess_images  # noqa: E402
-from load_weights import load_checkpoint  # noqa: E402
+from inference.fast import load_checkpoint  # noqa: E402
+from kosmos2 import finish, pad_left, preprocess_image  # noqa: E402
 from tokenizer import Box, iou, parse  # noqa: E402
 
 RGB = {
@@ -152,7 +152,8 @@ def run(model, tokenizer, images: list[Image.Image], prompts: list[str]) -> list
     texts = []
     for start in range(0, len(images), 32):
         part = slice(start, start + 32)
-        pixels = preprocess_images(images[part], model.config.vision.image_size)
+        size = model.config.vision.image_size
+        pixels = torch.stack([preprocess_image(image, size) for image in images[part]])
         tokens, image_mask, pad_mask = pad_left([tokenizer.encode_prompt(prompt) for prompt in prompts[part]])
         state = model.prefill(tokens, pixels, None, image_mask, pad_mask, max_new_tokens=110)
         texts += [tokenizer.decode(result.ids) for result in finish(state)]

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 
-from evaluate import HELD_OUT, answers, boxes_kept, choose_examples, encode_example  # noqa: E402
-
-from kosmos2 import EOS, FIRST_POSITION, Generated, Kosmos2, preprocess_images  # noqa: E402
+from kosmos2 import EOS, FIRST_POSITION, Kosmos2, Row, preprocess_image  # noqa: E402
 from load_weights import load_checkpoint  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
+from training.evaluate import HELD_OUT, answers, boxes_kept, choose_examples, encode_example  # noqa: E402
 
 TRACED_TOKENS = 20  # enough rows for the loader's layers to call F.linear
 
@@ -178,9 +177,9 @@ def main() -> None:
         peer = OpenVino(f"OpenVINO, {bits} bits", model, tokenizer, convert(model, bits), **options)
         found = []
         for scene, example in chosen:
-            pixels = preprocess_images([scene.draw()], model.config.vision.image_size)
+            pixels = preprocess_image(scene.draw(), model.config.vision.image_size)[None]
             ids = peer.generate(*encode_example(tokenizer, example), pixels, most=120)
-            found.append(Generated(ids, [1.0] * len(ids)))
+            found.append(Row([], ids, [1.0] * len(ids)))
         same = sum(a.ids == b.ids for a, b in zip(expected, found, strict=True)) / len(chosen)
         kept, count = boxes_kept(tokenizer, chosen, expected, found)
         print(f"| {peer.name} | {same:.3f} of {len(chosen)} | {kept:.3f} of {count} |", flush=True)
