@@ -65,7 +65,7 @@ class Answer(NamedTuple):
     entities: list[Entity]
 
 
-def make_requests(images: tuple[str, ...], task, texts, prompt, boxes) -> list[Request]:
+def make_requests(images: tuple, task, texts, prompt, boxes) -> list[Request]:
     """The requests about some images: one, or one for each text."""
     if prompt is not None:
         if task or texts:
@@ -78,7 +78,7 @@ def make_requests(images: tuple[str, ...], task, texts, prompt, boxes) -> list[R
     return [Request(images, one, tuple(boxes), continued, wants_boxes, task != "context") for one in prompts]
 
 
-def encode_request(tokenizer, request: Request, sizes: list) -> tuple[list[int], list[bool]]:
+def encode_request(tokenizer, request: Request, sizes: list) -> tuple:
     """The ids and image_mask of a request; sizes: (width, height) of its images.
 
     A box in pixels refers to the image before its phrase. ValueError for boxes that do not fit.
@@ -287,7 +287,7 @@ def parse_box(text: str) -> tuple:
         raise argparse.ArgumentTypeError(f"expected x1,y1,x2,y2 or two indices, got {text!r}") from None
 
 
-def group_images(args: argparse.Namespace) -> list[tuple[str, ...]]:
+def group_images(args) -> list[tuple[str, ...]]:
     """The images of each prompt: one, or all together if the prompt has several <image> tags."""
     if args.task == "text":
         if args.images or args.output:
@@ -299,7 +299,7 @@ def group_images(args: argparse.Namespace) -> list[tuple[str, ...]]:
     return [(name,) for name in names]
 
 
-def choose_drawings(args: argparse.Namespace) -> dict[str, Path]:
+def choose_drawings(args) -> dict[str, Path]:
     """The file for the drawing of each image; ValueError if --output is not possible."""
     names = [images[-1] for images in args.groups if images]
     if args.output is None:
@@ -321,7 +321,7 @@ def drawing_name(image: str) -> str:
     return os.fsdecode(os.fsencode(Path(image).stem)[:200]) + ".boxes.png"
 
 
-def load_model(args: argparse.Namespace):
+def load_model(args):
     """The model and tokenizer of the command line. (PyTorch is imported here: --help must not wait.)"""
     import load_weights
     from inference.fast import load_checkpoint
@@ -333,7 +333,7 @@ def load_model(args: argparse.Namespace):
     return loaded
 
 
-def given_options(args: argparse.Namespace, names: tuple[str, ...] = DECODING) -> dict:
+def given_options(args, names=DECODING) -> dict:
     """The decoding options that the command line sets; ValueError for one out of range."""
     from kosmos2 import GenerationOptions
 
@@ -342,7 +342,7 @@ def given_options(args: argparse.Namespace, names: tuple[str, ...] = DECODING) -
     return given
 
 
-def answer_image(args: argparse.Namespace, model, tokenizer, names: tuple[str, ...], given: dict) -> None:
+def answer_image(args, model, tokenizer, names, given: dict) -> None:
     """Ask everything about one image (or one group of images), print the answers, draw the boxes."""
     import torch
 

@@ -20,7 +20,7 @@ from openvino._offline_transformations import apply_make_stateful_transformation
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "training")]
+sys.path.insert(0, str(ROOT))
 
 from kosmos2 import EOS, FIRST_POSITION, Kosmos2, Row, preprocess_image  # noqa: E402
 from load_weights import load_checkpoint  # noqa: E402
