@@ -168,7 +168,7 @@ class KVCache:
         used = slice(0, self.length)
         return self.keys[:, :, used], self.values[:, :, used]
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: Tensor):
         """Keep these rows, in this order; a row may repeat."""
         used = slice(0, self.length)  # the rest is not worth copying
         keys, values = self.keys, self.values
@@ -561,7 +561,7 @@ class Kosmos2(nn.Module):
         loss = F.cross_entropy(predicted, targets, ignore_index=-100)
         return logits, loss
 
-    def _check_inputs(self, tokens, image_embeds, image_mask, pad_mask) -> None:
+    def _check_inputs(self, tokens, image_embeds, image_mask, pad_mask):
         """ValueError for shapes, types and ids that do not fit together."""
         V = self.config.text.vocab_size
         Q = self.config.latent_query_num

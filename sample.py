@@ -342,7 +342,7 @@ def given_options(args, names=DECODING) -> dict:
     return given
 
 
-def answer_image(args, model, tokenizer, names, given: dict) -> None:
+def answer_image(args, model, tokenizer, names, given: dict):
     """Ask everything about one image (or one group of images), print the answers, draw the boxes."""
     import torch
 
