@@ -10,16 +10,22 @@ import time
 from collections import Counter
 from dataclasses import replace
 
-import benchmarks
 import numpy as np
 import pytest
-import scenes
 import torch
-from conftest import ROOT, SMALL, TINY, rough, script
-from data import MIXTURE, Grit, Scenes, collate, encode_record, grit_to_text
+from conftest import ROOT, SMALL, TINY, rough
 from drawings import BACKGROUNDS, RGB, SHAPES, drawing, measure
 from drawings import run as ask
-from evaluate import (
+from PIL import Image, ImageDraw
+
+from inference import batch
+from inference.fast import load_checkpoint
+from kosmos2 import EOS, Kosmos2
+from load_weights import SENTENCEPIECE
+from tokenizer import Tokenizer, iou, parse
+from training import benchmarks, scenes
+from training.data import MIXTURE, Grit, Scenes, collate, encode_record, grit_to_text
+from training.evaluate import (
     HELD_OUT,
     answers,
     choose_examples,
@@ -30,9 +36,8 @@ from evaluate import (
     score_results,
     sticker_hits,
 )
-from patches import patch_labels
-from PIL import Image, ImageDraw
-from scenes import (
+from training.patches import patch_labels
+from training.scenes import (
     Scene,
     Thing,
     captions,
@@ -45,15 +50,11 @@ from scenes import (
     resolve,
     tasks,
 )
-from stickers import Stickers, sticker_image
-from things import DRAWINGS, UNCOLORED
-from train import Losses, carry_over, learning_rate, train_vocabulary
+from training.stickers import Stickers, sticker_image
+from training.things import DRAWINGS, UNCOLORED
+from training.train import Losses, carry_over, learning_rate, train_vocabulary
 
-from kosmos2 import EOS, Kosmos2
-from load_weights import SENTENCEPIECE, load_checkpoint
-from tokenizer import Tokenizer, iou, parse
-
-TRAIN = ROOT / "training" / "train.py"
+TRAIN = ["-m", "training.train"]
 DRAWN_CAPTIONS, DRAWN_GROUNDING = 0.9, 0.95  # required accuracies on drawings by other code, 60 images
 
 
@@ -62,7 +63,7 @@ def source(small_tokenizer):
     return Scenes(small_tokenizer, SMALL, length=260, first=5)
 
 
-# ---------------------------------------------------------------------------------------------------- scenes
+# ---- Scenes ----------------------------------------------------------------------------------------
 
 
 def test_scenes_match_their_records():
@@ -229,7 +230,7 @@ def test_patch_labels():
     assert (labels[:2] == 0).all() and labels[5, 5, 2:].tolist() == pytest.approx(scene.things[0].box)
 
 
-# ------------------------------------------------------------------------------------------------- stickers
+# ---- Stickers --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +348,7 @@ def test_accuracy_on_stickers(tiny, stickers):
     assert all(thing.sticker is not None for thing in things)
 
 
-# ------------------------------------------------------------------------------------------------- training
+# ---- Training --------------------------------------------------------------------------------------
 
 
 def test_texts_in_one_row_do_not_see_each_other(source):
@@ -441,7 +442,7 @@ def test_two_processes_train_like_one(tmp_path, small_folder):
         ("parts", [sys.executable], ["--accumulate", "2", "--recompute"]),
         ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []),
     ):
-        command = [*launcher, TRAIN, "--out", tmp_path / name, "--checkpoint", small_folder, "--data", data, "--steps", "20",
+        command = [*launcher, *TRAIN, "--out", tmp_path / name, "--checkpoint", small_folder, "--data", data, "--steps", "20",
                    "--batch", "4", "--log-every", "1", "--fp32", "--optimizer", "adamw", "--lr", "1e-3", *more]  # fmt: skip
         runs[name] = start(command)
     curves = {}
@@ -461,6 +462,7 @@ def start(command: list) -> subprocess.Popen:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
@@ -491,7 +493,7 @@ def test_only_the_chosen_part_is_trained(tmp_path, small, small_folder):
 def start_training(folder, steps, *more) -> subprocess.Popen:
     folder.mkdir(exist_ok=True)
     shutil.copy(TINY / SENTENCEPIECE, folder)  # saves the time of making one
-    command = [sys.executable, TRAIN, "--out", folder, "--steps", str(steps), "--batch", "2", "--scenes", "1",
+    command = [sys.executable, *TRAIN, "--out", folder, "--steps", str(steps), "--batch", "2", "--scenes", "1",
                "--vision-steps", "1", "--save-every", "2", *more]  # fmt: skip
     return start(command)
 
@@ -501,10 +503,10 @@ def test_training_resumes_where_it_stopped(tmp_path):
     from safetensors.torch import load_file
 
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import train\n"
+        "import sys; from training import train\n"
         "train.Run.finish = lambda self: None\n"  # as if killed after step 2
         "train.Steps.__len__ = lambda self: 2\n"
-        "sys.argv = ['train.py', '--out', sys.argv[2], '--steps', '4', '--batch', '2', '--vision-steps', '1', '--save-every', '2']\n"
+        "sys.argv = ['train', '--out', sys.argv[1], '--steps', '4', '--batch', '2', '--vision-steps', '1', '--save-every', '2']\n"
         "train.main()"
     )
     (tmp_path / "cut").mkdir()
@@ -512,7 +514,7 @@ def test_training_resumes_where_it_stopped(tmp_path):
     runs = [
         start_training(tmp_path / "start", 0),
         start_training(tmp_path / "complete", 4),
-        start([sys.executable, "-c", script, ROOT / "training", tmp_path / "cut"]),
+        start([sys.executable, "-c", script, tmp_path / "cut"]),
     ]
     for process in runs:
         finish(process)
@@ -532,10 +534,10 @@ def test_training_killed_at_any_moment(tmp_path):
     folder, steps = tmp_path / "run", [0]
     folder.mkdir()
     shutil.copy(TINY / SENTENCEPIECE, folder)
-    command = [sys.executable, TRAIN, "--out", folder, "--steps", "100000", "--batch", "2", "--save-every", "1",
+    command = [sys.executable, *TRAIN, "--out", folder, "--steps", "100000", "--batch", "2", "--save-every", "1",
                "--length", "60", "--vision-steps", "1"]  # fmt: skip
     for delay in (0.0, 0.43):
-        process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, cwd=ROOT)
         while (saved := saved_step(folder)) <= steps[-1]:
             assert process.poll() is None
             time.sleep(0.05)
@@ -560,8 +562,8 @@ def test_a_checkpoint_that_does_not_fit(content, tmp_path):
     else:
         torch.save(content, file)
     before = file.read_bytes()
-    command = [sys.executable, str(TRAIN), "--out", str(tmp_path), "--steps", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, *TRAIN, "--out", str(tmp_path), "--steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert f"train: cannot resume from {file}" in done.stderr
     assert "Traceback" not in done.stderr
@@ -646,7 +648,7 @@ def flat(state) -> torch.Tensor:
     return torch.cat([state[name].flatten() for name in sorted(state)])
 
 
-# ------------------------------------------------------------------------------------------ the bundled model
+# ---- The bundled model -----------------------------------------------------------------------------
 
 
 def test_size_and_files():
@@ -736,7 +738,7 @@ def test_evaluate_counts_misses():
     assert {task: share for task, (share, _) in found.items()} == {"caption": 0.0, "ground": 0.0}
 
 
-# --------------------------------------------------------------------------------------------- bad GRIT data
+# ---- Bad GRIT data ---------------------------------------------------------------------------------
 
 RECORD = {"image": "good.png", "caption": "a dog", "ref_exps": [[0, 5, 0.1, 0.1, 0.5, 0.5, 1.0]]}
 
@@ -810,7 +812,7 @@ def test_empty_lines_and_unusual_line_breaks(read_grit):
         read_grit(*lines, "nonsense")
 
 
-# ------------------------------------------------------------------------------------- the paper's benchmarks
+# ---- The paper's benchmarks ------------------------------------------------------------------------
 
 
 def write_benchmark(folder, kind, count=6):
@@ -848,7 +850,7 @@ def test_the_benchmarks_of_the_paper(tmp_path, kind, capsys):
     lines.write_text("".join(json.dumps(request) + "\n" for request in requests))
     results = tmp_path / "results.jsonl"
     command = ["--requests", lines, "--results", results, "--max-new-tokens", "20"]
-    assert script.main(list(map(str, command))) == 0
+    assert batch.main(list(map(str, command))) == 0
     shares, total = score_results(results)
     assert total == len(requests) and 0.5 < shares[1] <= shares[5] <= shares[10]
 
