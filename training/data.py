@@ -14,11 +14,13 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
+from inference.progress import Progress
 from kosmos2 import EOS, FIRST_POSITION, PAD, Kosmos2Config, open_image, preprocess_image
-from tokenizer import GRID, Box, Tokenizer
+from tokenizer import GRID, Box, Tokenizer, clip_box, printable
 from training.patches import patch_labels
 from training.scenes import Example, Scene, objects_text, tasks
 from training.stickers import Stickers
@@ -34,12 +36,9 @@ MIXTURE = {
 }  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------
-# Captions with boxes to ids, as in the original training
-# ----------------------------------------------------------------------------------------------------
+# ---- Captions with boxes to ids, as in the original training ---------------------------------------
 
 MIN_SCORE = 0.65  # boxes with a lower score are dropped, as in the original training
-TOLERANCE = 0.01  # boxes may extend beyond the image by this much
 
 
 class Span(NamedTuple):
@@ -54,39 +53,52 @@ def read_spans(record: dict, key: str = "ref_exps", counts: Counter | None = Non
     """The phrases of a GRIT record, in order, as the original data loader selects them.
 
     record: "caption", and "ref_exps" or "noun_chunks" as lists of [start, end, x1, y1, x2, y2,
-    score], with start and end in characters of the caption and the box in 0..1. Boxes scored below
-    MIN_SCORE are dropped; nested expressions are dropped; several boxes of one expression are
-    listed together. `counts` counts what becomes of the boxes.
+    score], with start and end in characters of the caption and the box in 0..1. `key` is the list to
+    read; the other one is read where that one is missing or empty. Boxes scored below MIN_SCORE and
+    expressions inside others are dropped; of two crossing expressions, the first is kept; several
+    boxes of one expression are listed together, each once. `counts` counts what becomes of the boxes.
 
     Differs from the original loader, which also crops the image to a square and maps boxes
-    accordingly, and which trains on half of the captions without their boxes: here images are
-    squashed, as in inference, and all boxes are used. ValueError for a record of another form and
-    for boxes that are reversed, in pixels or otherwise not in 0..1.
-    """
+    accordingly, which trains on half of the captions without their boxes, and which repeats boxes
+    that are listed several times: here images are squashed, as in inference, and all boxes are used,
+    once. ValueError for a record of another form and for boxes that are reversed, in pixels or
+    otherwise not in 0..1."""
     caption = record.get("caption")
-    rows = record.get(key, record.get("noun_chunks"))
-    if not isinstance(caption, str) or not isinstance(rows, list):
-        raise ValueError(f"not a GRIT record: expected a caption and {key}")
+    if not isinstance(caption, str):
+        raise ValueError(f"caption: expected text, got {json.dumps(caption)[:100]}")
+    counts = Counter() if counts is None else counts
     spans: dict[tuple[int, int], list[Box]] = {}
-    for row in rows:
+    for row in box_rows(record, key):
         start, end, box, score = read_row(row, caption)
-        kept = score >= MIN_SCORE
-        if counts is not None:
-            counts["kept" if kept else f"scored below {MIN_SCORE}"] += 1
-        if kept:
-            spans.setdefault((start, end), []).append(box)
+        boxes = spans.setdefault((start, end), []) if score >= MIN_SCORE else []
+        if score < MIN_SCORE:
+            counts[f"scored below {MIN_SCORE}"] += 1
+        elif box in boxes:
+            counts["repeated"] += 1
+        else:
+            counts["kept"] += 1
+            boxes.append(box)
     outer = []
     for start, end in sorted(spans):
         others = [span for span in spans if span != (start, end)]
         inside = any(first <= start and end <= last for first, last in others)
-        overlaps = bool(outer) and start < outer[-1].end
-        if inside or overlaps:
-            if counts is not None:
-                counts["kept"] -= len(spans[start, end])
-                counts["in a nested or overlapping expression"] += len(spans[start, end])
+        if inside or outer and start < outer[-1].end:
+            counts["kept"] -= len(spans[start, end])
+            counts["in a nested or overlapping expression"] += len(spans[start, end])
         else:
             outer.append(Span(start, end, spans[start, end]))
     return outer
+
+
+def box_rows(record: dict, key: str) -> list:
+    """The rows of the first of `key`, "ref_exps" and "noun_chunks" that has any."""
+    found = [name for name in (key, "ref_exps", "noun_chunks") if record.get(name) is not None]
+    if not found:
+        raise ValueError("not a GRIT record: expected ref_exps or noun_chunks, lists of boxes")
+    for name in found:
+        if not isinstance(record[name], list):
+            raise ValueError(f"{name}: expected a list, got {json.dumps(record[name])[:100]}")
+    return next((record[name] for name in found if record[name]), [])
 
 
 def read_row(row, caption: str) -> tuple[int, int, Box, float]:
@@ -98,29 +110,24 @@ def read_row(row, caption: str) -> tuple[int, int, Box, float]:
     if start % 1 or end % 1 or not math.isfinite(score):
         raise ValueError(f"expected an integer start and end and a finite score, got {row!r}")
     if not 0 <= start < end <= len(caption):
-        raise ValueError(
-            f"span {row[0]}:{row[1]} is outside the caption, which has {len(caption)} characters"
-        )
-    box = (x1, y1, x2, y2)
-    if not all(-TOLERANCE <= value <= 1 + TOLERANCE for value in box):
-        raise ValueError(
-            f"box {box}: expected x1, y1, x2, y2 in 0..1; divide pixels by the size of the image"
-        )
-    clipped = tuple(min(max(value, 0.0), 1.0) for value in box)
-    if not (clipped[0] < clipped[2] and clipped[1] < clipped[3]):
-        raise ValueError(f"box {box}: expected x1 < x2 and y1 < y2 (corners, not x, y, width, height)")
-    return int(start), int(end), clipped, score
+        length = len(caption)
+        raise ValueError(f"span {row[0]}:{row[1]} is outside the caption, which has {length} characters")
+    try:
+        return int(start), int(end), clip_box((x1, y1, x2, y2)), score
+    except ValueError as error:
+        hint = "divide pixels by the size of the image, and x, y, width, height are not corners"
+        raise ValueError(f"{error}; {hint}") from None
 
 
-def encode_record(tokenizer: Tokenizer, record: dict) -> list[int]:
+def encode_record(tokenizer: Tokenizer, record: dict, counts: Counter | None = None) -> list[int]:
     """A GRIT record -> the ids that the original data loader makes of it, without <s> and </s>.
 
     The caption is tokenized once, as a whole. The boundaries of a phrase are found by counting the
     pieces of the text before its start and before its end, so a phrase consists of whole pieces: in
     "a 50% sale" the span "a 50" takes the piece "50%". Tags that stand literally in the caption are
-    ordinary text.
-    """
-    spans = read_spans(record)
+    ordinary text. `counts` counts what becomes of the boxes."""
+    counts = Counter() if counts is None else counts
+    spans = read_spans(record, counts=counts)
     caption = record["caption"]
     tags = []
     done = 0
@@ -128,6 +135,8 @@ def encode_record(tokenizer: Tokenizer, record: dict) -> list[int]:
         first, end = span_pieces(tokenizer, caption, span)
         first = max(first, done)
         if first >= end:  # all its pieces belong to the previous phrase
+            counts["kept"] -= len(span.boxes)
+            counts["in a phrase without words of its own"] += len(span.boxes)
             continue
         done = end
         objects = objects_text(span.boxes, tokenizer.grid)
@@ -197,9 +206,7 @@ def grit_to_text(record: dict, key: str = "ref_exps", grid: int = GRID) -> str:
     return text + caption[done:]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Rows
-# ----------------------------------------------------------------------------------------------------
+# ---- Rows ------------------------------------------------------------------------------------------
 
 # A row numbers its texts: 0 is the image, 1, 2, ... are texts about it, -1, -2, ... texts without an image.
 PADDING = -1_000_000  # the number of positions that fill up a row
@@ -344,39 +351,63 @@ class Grit:
 
     The file has one JSON record per line: "image" (a path, relative to the file), "caption",
     "noun_chunks", "ref_exps". As in the original training, all tokens of the text carry loss and
-    the text follows the image directly. Everything is checked at the start: ValueError names the
-    line of a bad record or of an image that is missing or unreadable.
-    """
+    the text follows the image directly. Records without a caption are skipped. At the start,
+    ValueError names the line of a bad record and of an image that is missing or no image. The pixels
+    are read during training only: an image that turns out to be damaged is reported once and replaced
+    by the next one, so row n is the same in every run."""
 
     def __init__(self, path: Path, tokenizer: Tokenizer, config: Kosmos2Config, seed: int):
+        self.path = path
         self.tokenizer = tokenizer
         self.config = config
         self.seed = seed
-        self.records: list[tuple[Path, list[int]]] = []
-        self.counts: Counter = Counter()  # what became of the boxes
-        room = config.text.max_positions - config.latent_query_num - 4  # <s>, <image>, </image>, </s>
+        self.records: list[tuple[int, Path, list[int]]] = []  # (line, image, ids)
+        self.counts: Counter = Counter()  # of records
+        self.box_counts: Counter = Counter(kept=0)  # what became of the boxes
         for number, line in enumerate(read_lines(path), start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-                read_spans(record, counts=self.counts)
-                ids = encode_record(tokenizer, record)
-                if len(ids) > room:
-                    raise ValueError(f"the text has {len(ids)} tokens; there is room for {room}")
-                image = path.parent / record["image"]
-                check_image(image)
+                self.add(number, json.loads(line))
             except KeyError as error:
                 raise ValueError(f"{path}, line {number}: no {error} in the record") from None
             except (ValueError, TypeError, OSError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
-            self.records.append((image, ids))
         if not self.records:
-            raise ValueError(f"{path} has no records")
+            raise ValueError(f"{path} has no records with a caption")
         self.epoch = -1
-        self.order = []
+        self.order: list[int] = []
+        self.unreadable: set[int] = set()  # indices of records
+
+    def add(self, number: int, record: dict) -> None:
+        """Check one record and keep its image and ids."""
+        if not isinstance(record, dict):
+            raise ValueError(f"expected a JSON object, got {type(record).__name__}")
+        self.counts["records"] += 1
+        name = record["image"]
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"image: expected a path, got {json.dumps(name)[:100]}")
+        caption = record["caption"]
+        if caption is None or isinstance(caption, str) and not caption.strip():
+            self.counts["without caption (skipped)"] += 1
+            return
+        kept = self.box_counts["kept"]
+        ids = encode_record(self.tokenizer, record, self.box_counts)
+        room = self.config.text.max_positions - self.config.latent_query_num - 4  # with the four tags
+        if len(ids) > room:
+            raise ValueError(f"the text has {len(ids)} tokens; there is room for {room}")
+        image = self.path.parent / name
+        check_image(image)
+        if self.box_counts["kept"] == kept:
+            self.counts["without boxes"] += 1
+        self.records.append((number, image, ids))
+
+    def summary(self) -> str:
+        """One line about the records and boxes."""
+        parts = []
+        for counts in (self.counts, self.box_counts):
+            parts.append(", ".join(f"{count} {what}" for what, count in counts.items()))
+        return f"{self.path}: {parts[0]}; boxes: {parts[1]}"
 
     def row(self, n: int) -> Row:
         epoch, at = divmod(n, len(self.records))
@@ -384,10 +415,23 @@ class Grit:
             self.epoch = epoch
             self.order = list(range(len(self.records)))
             random.Random(f"{self.seed} {epoch}").shuffle(self.order)
-        path, ids = self.records[self.order[at]]
-        row = Row(self.tokenizer, preprocess_image(open_image(path), self.config.vision.image_size))
-        row.add([], [*ids, EOS], 1)
-        return row
+        for i in range(at, at + len(self.order)):
+            index = self.order[i % len(self.order)]
+            if index in self.unreadable:
+                continue
+            number, image, ids = self.records[index]
+            try:
+                pixels = preprocess_image(open_image(image), self.config.vision.image_size)
+            except (OSError, ValueError) as error:
+                self.unreadable.add(index)
+                count = len(self.unreadable)
+                message = f"skipped line {number} of {self.path}: {error} ({count} unreadable so far)"
+                Progress(1).message(message)
+                continue
+            row = Row(self.tokenizer, pixels)
+            row.add([], [*ids, EOS], 1)
+            return row
+        raise ValueError(f"no image of {self.path} can be read")
 
 
 def read_lines(path: Path) -> list[str]:
@@ -412,17 +456,13 @@ def positive_int(text: str) -> int:
 
 
 def check_image(path: Path) -> None:
-    """Raise unless this is an image that Pillow can read.
-
-    (Reads only the header: a large data set has millions of images.)
-    """
+    """Raise unless this is an image that Pillow knows. (Reads only its header: there may be millions.)"""
     if not path.is_file():
-        raise FileNotFoundError(f"no image at {path}")
+        raise FileNotFoundError(f"no image at {printable(str(path))}")
     try:
-        with Image.open(path):
-            pass
+        Image.open(path).close()
     except Exception as error:  # Pillow's decoders raise many kinds
-        raise ValueError(f"cannot read image {path} ({error})") from None
+        raise ValueError(f"cannot read image {printable(str(path))} ({error})") from None
 
 
 class Steps(torch.utils.data.Dataset):
@@ -454,3 +494,9 @@ class Steps(torch.utils.data.Dataset):
         rows = [self.source.row(n) for n in range(start + self.rank, start + self.batch, self.world)]
         size = len(rows) // self.accumulate
         return [collate(rows[at : at + size]) for at in range(0, len(rows), size)]
+
+
+def as_arrays(micro_batches: list[dict[str, torch.Tensor]]) -> list[dict[str, np.ndarray]]:
+    """For a DataLoader: arrays come from its worker through a pipe, tensors through /dev/shm, which a
+    few batches would fill in a container."""
+    return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in micro_batches]

@@ -21,12 +21,9 @@ What makes so small a model learn to see in a few hours (tiny/README.md has meas
 """
 
 import argparse
-import io
 import json
 import math
 import os
-import random
-import re
 import sys
 import time
 import zipfile
@@ -40,6 +37,7 @@ from pathlib import Path
 # shapes, with several GB of scratch memory.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -48,127 +46,24 @@ from torch import nn
 
 from inference.convert import check_finite, check_target, replacing, save_checkpoint
 from inference.fast import load_checkpoint
-from inference.progress import progress_bar
-from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig
+from inference.progress import Progress, progress_bar, torchrun_rank
+from kosmos2 import Kosmos2
 from load_weights import SENTENCEPIECE
-from tokenizer import GRID, Tokenizer, strip_tags
-from training.data import Grit, Scenes, Steps, positive_int
+from sample import CommandParser, report_error, run_command
+from tokenizer import Tokenizer
+from training.data import Grit, Scenes, Steps, as_arrays, positive_int
 from training.evaluate import HELD_OUT, evaluate
 from training.patches import PatchHead
-from training.scenes import Scene, tasks
+from training.scenes import Scene
+from training.setup import CONFIG, carry_over, draw_curves, init_weights, train_vocabulary
 from training.stickers import Stickers
 
 ROOT = Path(__file__).resolve().parent.parent
 
-CONFIG = Kosmos2Config(
-    vision=VisionConfig(image_size=168, patch_size=14, width=192, layers=6, heads=3, mlp_width=768),
-    text=TextConfig(
-        vocab_size=1, width=192, layers=4, heads=3, mlp_width=768, max_positions=2048, no_repeat_ngram_size=0
-    ),
-    latent_query_num=32,
-)
 PARTS = ["vision", "resampler", "decoder"]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Vocabulary
-# ----------------------------------------------------------------------------------------------------
-
-
-def train_vocabulary(model_file: Path, stickers: Stickers | None = None, scenes: int = 5000) -> None:
-    """Train a sentencepiece model on texts about scenes; it covers all printable ASCII characters."""
-    import sentencepiece
-
-    texts = []
-    for seed in range(scenes):
-        for example in tasks(Scene.random(seed, stickers), random.Random(seed)):
-            texts.append(strip_tags(example.prompt + " " + example.answer))
-    # The trainer only considers pieces that at least two different words share.
-    for word in sorted(set(re.findall(r"\w+", " ".join(texts)))):
-        texts += [f"{word}.", f"{word},"]
-    content = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=content,  # a file name would be stored in the model
-        vocab_size=480,
-        hard_vocab_limit=False,
-        model_type="unigram",
-        required_chars="".join(chr(c) for c in range(33, 127)),
-        shuffle_input_sentence=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    model_file.write_bytes(content.getvalue())
-
-
-# ----------------------------------------------------------------------------------------------------
-# Initial weights
-# ----------------------------------------------------------------------------------------------------
-
-
-def sincos_2d(rows: int, columns: int, width: int) -> torch.Tensor:
-    """(rows * columns, width): sines and cosines of both coordinates, each row of unit length.
-
-    Frequencies go from low to high.
-    """
-    quarter = width // 4
-    frequencies = math.pi * torch.logspace(0, math.log10(min(rows, columns)), quarter) / 2
-    y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
-    parts = []
-    for coordinate in (x, y):
-        angles = coordinate.flatten()[:, None] * frequencies  # (rows * columns, quarter)
-        parts += [angles.sin(), angles.cos()]
-    table = torch.cat(parts, dim=1)  # (rows * columns, 4 * quarter)
-    return F.normalize(F.pad(table, (0, width - 4 * quarter)), dim=1)
-
-
-@torch.no_grad()
-def init_weights(model: Kosmos2, first_location: int, seed: int = 0) -> None:
-    """Fan-in scaling, halved for the last matrix of each residual branch, and zero biases.
-
-    The exceptions are explained in the module docstring.
-    """
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
-        elif name.endswith("bias"):
-            parameter.zero_()
-    for block in [*model.vision.layers, *model.decoder.layers]:
-        for last in (block.attn.out_proj, block.mlp.fc2):
-            last.weight *= 0.5
-    E = model.config.vision.width
-    grid = model.config.vision.grid
-    model.vision.class_embedding.normal_(std=E**-0.5)
-    model.resampler.dense.weight.normal_(std=1.0)
-    model.resampler.latent_query.normal_(std=1.0)
-    model.vision.position_embedding[1:] = sincos_2d(grid, grid, E) * math.sqrt(E)
-    locations = slice(first_location, first_location + GRID * GRID)
-    model.decoder.embed_tokens.weight[locations] = sincos_2d(GRID, GRID, model.config.text.width)
-
-
-@torch.no_grad()
-def carry_over(model: Kosmos2, tokenizer: Tokenizer, old_model: Kosmos2, old_tokenizer: Tokenizer) -> None:
-    """Copy the weights of another model of the same sizes, embeddings by the name of their token.
-
-    A piece that is not in the other vocabulary starts as the mean of the pieces that spell it there.
-    """
-    old = old_model.state_dict()
-    embedding = old.pop("decoder.embed_tokens.weight")
-    old_ids = {token: i for i, token in enumerate(old_tokenizer.id_to_token)}
-    for i, token in enumerate(tokenizer.id_to_token):
-        ids = [old_ids[token]] if token in old_ids else old_tokenizer.encode_words(token.replace("▁", " "))
-        model.decoder.embed_tokens.weight[i] = embedding[ids].mean(dim=0)
-    try:
-        model.load_state_dict(model.state_dict() | old)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"cannot continue from a model of other sizes ({reason})") from None
-
-
-# ----------------------------------------------------------------------------------------------------
-# The objective
-# ----------------------------------------------------------------------------------------------------
+# ---- The objective ---------------------------------------------------------------------------------
 
 
 class Losses(nn.Module):
@@ -212,9 +107,7 @@ def recompute_activations(model: Kosmos2) -> None:
         block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
-# ----------------------------------------------------------------------------------------------------
-# The run
-# ----------------------------------------------------------------------------------------------------
+# ---- The run ---------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
@@ -264,12 +157,9 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
+        self.output = Progress(args.steps)
         self.folder = args.out
-        self.rank = 0
-        self.world = 1
-        if dist.is_initialized():
-            self.rank = dist.get_rank()
-            self.world = dist.get_world_size()
+        self.rank, self.world = torchrun_rank()
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", self.rank % torch.cuda.device_count())
@@ -297,8 +187,7 @@ class Run:
         config = self.model.config
         if args.data:
             self.source = Grit(args.data, self.tokenizer, config, args.seed)
-            counts = [f"{count} {what}" for what, count in self.source.counts.items()]
-            self.say(f"boxes: {', '.join(counts)}\n")
+            self.say(self.source.summary())
         else:
             first = args.seed * 100_000_000
             without_texts = self.vision_steps * args.batch
@@ -317,7 +206,7 @@ class Run:
             return load_checkpoint(self.args.checkpoint)
         words = self.folder / SENTENCEPIECE
         if self.rank == 0 and not words.exists():
-            self.say("training the vocabulary\n")
+            self.say("training the vocabulary")
             train_vocabulary(words, self.stickers)
         if self.world > 1:
             dist.barrier()
@@ -354,7 +243,7 @@ class Run:
             raise ValueError(
                 f"cannot resume from {file} ({reason}); use the settings it was made with, or another --out"
             ) from None
-        self.say(f"resuming {self.folder} at step {self.step}\n")
+        self.say(f"resuming {self.folder} at step {self.step}")
 
     def settings(self) -> dict:
         """The options that may not change when a run is resumed."""
@@ -375,6 +264,7 @@ class Run:
         if self.rank == 0:
             check_finite(self.model)
             state = {
+                "kosmos2_training": True,  # load_weights.py refuses it by this key
                 "step": self.step, "minutes": self.minutes, "log": self.log, "settings": self.settings(),
                 "model": self.trained_parameters(),
                 "optimizers": [o.state_dict() for o in self.optimizers],
@@ -388,13 +278,14 @@ class Run:
                     raise OSError(f"cannot write {part} ({str(error).splitlines()[0]})") from None
 
     def set_learning_rate(self) -> None:
-        lr = learning_rate(self.step, self.last_step, self.args.lr)
+        peak, warmup = self.args.lr, self.args.warmup
+        lr = learning_rate(self.step, self.last_step, peak, warmup)
         if self.step >= self.vision_steps > 0:  # warm up again for the parts that start now
-            lr = min(lr, learning_rate(self.step - self.vision_steps, self.last_step, self.args.lr))
+            lr = min(lr, learning_rate(self.step - self.vision_steps, self.last_step, peak, warmup))
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = lr
 
-    def train_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    def train_step(self, micro_batches: list[dict[str, np.ndarray]]) -> dict[str, float]:
         """One update from all micro-batches of all processes; returns the mean losses.
 
         The gradient is that of the mean loss over all targets of the step, plus the mean patch loss.
@@ -404,7 +295,7 @@ class Run:
         count = max(self.sum_over_processes(counts), 1.0)
         sums = torch.zeros(5)  # losses and numbers of location tokens and of words, losses of patches
         for i, batch in enumerate(micro_batches):
-            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            batch = {name: torch.from_numpy(array).to(self.device) for name, array in batch.items()}
             synchronize = nullcontext()
             if self.world > 1 and i < len(micro_batches) - 1:
                 synchronize = self.losses.no_sync()  # gradients are averaged after the last one
@@ -461,16 +352,14 @@ class Run:
 
     def train(self) -> None:
         args = self.args
-        steps = Steps(
-            self.source,
-            self.step,
-            max(self.last_step, self.step),
-            args.batch,
-            args.accumulate,
-            self.rank,
-            self.world,
+        end = max(self.last_step, self.step)
+        steps = Steps(self.source, self.step, end, args.batch, args.accumulate, self.rank, self.world)
+        if self.world > 1:
+            share = f"{args.batch // self.world} of the {args.batch} images of each step"
+            print(f"process {self.rank} of {self.world} trains on {share}", file=sys.stderr)
+        loader = torch.utils.data.DataLoader(
+            steps, batch_size=None, num_workers=1, prefetch_factor=2, collate_fn=as_arrays
         )
-        loader = torch.utils.data.DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=8)
         recent = []
         clock = time.perf_counter()
         for micro_batches in loader:
@@ -487,19 +376,21 @@ class Run:
             due = self.step % (4 * args.save_every) == 0 or last
             if due and not args.data and self.step > self.vision_steps and self.rank == 0:
                 self.log.append({"step": self.step, "accuracy": self.measure()})
-                self.say("\n" + json.dumps(self.log[-1]) + "\n")
+                self.say(json.dumps(self.log[-1]))
             if self.step % args.save_every == 0 or last:
                 self.save()
         self.finish()
 
     def say(self, text: str) -> None:
         if self.rank == 0:
-            print(text, end="", file=sys.stderr, flush=True)
+            self.output.message(text)
 
     def progress(self, losses: dict[str, float]) -> None:
         left = self.minutes / self.step * (self.last_step - self.step)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        self.say("\r" + progress_bar(self.step, self.last_step, f"loss: {shown}  {left:.0f} min left "))
+        bar = progress_bar(self.step, self.last_step, f"loss: {shown}  {left:.0f} min left")
+        if self.rank == 0:
+            self.output.message(bar, end="" if self.output.in_place else "\n")
 
     def finish(self) -> None:
         """Write the model in the published layout, the log and its plot."""
@@ -508,40 +399,11 @@ class Run:
             with open(self.folder / "log.jsonl", "w", encoding="utf-8") as lines:
                 lines.writelines(json.dumps(row) + "\n" for row in self.log)
             draw_curves(self.log, self.folder / "loss.png")
-            self.say(f"\nwrote {self.folder}\n")
+            self.say(f"wrote {self.folder}")
 
 
-def draw_curves(log: list[dict], path: Path) -> None:
-    """Plot the losses and the accuracy of some tasks over the steps; needs matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("\nmatplotlib is not installed: no loss.png", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name, color in (("locations", "#c62828"), ("words", "#1565c0"), ("patches", "#2e7d32")):
-        points = [(row["step"], row[name]) for row in log if row.get(name)]
-        if points:
-            left.plot(*zip(*points, strict=True), color=color, label=name)
-    left.set(title="Loss per token", xlabel="step", ylabel="cross-entropy, nats", yscale="log")
-    rows = [row for row in log if "accuracy" in row]
-    shown = ["ground", "ground several", "refer relation", "caption", "describe box", "kind", "count"]
-    for task in shown:
-        points = [(r["step"], r["accuracy"][task]) for r in rows if task in r["accuracy"]]
-        right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=task)
-    right.set(title="Accuracy on held-out scenes", xlabel="step", ylim=(0, 1.02))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(frameon=False)
-    fig.savefig(path, dpi=110)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> CommandParser:
+    p = CommandParser("training.train", __doc__)
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "tiny", help="folder of the run")
     p.add_argument("--checkpoint", help="fine-tune these weights (anything that load_weights.py reads)")
     p.add_argument("--data", type=Path, metavar="JSONL", help="GRIT-format records (default: scenes)")
@@ -586,6 +448,7 @@ def add_optimization_options(p) -> None:
     )
     p.add_argument("--length", type=positive_int, default=256, help="tokens per row of scenes (default: 256)")
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
+    p.add_argument("--warmup", type=positive_int, default=100, metavar="STEPS", help="default: 100")
     p.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="default: muon")
     p.add_argument("--fp32", action="store_true", help="compute in float32 instead of bfloat16 autocast")
     p.add_argument(
@@ -600,9 +463,9 @@ def add_optimization_options(p) -> None:
     )
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv=None) -> argparse.Namespace:
     p = make_parser()
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if not 0 <= args.steps < 2**31 or not 0 <= args.vision_steps < 2**31:
         p.error("--steps and --vision-steps must be between 0 and 2^31")
     if not 0 < args.lr < math.inf:
@@ -612,21 +475,20 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    args = parse_arguments()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+def main(argv=None) -> int:
+    args = parse_arguments(argv)
     try:
-        run = Run(args)
-        run.train()
+        if torchrun_rank()[1] > 1:
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        Run(args).train()
     except KeyboardInterrupt:
         print("\nstopped; rerun the same command to resume from the last checkpoint", file=sys.stderr)
         return 130
-    except (OSError, ValueError) as error:
-        # The message of an error in a worker process begins with its traceback.
-        last_line = str(error).strip().split("\n")[-1]
-        print(f"train: {last_line.removeprefix('ValueError: ')}", file=sys.stderr)
-        return 1
+    except (OSError, ValueError, RuntimeError) as error:
+        lines = str(error).strip().split("\n")
+        if lines[0].startswith("Caught "):  # in the process that loads the data: its traceback follows
+            error = ValueError(lines[-1].removeprefix("ValueError: "))
+        return report_error("train", error)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -634,4 +496,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("train", main))

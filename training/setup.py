@@ -1,0 +1,149 @@
+"""What a training run starts with and leaves: vocabulary, initial weights, plots of its losses."""
+
+import io
+import math
+import random
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, VisionConfig
+from tokenizer import GRID, Tokenizer, strip_tags
+from training.scenes import Scene, tasks
+from training.stickers import Stickers
+
+# The sizes of the bundled model.
+CONFIG = Kosmos2Config(
+    vision=VisionConfig(image_size=168, patch_size=14, width=192, layers=6, heads=3, mlp_width=768),
+    text=TextConfig(
+        vocab_size=1, width=192, layers=4, heads=3, mlp_width=768, max_positions=2048, no_repeat_ngram_size=0
+    ),
+    latent_query_num=32,
+)
+
+
+# ---- Vocabulary ------------------------------------------------------------------------------------
+
+
+def train_vocabulary(model_file: Path, stickers: Stickers | None = None, scenes: int = 5000) -> None:
+    """Train a sentencepiece model on texts about scenes; it covers all printable ASCII characters."""
+    import sentencepiece
+
+    texts = []
+    for seed in range(scenes):
+        for example in tasks(Scene.random(seed, stickers), random.Random(seed)):
+            texts.append(strip_tags(example.prompt + " " + example.answer))
+    # The trainer only considers pieces that at least two different words share.
+    for word in sorted(set(re.findall(r"\w+", " ".join(texts)))):
+        texts += [f"{word}.", f"{word},"]
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=content,  # a file name would be stored in the model
+        vocab_size=480,
+        hard_vocab_limit=False,
+        model_type="unigram",
+        required_chars="".join(chr(c) for c in range(33, 127)),
+        shuffle_input_sentence=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    model_file.write_bytes(content.getvalue())
+
+
+# ---- Initial weights -------------------------------------------------------------------------------
+
+
+def sincos_2d(rows: int, columns: int, width: int) -> torch.Tensor:
+    """(rows * columns, width): sines and cosines of both coordinates, each row of unit length.
+
+    Frequencies go from low to high.
+    """
+    quarter = width // 4
+    frequencies = math.pi * torch.logspace(0, math.log10(min(rows, columns)), quarter) / 2
+    y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
+    parts = []
+    for coordinate in (x, y):
+        angles = coordinate.flatten()[:, None] * frequencies  # (rows * columns, quarter)
+        parts += [angles.sin(), angles.cos()]
+    table = torch.cat(parts, dim=1)  # (rows * columns, 4 * quarter)
+    return F.normalize(F.pad(table, (0, width - 4 * quarter)), dim=1)
+
+
+@torch.no_grad()
+def init_weights(model: Kosmos2, first_location: int, seed: int = 0) -> None:
+    """Fan-in scaling, halved for the last matrix of each residual branch, and zero biases.
+
+    The exceptions are explained in the docstring of train.py.
+    """
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            parameter.zero_()
+    for block in [*model.vision.layers, *model.decoder.layers]:
+        for last in (block.attn.out_proj, block.mlp.fc2):
+            last.weight *= 0.5
+    E = model.config.vision.width
+    grid = model.config.vision.grid
+    model.vision.class_embedding.normal_(std=E**-0.5)
+    model.resampler.dense.weight.normal_(std=1.0)
+    model.resampler.latent_query.normal_(std=1.0)
+    model.vision.position_embedding[1:] = sincos_2d(grid, grid, E) * math.sqrt(E)
+    locations = slice(first_location, first_location + GRID * GRID)
+    model.decoder.embed_tokens.weight[locations] = sincos_2d(GRID, GRID, model.config.text.width)
+
+
+@torch.no_grad()
+def carry_over(model: Kosmos2, tokenizer: Tokenizer, old_model: Kosmos2, old_tokenizer: Tokenizer) -> None:
+    """Copy the weights of another model of the same sizes, embeddings by the name of their token.
+
+    A piece that is not in the other vocabulary starts as the mean of the pieces that spell it there.
+    """
+    old = old_model.state_dict()
+    embedding = old.pop("decoder.embed_tokens.weight")
+    old_ids = {token: i for i, token in enumerate(old_tokenizer.id_to_token)}
+    for i, token in enumerate(tokenizer.id_to_token):
+        ids = [old_ids[token]] if token in old_ids else old_tokenizer.encode_words(token.replace("▁", " "))
+        model.decoder.embed_tokens.weight[i] = embedding[ids].mean(dim=0)
+    try:
+        model.load_state_dict(model.state_dict() | old)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"cannot continue from a model of other sizes ({reason})") from None
+
+
+# ---- Curves ----------------------------------------------------------------------------------------
+
+
+def draw_curves(log: list[dict], path: Path) -> None:
+    """Plot the losses and the accuracy of some tasks over the steps; needs matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("\nmatplotlib is not installed: no loss.png", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, color in (("locations", "#c62828"), ("words", "#1565c0"), ("patches", "#2e7d32")):
+        points = [(row["step"], row[name]) for row in log if row.get(name)]
+        if points:
+            left.plot(*zip(*points, strict=True), color=color, label=name)
+    left.set(title="Loss per token", xlabel="step", ylabel="cross-entropy, nats", yscale="log")
+    rows = [row for row in log if "accuracy" in row]
+    shown = ["ground", "ground several", "refer relation", "caption", "describe box", "kind", "count"]
+    for task in shown:
+        points = [(r["step"], r["accuracy"][task]) for r in rows if task in r["accuracy"]]
+        right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=task)
+    right.set(title="Accuracy on held-out scenes", xlabel="step", ylim=(0, 1.02))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(frameon=False)
+    fig.savefig(path, dpi=110)
