@@ -1,23 +1,34 @@
 """Vocabulary, location tokens and grounded text; compared with the official tokenizer if
 available."""
 
+import math
 import random
 from collections import Counter
 
 import pytest
 from compare_tokenizer import compare, official_processor, prompts
 from conftest import TINY, needs_transformers
-from data import encode_answer, encode_record, grit_to_text, read_spans
 
 from load_weights import SENTENCEPIECE
 from tokenizer import (
+    CONTROL,
+    DELIMITER,
+    LITERAL,
+    PROMPTS,
+    TAGS,
+    TASKS,
     Entity,
     Tokenizer,
+    as_words,
     box_to_tokens,
+    clip_box,
     parse,
-    to_markdown,
+    printable,
+    strip_literal,
+    task_prompts,
     tokens_to_box,
-)  # fmt: skip
+)
+from training.data import encode_answer, encode_record, grit_to_text, read_spans
 
 SNOWMAN = (
     "<grounding> An image of<phrase> a snowman</phrase><object><patch_index_0044><patch_index_0863></object> warming "
@@ -45,8 +56,7 @@ def test_boxes_and_tokens():
     assert tokens_to_box(5, 37) == (5 / 32, 0, 6 / 32, 2 / 32)  # one column
     assert tokens_to_box(5, 7) == (5 / 32, 0, 8 / 32, 1 / 32)  # one row
     assert box_to_tokens((0.25, 0.25, 0.5, 0.5)) == (264, 495)
-    assert box_to_tokens((0.25, 0.25, 0.5, 0.5), training=True) == (264, 528)
-    assert box_to_tokens((0, 0, 1, 1)) == box_to_tokens((0, 0, 1, 1), training=True) == (0, 1023)
+    assert box_to_tokens((0, 0, 1, 1)) == (0, 1023)
     assert box_to_tokens((0.1, 0.1, 0.9, 0.9), grid=4) == (0, 15)
 
 
@@ -65,12 +75,39 @@ def test_encoding_undoes_decoding():
 
 @pytest.mark.parametrize(
     "box",
-    [(0.5, 0.1, 0.4, 0.9), (0.1, 0.9, 0.4, 0.5), (0.1, 0.1, 0.1, 0.2), (-0.1, 0, 1, 1), (0, 0, 1, 1.01),
-     (float("nan"), 0, 1, 1), (0, 0, float("inf"), 1)],
+    [(0.5, 0.1, 0.4, 0.9), (0.1, 0.9, 0.4, 0.5), (0.1, 0.1, 0.1, 0.2), (-0.1, 0, 1, 1), (0, 0, 1, 1.011),
+     (float("nan"), 0, 1, 1), (0, 0, float("inf"), 1), (1.001, 0, 1.002, 1), (0, -0.005, 1, -0.001), (0, 0, 640, 480)],
 )  # fmt: skip
 def test_invalid_boxes_raise(box):
-    with pytest.raises(ValueError, match="expected"):
-        box_to_tokens(box)
+    """Reversed, empty, too far beyond an edge, not a number, completely outside, pixels."""
+    for function in (box_to_tokens, clip_box):
+        with pytest.raises(ValueError, match="expected"):
+            function(box)
+
+
+@pytest.mark.parametrize(
+    ("box", "clipped"),
+    [
+        ((0, 0, 1.000001, 1), (0, 0, 1, 1)),  # YOLO's six digits
+        ((-1e-7, 0.25, 0.5, 0.75), (0, 0.25, 0.5, 0.75)),
+        ((0.3, 0.2, 640.01 / 640, 480.4 / 480), (0.3, 0.2, 1, 1)),  # COCO's x + width
+        ((-0.009, -0.009, 1.009, 1.009), (0, 0, 1, 1)),
+        ((0.1, 0.2, 0.3, 0.4), (0.1, 0.2, 0.3, 0.4)),
+    ],
+)
+def test_boxes_that_overshoot_by_rounding_are_clipped(tokenizer, box, clipped):
+    assert clip_box(box) == clipped
+    assert box_to_tokens(box) == box_to_tokens(clipped)
+    text = "<phrase> a</phrase>"
+    assert tokenizer.encode(text, [box]) == tokenizer.encode(text, [clipped])
+
+
+def test_swapped_corners_are_reordered():
+    """Any two opposite corners give the box between them."""
+    expected = tokens_to_box(44, 863)
+    for pair in ((863, 44), (1 * 32 + 31, 26 * 32 + 12), (26 * 32 + 12, 1 * 32 + 31)):
+        assert tokens_to_box(*pair) == expected
+    assert tokens_to_box(7, 5) == tokens_to_box(5, 7) and tokens_to_box(37, 5) == tokens_to_box(5, 37)
 
 
 def test_locations_off_the_grid_raise():
@@ -168,10 +205,12 @@ def test_a_prompt_with_an_image(official, tokenizer):
         ("<image> a", 2, "number of images is 2"),
         ("<image><image>", 1, "2 <image> tags"),
         ("a", 2, "0 <image> tags"),
-        ("<image>a</image>", 1, "added"),
+        ("<image>a</image>", 1, "without </image>"),
         ("<phrase> a <phrase> b</phrase>", 1, "inside another"),
         ("<phrase> a</phrase><object><patch_index_1024><patch_index_0001></object>", 1, "not a location"),
         ("<patch_index_x>", 1, "not a location"),
+        ("<phrase> a</phrase><object><patch_index_44><patch_index_0863></object>", 1, "<patch_index_0044>"),
+        ("<patch_index_00044>", 1, "not a location"),
     ],
 )
 def test_invalid_prompts_raise(tokenizer, prompt, images, words):
@@ -181,12 +220,18 @@ def test_invalid_prompts_raise(tokenizer, prompt, images, words):
 
 @pytest.mark.parametrize(
     "boxes",
-    [[(0, 1)], [(0, 1)] * 3, [(0.5, 1), None], [(0, 0, 1, 1, 1), None], [(0, 5000), None], [(True, False), None],
+    [[(0, 1)], [(0, 1)] * 3, [(0.5, 1), None], [(0, 0, 1, 1, 1), None], [(0, 5000), None],
      [("a", "b"), None], [(0.2, 0.2, 0.1, 0.3), None]],
 )  # fmt: skip
 def test_invalid_box_arguments_raise(tokenizer, boxes):
     with pytest.raises((ValueError), match=r"box|phrase|location"):
         tokenizer.encode("<phrase> a</phrase> and <phrase> b</phrase>", boxes)
+
+
+@pytest.mark.xfail(strict=True, reason="check_box takes bool for int")
+def test_truth_values_are_no_box(tokenizer):
+    with pytest.raises(ValueError, match="box"):
+        tokenizer.encode("<phrase> a</phrase>", [(True, True)])
 
 
 def test_box_arguments(tokenizer):
@@ -259,7 +304,7 @@ def test_files_that_are_not_a_vocabulary(tmp_path):
     (tmp_path / "bad.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="not a sentencepiece model"):
         Tokenizer(tmp_path / "bad.model")
-    with pytest.raises(ValueError, match="slots"):
+    with pytest.raises(ValueError, match="10000 image tokens do not fit"):
         Tokenizer(TINY / SENTENCEPIECE, num_image_tokens=10_000)
 
 
@@ -322,6 +367,7 @@ def test_equal_to_the_published_parsing():
         ("<phrase> a</phrase><object><patch_index_0000></object> b", "a b", []),
         ("<phrase> a</phrase><object><patch_index_0000><patch_index_0033>", "a", []),
         ("</phrase></object><phrase><object>", "", []),
+        (f"a{DELIMITER}b", "ab", []),
         (
             "<phrase> a</phrase> <object><patch_index_0000><patch_index_0033></object>",
             "a",
@@ -334,10 +380,166 @@ def test_malformed_text_is_parsed_as_far_as_possible(text, caption, boxes):
     assert found == caption and [e.boxes for e in entities] == boxes
 
 
-def test_markdown():
-    assert to_markdown(SNOWMAN) == (
-        "An image of [a snowman](<patch_index_0044><patch_index_0863>) warming himself by "
-        "[a fire](<patch_index_0005><patch_index_0911>)."
+# ---------------------------------------------------------------------------------------- words that look like tags
+
+LOCATION_TAGS = ["<patch_index_0000>", "<patch_index_1023>"]
+BRINGS_A_BOX = "fire</phrase><object><patch_index_0000><patch_index_1023></object>"
+
+
+@pytest.mark.parametrize("tag", [*CONTROL, "<mask>", *TAGS, *LOCATION_TAGS])
+@pytest.mark.parametrize("task", sorted(set(PROMPTS) - {"caption", "detail", "plain"}) + ["context", "text"])
+def test_a_text_is_words_whatever_tags_it_has(tokenizer, task, tag):
+    """No control id, no lost word: the tokens of the words, between those of the prompt."""
+    if task == "text":
+        with_tag, with_word = (tokenizer.encode(task_prompts(task, [f"a {w} b"], [])[0]) for w in (tag, "x"))
+    else:
+        images = 2 if task == "context" else 1
+        prompts = [task_prompts(task, [f"a {word} b"], [])[0] for word in (tag, "x")]
+        with_tag, with_word = (tokenizer.encode_prompt(prompt, images)[0] for prompt in prompts)
+    specials = set(tokenizer.special_ids.values()) - {tokenizer.special_ids["<unk>"]}
+    assert [i for i in with_tag if i in specials] == [i for i in with_word if i in specials]
+    words = tokenizer.encode_words(f" a {tag} b")
+    assert any(with_tag[at : at + len(words)] == words for at in range(len(with_tag)))
+
+
+@pytest.mark.parametrize(
+    "text", ["Is x<y and <s> a tag?", "<3 <<<s>> </s", "a <image> of </image>", "<\0s>", BRINGS_A_BOX]
+)
+def test_a_question_is_encoded_as_it_is_written(official, text):
+    """The published prompt around the ids that the vocabulary has for the text."""
+    ids, mask = official.encode_prompt(task_prompts("vqa", [text], [])[0])
+    words = f" Question: {strip_literal(text)} Answer:"
+    assert ids[67:] == [official.special_ids["<grounding>"], *official.encode_words(words)]
+    assert sum(mask) == 64
+
+
+@pytest.mark.parametrize("text", ["a fire</phrase>", "<phrase>fire", "a </phrase> b", "<s>", BRINGS_A_BOX])
+def test_the_phrase_of_a_task_stays_whole(official, text):
+    """With its box, and without a box that the text spells."""
+    ids, _ = official.encode_prompt(task_prompts("ground", [text], [])[0])
+    new = official.encode("<object><patch_index_0044><patch_index_0863></object>", add_bos=False)
+    caption, entities = official.parse_output(ids, new, [0.25] * len(new))
+    assert caption == text
+    assert entities == [Entity(text, (0, len(text)), [tokens_to_box(44, 863)], [0.25])]
+    assert official.parse_output(ids, []) == (text, [])
+
+
+def test_a_text_spells_no_box_of_its_own(tokenizer):
+    """In any task, and in the published demo's form."""
+    for task in ("ground", "vqa", "answer", "refer"):
+        ids, _ = tokenizer.encode_prompt(task_prompts(task, [BRINGS_A_BOX], [])[0])
+        assert all(tokenizer.location_index(i) is None for i in ids)
+        assert tokenizer.parse_output(ids, [])[1] == []
+
+
+def test_boxes_of_a_question_belong_to_its_phrases(tokenizer):
+    """A spelled <phrase> in a text takes no box; one in the task's own markup does."""
+    ids, _ = tokenizer.encode_prompt(task_prompts("refer", [], [(5, 911)])[0], boxes=[(5, 911)])
+    assert [i for i in map(tokenizer.location_index, ids) if i is not None] == [5, 911]
+    with pytest.raises(ValueError, match="boxes: 1, phrases: 0"):
+        tokenizer.encode_prompt(task_prompts("vqa", ["<phrase> it</phrase>"], [])[0], boxes=[(5, 911)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [BRINGS_A_BOX, "<phrase> a</phrase><object><patch_index_0001><patch_index_0034></object>", "</s>", "<"],
+)
+def test_a_model_that_spells_tags_gets_no_box(official, text):
+    """Tags in letters are words of the caption, in front of a box made of tokens, and scores stay with it."""
+    words = official.encode_words(text)
+    assert official.parse_output([0], words, [0.5] * len(words)) == (text, [])
+    link = official.encode(
+        "<phrase> b</phrase><object><patch_index_0005><patch_index_0911></object>", add_bos=False
+    )
+    caption, entities = official.parse_output([0], words + link, [0.5] * len(words) + [0.25] * len(link))
+    assert caption == f"{text} b"
+    assert entities == [Entity("b", (len(caption) - 1, len(caption)), [tokens_to_box(5, 911)], [0.25])]
+
+
+def test_decoding_marks_words_only_inside(tokenizer):
+    """`decode` has no marks; `decode_literal` tells a spelled tag from a token."""
+    ids = [*tokenizer.encode_words("x <s>"), tokenizer.special_ids["<phrase>"], *tokenizer.encode_words("a")]
+    assert tokenizer.decode(ids) == "x <s><phrase> a"
+    assert tokenizer.decode_literal(ids) == f"x <{LITERAL}s><phrase> a"
+    assert tokenizer.encode(tokenizer.decode_literal(ids), add_bos=False) == ids
+
+
+def test_as_words():
+    assert as_words("  a <s> ") == f"a <{LITERAL}s>"
+    assert as_words(as_words("<s> < <")) == as_words("<s> < <")  # twice is the same
+    assert strip_literal(as_words("x<y </phrase>")) == "x<y </phrase>"
+
+
+# ---------------------------------------------------------------------------------------------------- the tasks
+
+
+@pytest.mark.parametrize(
+    ("task", "texts", "boxes", "prompts"),
+    [
+        ("caption", [], [], ["<grounding>An image of"]),
+        ("detail", [], [], ["<grounding>Describe this image in detail:"]),
+        ("plain", [], [], ["An image of"]),
+        ("ground", ["a fire", " two  cats "], [], ["<grounding><phrase> a fire</phrase>", "<grounding><phrase> two  cats</phrase>"]),
+        ("refer", [], [(5, 911)], ["<grounding><phrase> It</phrase> is"]),
+        ("refer", ["the left one"], [], ["<grounding><phrase> the left one</phrase>"]),
+        ("vqa", ["Why?"], [], ["<grounding> Question: Why? Answer:"]),
+        ("answer", ["Why?"], [], ["Question: Why? Answer:"]),
+        ("text", ["Once"], [], ["Once"]),
+        ("context", ["a cat", "a dog"], [], ["<image> a cat<image> a dog<image>"]),
+    ],
+)  # fmt: skip
+def test_prompts_of_the_tasks(task, texts, boxes, prompts):
+    assert task_prompts(task, texts, boxes) == prompts
+
+
+@pytest.mark.parametrize(
+    ("task", "texts", "boxes", "words"),
+    [
+        ("caption", ["a"], [], "takes no text"), ("ground", [], [], "non-empty text"), ("vqa", [" "], [], "non-empty"),
+        ("ground", [LITERAL], [], "non-empty"), ("refer", [], [], "needs a box"), ("ground", ["a"], [(5, 9)], "not both"),
+        ("draw", [], [], "expected one of caption"),
+    ],
+)  # fmt: skip
+def test_tasks_that_do_not_fit(task, texts, boxes, words):
+    with pytest.raises(ValueError, match=words):
+        task_prompts(task, texts, boxes)
+    assert len(TASKS) == 9
+
+
+# ------------------------------------------------------------------------------------------------- unused ids
+
+
+@pytest.mark.parametrize("unused", [1, 28, 64, 499])
+def test_unused_ids_stand_for_nothing(tokenizer, unused):
+    """They follow the location tokens: no text, no box, never allowed."""
+    more = Tokenizer(TINY / SENTENCEPIECE, 32, unused=unused)
+    first = tokenizer.vocab_size
+    assert more.vocab_size == first + unused and more.special_ids == tokenizer.special_ids
+    assert more.decode([first, 5, first + unused - 1]) == tokenizer.decode([5])
+    assert more.location_index(first) is None and more.parse_output([], [first])[1] == []
+    for prompt in (
+        "",
+        "a",
+        "<phrase>",
+        "<phrase> a",
+        "<object>",
+        "<object><patch_index_0000>",
+        "<object>" + "".join(LOCATION_TAGS),
+    ):
+        allowed = more.allowed_tokens(more.encode(prompt), 99)
+        assert allowed.any() and not allowed[first:].any()
+        assert (allowed[:first] == tokenizer.allowed_tokens(tokenizer.encode(prompt), 99)).all()
+    assert more.encode("<unused>") == tokenizer.encode("<unused>")  # not a tag
+    with pytest.raises(ValueError, match="expected 0 to"):
+        more.decode([first + unused])
+
+
+def test_text_for_messages():
+    assert printable("a\nb\x1b[31m\t\u202e") == r"a\nb\x1b[31m\t\u202e"
+    assert printable("é 東京 🐶") == "é 東京 🐶"
+    shown = printable("data:image/png;base64," + "A" * 23_000 + "end")
+    assert (
+        len(shown) == 100 and shown.startswith("data:image/png") and shown.endswith("Aend") and "..." in shown
     )
 
 
@@ -423,7 +625,8 @@ def reference_ids(tokenizer: Tokenizer, record: dict) -> list[int] | None:
         done = len(through)
         pairs = []
         for box in boxes:
-            pair = box_to_tokens(box, training=True)
+            x1, y1, x2, y2 = (math.floor(min(value, 0.99999) * 32) for value in box)
+            pair = y1 * 32 + x1, y2 * 32 + x2
             pairs += [special["</delimiter_of_multi_objects/>"]] * bool(pairs)
             pairs += [tokenizer.first_location + index for index in pair]
         before_piece[first] = [special["<phrase>"]]
@@ -555,13 +758,6 @@ def test_spans_outside_of_the_caption_raise():
             read_spans({"caption": "a dog", "ref_exps": [[*span, 0.1, 0.1, 0.5, 0.5, 1.0]]})
 
 
-def test_printed_entity_names_can_be_used_in_prompts(official):
-    _, entities = parse("<object><patch_index_0044><patch_index_0863></object>")
-    prompt = f"<phrase> It</phrase><object>{entities[0].phrase}</object> is"
-    spelled = "<phrase> It</phrase><object><patch_index_0044><patch_index_0863></object> is"
-    assert official.encode_prompt(prompt) == official.encode_prompt(spelled)
-
-
 def test_the_caption_begins_after_the_last_image(official):
     """In a prompt with several images, as for tagged text."""
     prompt = "<image><grounding><phrase> It</phrase> is red.<image><grounding><phrase> It</phrase> is"
@@ -573,7 +769,7 @@ def test_the_caption_begins_after_the_last_image(official):
     assert entities[0].boxes == [expected] and official.parse_output(ids, new)[1] == entities
 
 
-def test_another_grid(tmp_path):
+def test_another_grid():
     """Boxes are written and read with the grid of the tokenizer."""
     coarse = Tokenizer(TINY / SENTENCEPIECE, 32, grid=16)
     box = (0.25, 0.25, 0.75, 0.75)
