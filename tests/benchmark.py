@@ -27,8 +27,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import load_weights  # noqa: E402
+from inference.fast import load_checkpoint  # noqa: E402
+from inference.shortcuts import with_drafts  # noqa: E402
 from kosmos2 import Kosmos2, finish, pad_left  # noqa: E402
-from load_weights import Checkpoint, load_checkpoint  # noqa: E402
 
 TOKENS, BATCH, BATCH_TOKENS = 64, 16, 32
 
@@ -129,7 +131,7 @@ CAPTION = [64007, 10, 43867, 64008, 64009, 64057, 64876, 64010, 5950, 597, 32,
 
 
 def measure_draft(side: Ours, rounds: int) -> str:
-    """The time for CAPTION, which a constraint forces, without and with `Tokenizer.likely_next`."""
+    """The time for CAPTION, which a constraint forces, without and with drafts (inference/shortcuts.py)."""
     model, tokenizer = side.model, side.tokenizer
     ids, mask = tokenizer.encode_prompt("<grounding>An image of")
     tokens, image_mask, _ = pad_left([(ids, mask)])
@@ -143,9 +145,11 @@ def measure_draft(side: Ours, rounds: int) -> str:
     times = defaultdict(list)
     counts = {}
     for _ in range(rounds + 1):
-        for draft in (None, tokenizer.likely_next):
-            options = {"max_new_tokens": len(CAPTION), "constraint": force, "draft": draft}
+        for draft in (False, True):
+            options = {"max_new_tokens": len(CAPTION), "constraint": force}
             state = model.prefill(tokens, image_embeds=image, image_mask=image_mask, **options)
+            if draft:
+                state = with_drafts(state, tokenizer)
             steps.clear()
             times[draft].append(seconds(lambda state=state: finish(state)))
             counts[draft] = len(steps)
@@ -194,6 +198,7 @@ def whole_process(*arguments: str) -> tuple[float, float]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=tempfile.gettempdir(),
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -231,7 +236,7 @@ def measure_start(checkpoint: str) -> list[str]:
     script = str(ROOT / "sample.py")
     imports = statistics.median(whole_process("-c", "import torch")[0] for _ in range(3))
     bundled = statistics.median(whole_process(script)[0] for _ in range(3))
-    stored = Checkpoint(checkpoint).stored.values()
+    stored = load_weights.Checkpoint(checkpoint).stored.values()
     read = min(
         seconds(lambda: [float(s.read().sum()) for s in stored]) for _ in range(2)
     )  # from the page cache
@@ -241,8 +246,7 @@ def measure_start(checkpoint: str) -> list[str]:
         start, peak = whole_process(script, "--checkpoint", checkpoint, *one_token, precision)
         memory.append(f"{precision} {peak:.1f} GB")
     with tempfile.TemporaryDirectory(dir=Path(checkpoint).parent) as folder:
-        save = ["--save", folder, "--precision", "int8"]
-        whole_process(str(ROOT / "load_weights.py"), checkpoint, *save)
+        whole_process("-m", "inference.convert", checkpoint, folder, "--precision", "int8")
         start_int8, peak = whole_process(script, "--checkpoint", folder, *one_token, "int8")
     return [
         f"peak memory of sample.py: {', '.join(memory)}, from an int8 checkpoint {peak:.1f} GB",
@@ -278,7 +282,7 @@ def compare_with_openvino(checkpoint: str, rounds: int) -> None:
     from openvino_peer import OpenVino, convert
 
     side = Ours(checkpoint, "int8")
-    model, tokenizer = load_checkpoint(checkpoint)
+    model, tokenizer = load_weights.load_checkpoint(checkpoint)  # plain layers, which can be traced
     times: dict = defaultdict(list)
     sides = {}
     for bits in (8, 4):

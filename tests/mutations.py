@@ -19,18 +19,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITE = [
-    "test_model",
-    "test_parity",
-    "test_grounding",
-    "test_tokenizer",
-    "test_loader",
-    "test_packed",
-    "test_training",
-    "test_sample",
-]
-
-MODEL, TOKENIZER, LOADER, DATA = "kosmos2.py", "tokenizer.py", "load_weights.py", "training/data.py"
+MODEL, TOKENIZER, LOADER = "kosmos2.py", "tokenizer.py", "load_weights.py"
+FAST, CONVERT = "inference/fast.py", "inference/convert.py"
+BEAM, SHORTCUTS = "inference/beam.py", "inference/shortcuts.py"
+DATA, SCENES = "training/data.py", "training/scenes.py"
+# The tests of each file, which are tried first; then all others.
+TESTS_OF = {
+    MODEL: ["test_parity", "test_model", "test_grounding"],
+    TOKENIZER: ["test_tokenizer", "test_grounding"],
+    LOADER: ["test_loader"],
+    FAST: ["test_fast", "test_convert"],
+    CONVERT: ["test_convert"],
+    BEAM: ["test_beam"],
+    SHORTCUTS: ["test_shortcuts"],
+    DATA: ["test_tokenizer", "test_training"],
+    SCENES: ["test_tokenizer", "test_training"],
+}
+SUITE = list(dict.fromkeys(name for names in TESTS_OF.values() for name in names))
 # fmt: off
 MUTATIONS = [
     # name, file, the code as it is, the code as it should not be
@@ -41,7 +46,7 @@ MUTATIONS = [
     ("post-norm instead of pre-norm", MODEL, "x = x + self.mlp(self.norm2(x))", "x = self.norm2(x + self.mlp(x))"),
     ("features not of unit length", MODEL, "F.normalize(self.post_layernorm(x), dim=-1)", "self.post_layernorm(x)"),
     ("no norm after the ViT", MODEL, "F.normalize(self.post_layernorm(x), dim=-1)", "F.normalize(x, dim=-1)"),
-    ("ViT positions after its first norm", MODEL, "self.pre_layernorm(x + positions)", "self.pre_layernorm(x) + positions"),
+    ("ViT positions after its first norm", MODEL, "self.pre_layernorm(x + self.position_embedding)", "self.pre_layernorm(x) + self.position_embedding"),
     ("[CLS] last", MODEL, "x = torch.cat([cls, patches], dim=1)", "x = torch.cat([patches, cls], dim=1)"),
     ("patches column by column", MODEL, "patches.flatten(2).transpose(1, 2)", "patches.transpose(2, 3).flatten(2).transpose(1, 2)"),
     ("exact GELU in the ViT", MODEL, "return x * torch.sigmoid(1.702 * x)", "return F.gelu(x)"),
@@ -52,17 +57,17 @@ MUTATIONS = [
     ("no bias on queries", MODEL, "q = self.q_proj(x)", "q = F.linear(x, self.q_proj.weight)"),
     ("attention not scaled", MODEL, "(q, k, v, attn_mask=mask)", "(q, k, v, attn_mask=mask, scale=1.0)"),
     ("heads not in order", MODEL, "attended.transpose(1, 2).reshape(B, T, D)", "attended.reshape(B, T, D)"),
-    ("one token of the future", MODEL, "device=device).tril(S - T)", "device=device).tril(S - T + 1)"),
-    ("a token does not attend to itself", MODEL, "device=device).tril(S - T)", "device=device).tril(S - T - 1)"),
+    ("one token of the future", MODEL, "device=pad_mask.device).tril(S - T)", "device=pad_mask.device).tril(S - T + 1)"),
+    ("a token does not attend to itself", MODEL, "device=pad_mask.device).tril(S - T)", "device=pad_mask.device).tril(S - T - 1)"),
     ("padding is attended to", MODEL, "mask = mask & ~pad_mask[:, None, :]", "mask = mask.expand(len(pad_mask), -1, -1)"),
-    ("padding has positions", MODEL, "torch.ones_like(tokens) if pad_mask is None else (~pad_mask).long()", "torch.ones_like(tokens)"),
+    ("padding has positions", MODEL, "(~pad_mask).cumsum(dim=1)", "torch.ones_like(pad_mask).cumsum(dim=1)"),
     ("positions from 1", MODEL, "FIRST_POSITION = 2", "FIRST_POSITION = 1"),
-    ("wrong guesses stay in the cache", MODEL, "cache.length -= len(self.drafted)", "pass"),
-    ("a guess is accepted unseen", MODEL, "if self.drafted and self.drafted[0][0] == token:", "if self.drafted:"),
-    ("the logits of a guess are those before it", MODEL, "(token, logits[:, i]) for i, token in enumerate(draft, start=1)", "(token, logits[:, i]) for i, token in enumerate(draft)"),
-    ("scales of int8 checkpoints not read", LOADER, "scale = self.scales[name].read().float()", "scale = torch.ones(self.scales[name].shape) / 127"),
-    ("positions do not advance while decoding", MODEL, "self.next_position = position + 1", "self.next_position = position + 0"),
-    ("prefix does not shift positions", MODEL, "token_positions(tokens, pad_mask) + past", "token_positions(tokens, pad_mask)"),
+    ("wrong guesses stay in the cache", SHORTCUTS, "cache.length -= count", "pass"),
+    ("a guess is accepted unseen", SHORTCUTS, "if self.guesses and self.guesses[0][0] == tokens[0]:", "if self.guesses:"),
+    ("the logits of a guess are those before it", SHORTCUTS, "(token, logits[:, i]) for i, token in enumerate(draft, start=1)", "(token, logits[:, i]) for i, token in enumerate(draft)"),
+    ("scales of int8 checkpoints not read", FAST, "scale = scale.float()", "scale = torch.ones(scale.shape) / 127"),
+    ("positions do not advance while decoding", MODEL, "self.next_position = positions[:, -1:] + 1", "self.next_position = positions[:, -1:]"),
+    ("prefix does not shift positions", SHORTCUTS, "state.next_position = prefix.next_position.expand(B, 1)", "pass"),
     ("sines and cosines interleaved", MODEL, "torch.cat([angles.sin(), angles.cos()], dim=-1)", "torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)"),
     ("textbook frequencies", MODEL, "math.log(10000) / max(half - 1, 1)", "math.log(10000) / half"),
     ("embeddings not scaled", MODEL, "x = x * math.sqrt(D) + sin", "x = x + sin"),
@@ -74,25 +79,36 @@ MUTATIONS = [
     ("transparency on black", MODEL, 'image.size, "white")', 'image.size, "black")'),
     ("16-bit images clipped", MODEL, 'if image.mode.startswith("I") or image.mode == "F":', 'if image.mode == "F":'),
     ("rotated the wrong way", MODEL, "6: Image.Transpose.ROTATE_270", "6: Image.Transpose.ROTATE_90"),
-    ("positions interpolated bilinearly", MODEL, 'mode="bicubic"', 'mode="bilinear"'),
     ("the cache forgets a token", MODEL, "self.keys[:, :, start : self.length] = k", "self.keys[:, :, start + 1 : self.length] = k[:, :, 1:]"),
     ("nucleus without the token that crosses p", MODEL, "probs[before >= top_p] = 0", "probs[probs.cumsum(dim=-1) > top_p] = 0"),
     ("nucleus of all tokens by subtraction", MODEL, "F.pad(probs.cumsum(dim=-1)[:, :-1], (1, 0))", "probs.cumsum(dim=-1) - probs"),
-    ("beams not scored by length", MODEL, "(candidate.score / length, sequence)", "(candidate.score, sequence)"),
-    ("n-grams one too short", MODEL, "repeated_ngrams(ids, options.no_repeat_ngram_size)", "repeated_ngrams(ids, options.no_repeat_ngram_size - 1)"),
+    ("beams not scored by length", BEAM, "(candidate.score / length, row)", "(candidate.score, row)"),
+    ("n-grams one too short", MODEL, "repeated_ngrams(row.all_ids, options.no_repeat_ngram_size)", "repeated_ngrams(row.all_ids, options.no_repeat_ngram_size - 1)"),
     ("<pad> is generated", MODEL, "scores[:, PAD] = -math.inf", "scores[:, PAD] += 0"),
-    ("the length limit changes the text", MODEL, "options.constraint(ids, state.model.config.text.max_positions)", "options.constraint(ids, options.max_new_tokens - len(sequence.ids))"),
-    ("int8 rows not scaled back", LOADER, "torch.addcmul(self.bias, y, size, out=y)", "self.bias + y"),
-    ("int8 sums that overflow without VNNI", LOADER, "return 127 if exact else 63", "return 127"),
-    ("int8 rows share one scale", LOADER, "high = x.amax(dim=-1, keepdim=True)", "high = x.amax()[None]"),
-    ("packed keys and values exchanged", LOADER, 'for part in "qkv"]', 'for part in "qvk"]'),
-    ("shared prefixes stay", LOADER, "if len(first_words) != 1 or", "if True or"),
+    ("the length limit changes the text", MODEL, "options.constraint(row.all_ids, state.model.config.text.max_positions)", "options.constraint(row.all_ids, options.max_new_tokens - len(row.ids))"),
+    ("int8 rows not scaled back", FAST, "torch.addcmul(self.bias, y, size, out=y)", "self.bias + y"),
+    ("int8 sums that overflow without VNNI", FAST, "return 127 if exact else 63", "return 127"),
+    ("int8 rows share one scale", FAST, "high = x.amax(dim=-1, keepdim=True)", "high = x.amax()[None]"),
+    ("packed keys and values exchanged", FAST, 'for part in "qkv"]', 'for part in "qvk"]'),
+    ("slices of a matrix out of order", FAST, "weight.unflatten(0, (count, -1))", "weight.unflatten(0, (-1, count)).transpose(0, 1)"),
+    ("prefixes of names stay", LOADER, 'prefix.sub("", re.sub(WRAPPERS, "", name), count=1)', 're.sub(WRAPPERS, "", name)'),
+    ("compressed files are read", LOADER, "item.compress_type != zipfile.ZIP_STORED", "False"),
+    ("the grid of config.json is not read", LOADER, '("latent_query_num", "location_grid")', '("latent_query_num",)'),
+    ("surplus rows are generated", TOKENIZER, "self.free_text[self.first_location :] = False", "self.free_text[self.first_location : self.end_of_locations] = False"),
+    ("damaged models are saved", CONVERT, "    check_finite(model)\n", ""),
+    ("half of a file is left", CONVERT, "part.unlink(missing_ok=True)", "pass"),
+    ("a repeated row is not copied", MODEL, "row = replace(row, ids=[*row.ids], probabilities=[*row.probabilities])", "pass"),
+    ("padding of other rows is kept", MODEL, "self.pad_mask = self.pad_mask[index]", "self.pad_mask = self.pad_mask[: len(index)]"),
     ("pieces keep sentencepiece's ids", TOKENIZER, "[i + 1 if i else", "[i if i else"),
-    ("box corners of the training code", TOKENIZER, "math.ceil(x2 * grid - 1)\n        bottom = math.ceil(y2 * grid - 1)", "math.floor(x2 * grid - 1e-9)\n        bottom = math.floor(y2 * grid)"),
+    ("box corners of the training code", TOKENIZER, "math.ceil(x2 * grid - 1))", "math.floor(min(x2, 0.99999) * grid))"),
+    ("boxes are not clipped", TOKENIZER, "(min(max(v, 0.0), 1.0) for v in values)", "values"),
+    ("tags in a text are tags", TOKENIZER, 'strip_literal(text.strip()).replace("<", "<" + LITERAL)', "strip_literal(text.strip())"),
+    ("tags that a model spells are tags", TOKENIZER, 'token.replace("▁", " ").replace("<", "<" + LITERAL)', 'token.replace("▁", " ")'),
     ("cells instead of centers", TOKENIZER, "left + 0.5, top + 0.5, right + 0.5, bottom + 0.5", "left, top, right + 1, bottom + 1"),
     ("thin boxes from center to center", TOKENIZER, "if left == right or top == bottom:", "if False:"),
     ("bottom-right corner anywhere", TOKENIZER, "[top:, left:] = True", "[:] = True"),
     ("score of one corner only", TOKENIZER, "probabilities[2 * i : 2 * i + 2]", "[probabilities[2 * i]] * 2 if probabilities else []"),
+    ("box corners of the tokenizer in training", SCENES, "math.floor(min(x2, 0.99999) * grid))", "math.ceil(x2 * grid - 1))"),
     ("spans end at the shared prefix", DATA, "return first, len(through)", "return first, len(through) - 1"),
 ]
 # fmt: on
@@ -109,7 +125,8 @@ def first_failure(name: str, file: str, old: str, new: str) -> str | None:
         if text.count(old) != 1:
             raise SystemExit(f"mutation {name!r}: expected {old!r} once in {file}, got {text.count(old)}")
         (copy / file).write_text(text.replace(old, new), encoding="utf-8")
-        tests = [f"tests/{suite}.py" for suite in SUITE]
+        names = dict.fromkeys([*TESTS_OF[file], *SUITE])  # without repetition
+        tests = [f"tests/{name}.py" for name in names]
         command = [
             sys.executable,
             "-m",

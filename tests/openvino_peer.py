@@ -27,7 +27,7 @@ from load_weights import load_checkpoint  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from training.evaluate import HELD_OUT, answers, boxes_kept, choose_examples, encode_example  # noqa: E402
 
-TRACED_TOKENS = 20  # enough rows for the loader's layers to call F.linear
+TRACED_TOKENS = 20
 
 
 class TracedCache:
