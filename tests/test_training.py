@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ from inference.fast import load_checkpoint
 from kosmos2 import EOS, Kosmos2
 from load_weights import SENTENCEPIECE
 from tokenizer import Tokenizer, iou, parse
-from training import benchmarks, scenes
+from training import benchmarks, scenes, train
+from training import evaluate as evaluation
 from training.data import MIXTURE, Grit, Scenes, collate, encode_record, grit_to_text
 from training.evaluate import (
     HELD_OUT,
@@ -217,6 +219,12 @@ def test_learning_rate():
     """It rises, stays and falls; in a run shorter than the warm-up it never jumps."""
     rates = [learning_rate(step, 1000, 1.0) for step in range(1000)]
     assert rates[0] == 0.01 and rates[99:401] == [1.0] * 302 and rates[700] == pytest.approx(0.5)
+    for arguments, rate in (([], 0.01), (["--warmup", "4"], 0.25)):
+        args = train.parse_arguments(["--lr", "1", *arguments])
+        optimizer = SimpleNamespace(param_groups=[{}])
+        run = SimpleNamespace(step=0, last_step=1000, vision_steps=0, args=args, optimizers=[optimizer])
+        train.Run.set_learning_rate(run)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
     for steps in (10, 70, 120):
         rates = [learning_rate(step, steps, 1.0) for step in range(steps)]
         changes = [abs(b - a) for a, b in zip(rates, rates[1:], strict=False)]
@@ -447,7 +455,10 @@ def test_two_processes_train_like_one(tmp_path, small_folder):
         runs[name] = start(command)
     curves = {}
     for name, process in runs.items():
-        finish(process)
+        messages = finish(process)
+        for rank in range(2):
+            line = f"process {rank} of 2 trains on 2 of the 4 images of each step\n"
+            assert messages.count(line) == (name == "two"), messages
         rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         curves[name] = torch.tensor([[row["locations"], row["words"]] for row in rows])
     assert curves["one"].shape == (20, 2) and (curves["one"][-1] < curves["one"][0] - 0.05).all()
@@ -547,6 +558,14 @@ def test_training_killed_at_any_moment(tmp_path):
         steps.append(saved_step(folder))
         assert steps[-1] >= saved
     assert steps == sorted(set(steps))
+    with pytest.raises(ValueError, match="unfinished training run"):
+        load_checkpoint(folder / "checkpoint.pt")
+    command[command.index("100000")] = "0"  # README: this makes a model of a run that was interrupted
+    finish(start(command))
+    assert saved_step(folder) == steps[-1]
+    trained = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+    state = load_checkpoint(folder)[0].state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in trained.items())
 
 
 UNFIT = [b"not a checkpoint", {"step": 3, "model": {"vision.class_embedding": torch.zeros(7)}}]
@@ -594,13 +613,12 @@ def test_a_run_is_resumed_with_its_settings_only(tmp_path, small_folder):
 
 
 def test_runs_that_cannot_succeed(tmp_path, small_folder):
-    """One line each: a loss that is not finite, a folder that holds another checkpoint, a damaged image."""
+    """One line each: a loss that is not finite, a folder with another checkpoint, a file that is no image."""
     data = write_grit(tmp_path / "data")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "pytorch_model.bin").write_bytes(b"")
     damaged = write_grit(tmp_path / "damaged")
-    image = tmp_path / "damaged" / "0.png"
-    image.write_bytes(image.read_bytes()[:200])
+    (tmp_path / "damaged" / "0.png").write_bytes(b"<html>not found</html>")
     base = ["--checkpoint", small_folder, "--data"]
     for process, words in (
         (start_training(tmp_path / "hot", 3, *base, data, "--lr", "1e30"), "not finite"),
@@ -627,6 +645,69 @@ def test_rows_of_odd_numbers(tmp_path, small_tokenizer, row):
     path.write_text(json.dumps(record) + "\n")
     with pytest.raises(ValueError, match="line 1: expected"):
         Grit(path, small_tokenizer, SMALL, seed=0)
+
+
+@pytest.mark.parametrize(
+    "environment", [{"WORLD_SIZE": "4"}, {"RANK": "0"}, {"RANK": "2", "WORLD_SIZE": "2"}]
+)
+def test_a_half_set_environment(tmp_path, monkeypatch, capsys, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert train.main(["--out", str(tmp_path / "run")]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("train: RANK is ") and errors.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [train, evaluation, benchmarks, scenes])
+def test_usage_errors_are_one_line(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--none", "1"])
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2 and errors.count("\n") == 1 and "--help" in errors
+
+
+def test_training_with_damaged_images(tmp_path, small_folder):
+    """One line for each, and a batch of others; one line at the end where nothing else is left."""
+    data = write_grit(tmp_path / "data")
+    base = ["--checkpoint", small_folder, "--data", data]
+    for name in ("2.png", "4.png"):
+        truncate(tmp_path / "data" / name)
+    messages = finish(start_training(tmp_path / "run", 6, *base)).splitlines()
+    skipped = [line for line in messages if line.startswith("skipped")]
+    assert len(skipped) == 2 and {line.split(" of ")[0] for line in skipped} == {
+        "skipped line 3",
+        "skipped line 5",
+    }
+    assert messages[0].startswith(f"{data}: 6 records")
+    for seed in range(6):
+        truncate(tmp_path / "data" / f"{seed}.png")
+    process = start_training(tmp_path / "none", 6, *base)
+    errors = process.communicate()[1]
+    assert process.returncode == 1 and errors.endswith(f"train: no image of {data} can be read\n")
+
+
+def truncate(image) -> None:
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
+
+
+def test_the_data_needs_no_shared_memory(source):
+    """In a process that cannot write files of more than a page, as with a full /dev/shm: the same rows."""
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "from pathlib import Path; from tests.conftest import SMALL, SENTENCEPIECE, TINY, Tokenizer\n"
+        "from training.data import Scenes, Steps, read_ahead\n"
+        "source = Scenes(Tokenizer(TINY / SENTENCEPIECE, SMALL.latent_query_num), SMALL, 260, 5)\n"
+        "print(sum(float(part['pixels'].sum()) for step in read_ahead(Steps(source, 0, 2, 4)) for part in step))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    expected = sum(
+        float(collate([source.row(n) for n in rows])["pixels"].sum()) for rows in (range(4), range(4, 8))
+    )
+    assert float(done.stdout) == pytest.approx(expected, rel=1e-4), done.stderr
 
 
 def test_scenes_are_written_for_one_grid(tiny):
@@ -767,12 +848,19 @@ def with_box(*box: float) -> str:
         (json.dumps(RECORD | {"image": "none.png"}), "no image at .*none.png"),
         (json.dumps(RECORD | {"image": "bad.png"}), "cannot read image .*bad.png"),
         (json.dumps({"caption": "a dog", "ref_exps": []}), "no 'image'"),
+        (json.dumps({"image": "good.png", "ref_exps": []}), "no 'caption'"),
+        (json.dumps(RECORD | {"image": None}), "image: expected a path, got null"),
+        (json.dumps(RECORD | {"image": ""}), 'image: expected a path, got ""'),
+        (json.dumps(RECORD | {"image": ["a.png"]}), "image: expected a path, got "),
+        (json.dumps(RECORD | {"caption": 7}), "caption: expected text, got 7"),
+        (json.dumps(RECORD | {"ref_exps": {}}), "ref_exps: expected a list, got {}"),
+        (json.dumps(RECORD | {"ref_exps": None}), "not a GRIT record: expected ref_exps or noun_chunks"),
         (json.dumps(RECORD | {"caption": "a"}), "span 0:5 is outside the caption"),
         (json.dumps(RECORD | {"caption": "a dog " * 9999}), "the text has .* tokens; there is room for"),
-        (with_box(10, 20, 300, 400), "box .* 0..1; divide pixels by the size"),
-        (with_box(0.5, 0.5, 0.2, 0.2), "box .* expected x1 < x2"),
-        (with_box(0.7, 0.1, 0.2, 0.3), "box .* not x, y, width, height"),
-        (with_box(float("nan"), 0.1, 0.2, 0.3), "box .nan"),
+        (with_box(10, 20, 300, 400), "box .*; divide pixels by the size"),
+        (with_box(0.5, 0.5, 0.2, 0.2), "box .* x1 < x2"),
+        (with_box(0.7, 0.1, 0.2, 0.3), "box .* x, y, width, height are not corners"),
+        (with_box(float("nan"), 0.1, 0.2, 0.3), "box .*nan"),
         (with_box(0.1, 0.1, 1.02, 0.3), "box .*1.02"),
         ("nonsense", "Expecting value"),
         ("[1]", "expected a JSON object, got list"),
@@ -799,8 +887,88 @@ def test_boxes_of_grit_data_are_counted(read_grit):
         [0, 5, 0.1, 0.1, 0.5, 0.5, 0.3],
         [2, 5, 0.1, 0.1, 0.5, 0.5, 0.9],  # nested
     ]
-    counts = read_grit(json.dumps(RECORD | {"ref_exps": rows}), json.dumps(RECORD)).counts
-    assert counts == {"kept": 3, "scored below 0.65": 1, "in a nested or overlapping expression": 1}
+    source = read_grit(json.dumps(RECORD | {"ref_exps": rows}), json.dumps(RECORD))
+    assert source.box_counts == {
+        "kept": 3,
+        "scored below 0.65": 1,
+        "in a nested or overlapping expression": 1,
+    }
+
+
+def test_records_are_counted(read_grit):
+    """One line says what is in the file; without a caption, there is nothing to train."""
+    box = [0, 5, 0.1, 0.1, 0.5, 0.5]
+    rows = [[*box, 1.0], [*box, 0.9], [*box, 0.8], [*box, 0.2], [0, 5, 0.2, 0.1, 0.5, 0.5, 1.0]]
+    source = read_grit(
+        json.dumps(RECORD | {"ref_exps": rows}),
+        json.dumps(RECORD | {"caption": ""}),
+        json.dumps(RECORD | {"caption": " \n"}),
+        json.dumps(RECORD | {"caption": None}),
+        json.dumps(RECORD | {"ref_exps": [], "noun_chunks": []}),
+    )
+    assert [number for number, _, _ in source.records] == [1, 5]
+    assert source.summary().endswith(
+        "grit.jsonl: 5 records, 3 without caption (skipped), 1 without boxes; "
+        "boxes: 2 kept, 2 repeated, 1 scored below 0.65"
+    )
+    once = read_grit(json.dumps(RECORD | {"ref_exps": [rows[0], rows[-1]]}))
+    assert source.records[0][2] == once.records[0][2]
+    with pytest.raises(ValueError, match="no records with a caption"):
+        read_grit(json.dumps(RECORD | {"caption": ""}))
+
+
+@pytest.mark.parametrize("empty", [[], None, "missing"])
+def test_boxes_of_the_other_key(read_grit, empty):
+    """Where ref_exps has no boxes, those of noun_chunks are trained; where it has some, only those."""
+    record = RECORD | {"noun_chunks": [[2, 5, 0.1, 0.1, 0.5, 0.5, 1.0]], "ref_exps": empty}
+    if empty == "missing":
+        del record["ref_exps"]
+    expected = RECORD | {"ref_exps": record["noun_chunks"]}
+    one, other = read_grit(json.dumps(record), json.dumps(expected)).records
+    assert one[2] == other[2]
+    both = RECORD | {"noun_chunks": record["noun_chunks"]}
+    one, other = read_grit(json.dumps(both), json.dumps(RECORD)).records
+    assert one[2] == other[2]
+    assert grit_to_text(RECORD | {"noun_chunks": []}, key="noun_chunks") == grit_to_text(RECORD)
+
+
+@pytest.mark.parametrize(
+    "box", [(0.5, 0.5, 1.000001, 1), (-1e-7, 0.2, 640.01 / 640, 0.9), (0.1, 0.1, 0.5, 1.009)]
+)
+def test_boxes_that_overshoot_by_rounding(read_grit, box):
+    clipped = [min(max(value, 0), 1) for value in box]
+    one, other = read_grit(with_box(*box), with_box(*clipped)).records
+    assert one[2] == other[2]
+
+
+def test_of_two_crossing_phrases_the_first_is_kept(small_tokenizer):
+    rows = [[2, 9, 0.1, 0.1, 0.5, 0.5, 1.0], [0, 5, 0.1, 0.1, 0.5, 0.5, 1.0]]
+    text = grit_to_text({"caption": "a dog and a cat", "ref_exps": rows})
+    assert [entity.phrase for entity in parse(text)[1]] == ["a dog"]
+
+
+def test_a_phrase_without_words_of_its_own_is_counted(small_tokenizer):
+    rows = [[0, 7, 0.1, 0.1, 0.5, 0.5, 1.0], [7, 9, 0.1, 0.1, 0.5, 0.5, 1.0]]
+    counts = Counter()
+    encode_record(small_tokenizer, {"caption": "the right of", "ref_exps": rows}, counts)
+    assert counts == {"kept": 1, "in a phrase without words of its own": 1}
+
+
+def test_rows_with_damaged_images(tmp_path, small_tokenizer, capsys):
+    """A row whose image is truncated has the next image; row n is the same from the start and resumed."""
+    path = write_grit(tmp_path)
+    truncate(tmp_path / "3.png")
+    source = Grit(path, small_tokenizer, SMALL, seed=0)
+    rows = [source.row(n) for n in range(12)]
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"skipped line 4 of {path}: cannot read ") and errors.count("\n") == 1
+    assert "3.png" in errors and "(1 unreadable so far)" in errors
+    complete = Grit(write_grit(tmp_path / "complete"), small_tokenizer, SMALL, seed=0)
+    changed = [n for n, row in enumerate(rows) if row.tokens != complete.row(n).tokens]
+    assert len(changed) == 2  # once in each epoch
+    for n in reversed(range(12)):
+        again = Grit(path, small_tokenizer, SMALL, seed=0).row(n)
+        assert again.tokens == rows[n].tokens and torch.equal(again.pixels[0], rows[n].pixels[0])
 
 
 def test_empty_lines_and_unusual_line_breaks(read_grit):

@@ -12,12 +12,13 @@ those of the original evaluation, and every request carries its truth: "phrase" 
 right boxes in 0..1.
 """
 
-import argparse
 import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+
+from sample import CommandParser, report_error, run_command
 
 Box = tuple[float, float, float, float]
 
@@ -87,25 +88,22 @@ def read_requests(benchmark: str, annotation_file: Path, folder: Path) -> list[d
     return sorted(requests, key=lambda request: request["image"])  # each image is encoded once
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv=None) -> int:
+    parser = CommandParser("training.benchmarks", __doc__)
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("annotations", type=Path)
     parser.add_argument("images", type=Path, help="folder with the images")
     parser.add_argument("--out", type=Path, required=True, metavar="JSONL")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         requests = read_requests(args.benchmark, args.annotations, args.images)
         lines = [json.dumps(request, ensure_ascii=False) + "\n" for request in requests]
         args.out.write_text("".join(lines), encoding="utf-8")
     except (OSError, ValueError) as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return 1
+        return report_error("benchmarks", error)
     print(f"wrote {len(requests)} requests to {args.out}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("benchmarks", main))

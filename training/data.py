@@ -496,7 +496,13 @@ class Steps(torch.utils.data.Dataset):
         return [collate(rows[at : at + size]) for at in range(0, len(rows), size)]
 
 
+def read_ahead(steps: Steps) -> torch.utils.data.DataLoader:
+    """The items of `steps`, made two in advance by another process, as arrays: they come through a pipe.
+    (Tensors would come through /dev/shm. Containers have 64 MB of it, and a full one is a hang.)"""
+    return torch.utils.data.DataLoader(
+        steps, batch_size=None, num_workers=1, prefetch_factor=2, collate_fn=as_arrays
+    )
+
+
 def as_arrays(micro_batches: list[dict[str, torch.Tensor]]) -> list[dict[str, np.ndarray]]:
-    """For a DataLoader: arrays come from its worker through a pipe, tensors through /dev/shm, which a
-    few batches would fill in a container."""
     return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in micro_batches]

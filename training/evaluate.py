@@ -32,16 +32,8 @@ import torch
 from inference.beam import rank_boxes
 from inference.fast import load_checkpoint
 from kosmos2 import Kosmos2, Row, finish, pad_left, preprocess_image
-from tokenizer import (
-    Box,
-    Entity,
-    Tokenizer,
-    box_score,
-    iou,
-    parse,
-    strip_tags,
-    tokens_to_box,
-)
+from sample import CommandParser, report_error, run_command
+from tokenizer import Box, Entity, Tokenizer, box_score, iou, parse, strip_tags, tokens_to_box
 from training.data import check_grid, encode_example, positive_int
 from training.scenes import (
     MOST,
@@ -89,9 +81,7 @@ TABLE = {
 }  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------
-# Scoring one answer
-# ----------------------------------------------------------------------------------------------------
+# ---- Scoring one answer ----------------------------------------------------------------------------
 
 
 def name_of(phrase: str, stickers: Stickers | None = None) -> tuple[str, int] | None:
@@ -181,9 +171,7 @@ def score(example: Example, answer: str, scene: Scene) -> list[float]:
     return [float(answer.strip() == example.answer.strip())]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Running a model
-# ----------------------------------------------------------------------------------------------------
+# ---- Running a model -------------------------------------------------------------------------------
 
 Chosen = list[tuple[Scene, Example]]  # examples, each with its scene
 
@@ -308,9 +296,7 @@ def first_scores(tokenizer: Tokenizer, chosen: Chosen, results: list[Row]) -> di
     return scores
 
 
-# ----------------------------------------------------------------------------------------------------
-# Calibration
-# ----------------------------------------------------------------------------------------------------
+# ---- Calibration -----------------------------------------------------------------------------------
 
 
 def scored_boxes(model, tokenizer, chosen: Chosen) -> list[tuple[float, float, bool]]:
@@ -361,9 +347,7 @@ def plot_calibration(found: list[tuple[float, float, bool]], path: Path, bins: i
     fig.savefig(path, dpi=110)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Stickers
-# ----------------------------------------------------------------------------------------------------
+# ---- Stickers --------------------------------------------------------------------------------------
 
 
 def sticker_hits(model, tokenizer, stickers: Stickers, count: int) -> dict[Thing, list[float]]:
@@ -393,9 +377,7 @@ def print_stickers(found: dict[Thing, list[float]]) -> None:
         print(f"| {name} | {means[name][0]:.3f} | {means[name][1]:.3f} | {len(groups[name])} |")
 
 
-# ----------------------------------------------------------------------------------------------------
-# The command
-# ----------------------------------------------------------------------------------------------------
+# ---- The command -----------------------------------------------------------------------------------
 
 
 def print_comparison(args, tokenizer, chosen: Chosen, results: list[Row], title: str) -> None:
@@ -412,9 +394,7 @@ def print_comparison(args, tokenizer, chosen: Chosen, results: list[Row], title:
     print(f"| boxes that keep IoU 0.9 with those of fp32 | | {kept:.4f} | {boxes} |")
 
 
-# ----------------------------------------------------------------------------------------------------
-# Results files with truth (benchmarks.py)
-# ----------------------------------------------------------------------------------------------------
+# ---- Results files with truth (benchmarks.py) ------------------------------------------------------
 
 
 def score_results(file: Path, counts=(1, 5, 10)) -> tuple[dict[int, float], int]:
@@ -502,25 +482,22 @@ def run(args: argparse.Namespace) -> None:
         print(f"wrote {args.calibration}", file=sys.stderr)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", default=str(ROOT / "tiny"))
-    parser.add_argument("--scenes", type=positive_int, default=500)
-    parser.add_argument("--stickers", type=Path, metavar="DIR", help="measure on PNGs STYLE/KIND--NAME.png")
-    parser.add_argument("--precision", choices=["bf16", "fp16", "int8"], help="compare fp32 with this")
-    parser.add_argument(
-        "--calibration", type=Path, metavar="PNG", help="plot how good boxes are by their score"
-    )
-    parser.add_argument("--results", type=Path, metavar="JSONL", help="score this file instead")
+def main(argv=None) -> int:
+    parser = CommandParser("training.evaluate", __doc__)
+    add = parser.add_argument
+    add("--checkpoint", default=str(ROOT / "tiny"))
+    add("--scenes", type=positive_int, default=500)
+    add("--stickers", type=Path, metavar="DIR", help="measure on PNGs STYLE/KIND--NAME.png")
+    add("--precision", choices=["bf16", "fp16", "int8"], help="compare fp32 with this")
+    add("--calibration", type=Path, metavar="PNG", help="plot how good boxes are by their score")
+    add("--results", type=Path, metavar="JSONL", help="score this file instead")
+    args = parser.parse_args(argv)
     try:
-        run(parser.parse_args())
-    except (OSError, ValueError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 1
+        run(args)
+    except (OSError, ValueError, RuntimeError) as error:
+        return report_error("evaluate", error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("evaluate", main))

@@ -1,19 +1,19 @@
 """Random images of shapes and things, and captions, questions and answers about them.
 
 This is the world of the bundled model: up to five things on a background, drawn by things.py or, with
-a folder of stickers, by anyone (stickers.py). `Scene.random` makes a scene, `Scene.draw` paints it, `Scene.record` describes it as a GRIT record (caption, noun chunks,
-boxes), and `tasks` lists what can be asked about it in the prompts of the paper, each with its one
-correct answer. Answers follow from rules (`resolve`), so a model can be scored without a judge.
+a folder of stickers, by anyone (stickers.py). `Scene.random` makes a scene, `Scene.draw` paints it,
+`Scene.record` describes it as a GRIT record (caption, noun chunks, boxes), and `tasks` lists what can
+be asked about it in the prompts of the paper, each with its one correct answer. Answers follow from rules (`resolve`), so a model can be scored without a judge.
 
     python -m training.scenes FOLDER [--count 9] [--stickers DIR]    write images and grit.jsonl to look at
 """
 
-import argparse
 import io
 import json
 import math
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from sample import CommandParser, report_error, run_command
 from tokenizer import GRID, PROMPTS, Box, boxes_to_text, clip_box, parse, strip_tags
 from training.stickers import Stickers, sticker_image
 from training.things import (
@@ -75,9 +76,7 @@ NEXT_TO = 0.15  # things side by side with a smaller gap are "next to" each othe
 SECOND = 50_000_000  # from a scene's seed to the seed of the other scene in its two-image prompts
 
 
-# ----------------------------------------------------------------------------------------------------
-# Things in a scene
-# ----------------------------------------------------------------------------------------------------
+# ---- Things in a scene -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -253,9 +252,7 @@ def overlap(a: Box, b: Box, gap: float) -> bool:
     return across and down
 
 
-# ----------------------------------------------------------------------------------------------------
-# Scenes
-# ----------------------------------------------------------------------------------------------------
+# ---- Scenes ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -404,9 +401,7 @@ def article(words: str) -> str:
     return "an" if words[0] in "aeiou" else "a"
 
 
-# ----------------------------------------------------------------------------------------------------
-# Painting
-# ----------------------------------------------------------------------------------------------------
+# ---- Painting --------------------------------------------------------------------------------------
 
 
 Painted = tuple[Image.Image, list[Color]]  # an empty image and the main colors in it
@@ -534,9 +529,7 @@ def degrade(image: Image.Image, rng: random.Random) -> Image.Image:
     return image
 
 
-# ----------------------------------------------------------------------------------------------------
-# Referring expressions
-# ----------------------------------------------------------------------------------------------------
+# ---- Referring expressions -------------------------------------------------------------------------
 
 ADJECTIVES = {
     **{word: ("color", word) for word in COLORS},
@@ -632,9 +625,7 @@ def listed(caption: str) -> list[str]:
     return [re.split(r" (?:at|in|on) the ", part)[0].strip() for part in parts]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Tasks
-# ----------------------------------------------------------------------------------------------------
+# ---- Tasks -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -937,27 +928,32 @@ def demo_scenes() -> dict[str, Scene]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write random scenes and their GRIT records, to look at.")
+def main(argv=None) -> int:
+    parser = CommandParser("training.scenes", "Write random scenes and their GRIT records, to look at.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stickers", type=Path, metavar="DIR", help="mix in these stickers")
     parser.add_argument("--demo", action="store_true", help="write the images of tiny/ instead")
-    args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    if args.demo:
-        for name, scene in demo_scenes().items():
-            scene.draw(side=420).save(args.folder / name)
-        return
-    stickers = Stickers(args.stickers) if args.stickers else None
-    with open(args.folder / "grit.jsonl", "w", encoding="utf-8") as lines:
-        for seed in range(args.seed, args.seed + args.count):
-            scene = Scene.random(seed, stickers)
-            scene.draw().save(args.folder / f"{seed}.png")
-            print(json.dumps({"image": f"{seed}.png", **scene.record()}), file=lines)
-    print(f"wrote {args.count} scenes to {args.folder}")
+    args = parser.parse_args(argv)
+    try:
+        if args.demo:
+            scenes = demo_scenes()
+        else:
+            stickers = Stickers(args.stickers) if args.stickers else None
+            seeds = range(args.seed, args.seed + args.count)
+            scenes = {f"{seed}.png": Scene.random(seed, stickers) for seed in seeds}
+        args.folder.mkdir(parents=True, exist_ok=True)
+        for name, scene in scenes.items():
+            scene.draw(420 if args.demo else None).save(args.folder / name)
+        records = [json.dumps({"image": name, **scene.record()}) + "\n" for name, scene in scenes.items()]
+        if not args.demo:
+            (args.folder / "grit.jsonl").write_text("".join(records), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        return report_error("scenes", error)
+    print(f"wrote {len(scenes)} scenes to {args.folder}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("scenes", main))

@@ -51,7 +51,7 @@ from kosmos2 import Kosmos2
 from load_weights import SENTENCEPIECE
 from sample import CommandParser, report_error, run_command
 from tokenizer import Tokenizer
-from training.data import Grit, Scenes, Steps, as_arrays, positive_int
+from training.data import Grit, Scenes, Steps, positive_int, read_ahead
 from training.evaluate import HELD_OUT, evaluate
 from training.patches import PatchHead
 from training.scenes import Scene
@@ -357,12 +357,9 @@ class Run:
         if self.world > 1:
             share = f"{args.batch // self.world} of the {args.batch} images of each step"
             print(f"process {self.rank} of {self.world} trains on {share}", file=sys.stderr)
-        loader = torch.utils.data.DataLoader(
-            steps, batch_size=None, num_workers=1, prefetch_factor=2, collate_fn=as_arrays
-        )
         recent = []
         clock = time.perf_counter()
-        for micro_batches in loader:
+        for micro_batches in read_ahead(steps):
             recent.append(self.train_step(micro_batches))
             now = time.perf_counter()
             self.minutes = self.minutes + (now - clock) / 60
