@@ -56,13 +56,13 @@ LARGEST_SIZE = 2**24  # far above any model: a damaged config.json must not fill
 MOST_LAYERS = 1000
 
 
-def check_integer(name: str, value, minimum: int = 1, maximum: int = LARGEST_SIZE) -> None:
+def check_integer(name: str, value, minimum=1, maximum=LARGEST_SIZE):
     """ValueError, naming the value, unless it is an integer in this range."""
     if type(value) is not int or not minimum <= value <= maximum:
         raise ValueError(f"{name}: expected an integer from {minimum} to {maximum}, got {value!r}")
 
 
-def check_sizes(part: str, config) -> None:
+def check_sizes(part, config):
     """ValueError unless the sizes of a VisionConfig or TextConfig are possible."""
     for name, value in vars(config).items():
         if name == "layer_norm_eps":
@@ -584,7 +584,7 @@ class Kosmos2(nn.Module):
         if sum(slots) != images * Q or any(count % Q for count in slots):
             raise ValueError(f"image_mask marks {slots} slots; expected {Q} for each of {images} images")
 
-    def check_length(self, lengths: list[int], new_tokens: int = 0) -> None:
+    def check_length(self, lengths: list[int], new_tokens=0):
         """ValueError unless prompts of these lengths and their new tokens fit into the context."""
         limit = self.config.text.max_positions
         length = max(lengths, default=0)
@@ -721,7 +721,7 @@ class DecodeState:
         x = self.advance(self.model.decoder.embed_tokens(ids))  # (B, 1, D)
         self.logits = self.model.next_logits(x[:, -1])
 
-    def keep(self, indices: list[int]) -> None:
+    def keep(self, indices: list[int]):
         """Continue with these running rows only, in this order; one that is repeated is copied."""
         if indices == list(range(len(self.running))):
             return

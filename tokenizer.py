@@ -144,12 +144,12 @@ def boxes_to_text(boxes, grid: int = GRID) -> str:
     return "<object>" + DELIMITER.join(pairs) + "</object>"
 
 
-def check_box(box) -> None:
+def check_box(box):
     """ValueError unless a box is four numbers or two integer location indices."""
     values = list(box) if isinstance(box, (list, tuple, np.ndarray)) else []
     is_indices = len(values) == 2 and all(isinstance(v, Integral) for v in values)
     is_corners = len(values) == 4 and all(isinstance(v, Real) for v in values)
-    if not (is_indices or is_corners):
+    if not (is_indices or is_corners) or any(isinstance(v, bool) for v in values):
         raise ValueError(f"box {box!r}: expected four numbers in 0..1 or two integer location indices")
 
 

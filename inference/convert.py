@@ -142,6 +142,8 @@ def published_config(config: Kosmos2Config) -> dict:
     """The content of a published config.json."""
     published = {"model_type": "kosmos-2", "architectures": ["Kosmos2ForConditionalGeneration"]}
     published["latent_query_num"] = config.latent_query_num
+    if config.location_grid != Kosmos2Config.location_grid:
+        published["location_grid"] = config.location_grid
     published["vision_config"] = {key: getattr(config.vision, ours) for ours, key in VISION_KEYS.items()}
     published["text_config"] = {key: getattr(config.text, ours) for ours, key in TEXT_KEYS.items()}
     for part, key, value in HARD_CODED:

@@ -238,9 +238,11 @@ class PackableCheckpoint(Checkpoint):
         stored = super().read_files()
         self.int8: dict[str, tuple[LazyTensor, LazyTensor]] = {}  # stored name -> matrix and scales
         for name in [name for name in stored if name + SCALE in stored]:
-            matrix, scale = stored[name], stored.pop(name + SCALE)
-            if matrix.dtype == "int8" and scale.shape == matrix.shape[:1] and scale.dtype in FLOATS.values():
-                self.int8[name] = matrix, scale
+            matrix = stored[name]
+            scale = stored[name + SCALE]
+            is_int8 = matrix.dtype == "int8" and len(matrix.shape) == 2
+            if is_int8 and scale.shape == matrix.shape[:1] and scale.dtype in FLOATS.values():
+                self.int8[name] = matrix, stored.pop(name + SCALE)
                 stored[name] = LazyTensor(matrix.shape, "float32", partial(self.read_dense, name))
         return stored
 

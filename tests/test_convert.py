@@ -148,7 +148,6 @@ def test_surplus_rows_are_kept(small_folder, tmp_path, precision):
     assert model.config.text.vocab_size == tokenizer.vocab_size == SMALL.text.vocab_size + 28
 
 
-@pytest.mark.xfail(strict=True, reason="published_config leaves location_grid out")
 @pytest.mark.parametrize("grid", [8, 33])
 def test_the_grid_is_kept(small_folder, tmp_path, grid):
     """Of 33 x 33 cells, one would otherwise read the last 65 as surplus rows, and get other boxes."""
@@ -276,7 +275,6 @@ def test_damaged_int8_checkpoints(int8_folder, damage, error, precision):
         load_checkpoint(int8_folder, precision)
 
 
-@pytest.mark.xfail(strict=True, reason="PackableCheckpoint drops scales that it does not use")
 def test_scales_of_a_float_matrix(int8_folder):
     tensors = load_file(int8_folder / INT8_FILE)
     save_file(tensors | {FC1: tensors[FC1].float()}, int8_folder / INT8_FILE)
@@ -284,7 +282,6 @@ def test_scales_of_a_float_matrix(int8_folder):
         load_checkpoint(int8_folder)
 
 
-@pytest.mark.xfail(strict=True, reason="PackableCheckpoint accepts any tensor with scales")
 def test_only_matrices_are_in_int8(int8_folder):
     norm = rename("decoder.layer_norm.weight", HUGGING_FACE)
     tensors = load_file(int8_folder / INT8_FILE)

@@ -228,7 +228,6 @@ def test_invalid_box_arguments_raise(tokenizer, boxes):
         tokenizer.encode("<phrase> a</phrase> and <phrase> b</phrase>", boxes)
 
 
-@pytest.mark.xfail(strict=True, reason="check_box takes bool for int")
 def test_truth_values_are_no_box(tokenizer):
     with pytest.raises(ValueError, match="box"):
         tokenizer.encode("<phrase> a</phrase>", [(True, True)])
