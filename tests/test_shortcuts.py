@@ -77,6 +77,12 @@ def test_other_prefixes_are_refused(small):
             prefill_after(prefix, torch.full((1, 4), 9))
 
 
+def test_right_padding_after_a_prefix_is_refused(small):
+    prefix = small.prefill(torch.full((1, 4), 9), max_new_tokens=0)
+    with pytest.raises(ValueError, match="left"):
+        prefill_after(prefix, torch.full((1, 2), 9), torch.tensor([[False, True]]))
+
+
 def test_a_prefix_counts_for_the_context(small):
     """The prefix, the question and the new tokens have to fit, padding does not."""
     limit = SMALL.text.max_positions
