@@ -679,7 +679,7 @@ def test_training_with_damaged_images(tmp_path, small_folder):
         "skipped line 3",
         "skipped line 5",
     }
-    assert messages[0].startswith(f"{data}: 6 records")
+    assert messages[0].startswith(f"{data}: records: 6 read")
     for seed in range(6):
         truncate(tmp_path / "data" / f"{seed}.png")
     process = start_training(tmp_path / "none", 6, *base)
@@ -862,7 +862,8 @@ def with_box(*box: float) -> str:
         (with_box(0.7, 0.1, 0.2, 0.3), "box .* x, y, width, height are not corners"),
         (with_box(float("nan"), 0.1, 0.2, 0.3), "box .*nan"),
         (with_box(0.1, 0.1, 1.02, 0.3), "box .*1.02"),
-        ("nonsense", "Expecting value"),
+        ("nonsense", "expected one JSON record per line .Expecting value"),
+        (json.dumps(RECORD | {"image": "x" * 5000}), "no image at .*xxx"),
         ("[1]", "expected a JSON object, got list"),
     ],
 )
@@ -908,7 +909,7 @@ def test_records_are_counted(read_grit):
     )
     assert [number for number, _, _ in source.records] == [1, 5]
     assert source.summary().endswith(
-        "grit.jsonl: 5 records, 3 without caption (skipped), 1 without boxes; "
+        "grit.jsonl: records: 5 read, 3 without caption (skipped), 1 without boxes; "
         "boxes: 2 kept, 2 repeated, 1 scored below 0.65"
     )
     once = read_grit(json.dumps(RECORD | {"ref_exps": [rows[0], rows[-1]]}))

@@ -47,10 +47,8 @@ def refcoco_requests(images: list[dict], annotations: dict[int, list[dict]]) -> 
 
 
 def flickr_requests(images: list[dict], annotations: dict[int, list[dict]]) -> Iterator[dict]:
-    """One request per phrase of a caption; the prompt has the caption up to the phrase.
-
-    Each annotation is a box, with the characters of its phrase in tokens_positive.
-    """
+    """One request per phrase of a caption; the prompt has the caption up to the phrase. Each annotation
+    is a box, with the characters of its phrase in tokens_positive."""
     for image in images:
         caption = image["caption"]
         for spans in image["tokens_positive_eval"]:

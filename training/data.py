@@ -9,6 +9,7 @@ small world of scenes.py, `Grit` from a GRIT-format file.
 import argparse
 import json
 import math
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -23,7 +24,6 @@ from kosmos2 import EOS, FIRST_POSITION, PAD, Kosmos2Config, open_image, preproc
 from tokenizer import GRID, Box, Tokenizer, clip_box, printable
 from training.patches import patch_labels
 from training.scenes import Example, Scene, objects_text, tasks
-from training.stickers import Stickers
 
 # How many examples of each task a scene contributes at most; a fraction is the chance of one more.
 MIXTURE = {
@@ -52,20 +52,18 @@ class Span(NamedTuple):
 def read_spans(record: dict, key: str = "ref_exps", counts: Counter | None = None) -> list[Span]:
     """The phrases of a GRIT record, in order, as the original data loader selects them.
 
-    record: "caption", and "ref_exps" or "noun_chunks" as lists of [start, end, x1, y1, x2, y2,
-    score], with start and end in characters of the caption and the box in 0..1. `key` is the list to
-    read; the other one is read where that one is missing or empty. Boxes scored below MIN_SCORE and
-    expressions inside others are dropped; of two crossing expressions, the first is kept; several
-    boxes of one expression are listed together, each once. `counts` counts what becomes of the boxes.
+    record: "caption", and "ref_exps" or "noun_chunks" as lists of [start, end, x1, y1, x2, y2, score],
+    with start and end in characters of the caption and the box in 0..1. `key` is the list to read; where
+    it is missing or empty, the other one is read. Boxes scored below MIN_SCORE and expressions inside
+    others are dropped; of two crossing expressions, the first is kept; several boxes of one expression
+    are listed together, each once. `counts` counts what becomes of the boxes.
 
-    Differs from the original loader, which also crops the image to a square and maps boxes
-    accordingly, which trains on half of the captions without their boxes, and which repeats boxes
-    that are listed several times: here images are squashed, as in inference, and all boxes are used,
-    once. ValueError for a record of another form and for boxes that are reversed, in pixels or
-    otherwise not in 0..1."""
+    The original loader also crops images to a square, drops the boxes of half of the captions, and
+    repeats a box that is listed twice. ValueError for a record of another form and for boxes that are
+    reversed, in pixels or otherwise not in 0..1."""
     caption = record.get("caption")
     if not isinstance(caption, str):
-        raise ValueError(f"caption: expected text, got {json.dumps(caption)[:100]}")
+        raise ValueError(f"caption: expected text, got {printable(json.dumps(caption))}")
     counts = Counter() if counts is None else counts
     spans: dict[tuple[int, int], list[Box]] = {}
     for row in box_rows(record, key):
@@ -97,7 +95,7 @@ def box_rows(record: dict, key: str) -> list:
         raise ValueError("not a GRIT record: expected ref_exps or noun_chunks, lists of boxes")
     for name in found:
         if not isinstance(record[name], list):
-            raise ValueError(f"{name}: expected a list, got {json.dumps(record[name])[:100]}")
+            raise ValueError(f"{name}: expected a list, got {printable(json.dumps(record[name]))}")
     return next((record[name] for name in found if record[name]), [])
 
 
@@ -106,7 +104,9 @@ def read_row(row, caption: str) -> tuple[int, int, Box, float]:
     try:
         start, end, x1, y1, x2, y2, score = (float(value) for value in row)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"expected [start, end, x1, y1, x2, y2, score], got {row!r}") from None
+        raise ValueError(
+            f"expected [start, end, x1, y1, x2, y2, score], got {printable(repr(row))}"
+        ) from None
     if start % 1 or end % 1 or not math.isfinite(score):
         raise ValueError(f"expected an integer start and end and a finite score, got {row!r}")
     if not 0 <= start < end <= len(caption):
@@ -157,10 +157,8 @@ def span_pieces(tokenizer: Tokenizer, caption: str, span: Span) -> tuple[int, in
 
 
 def insert_tags(tokenizer: Tokenizer, caption: str, tags: list[tuple[int, str]]) -> list[int]:
-    """The ids of a caption, with each tag inserted after the given number of pieces.
-
-    Tags must be in order.
-    """
+    """The ids of a caption, with each tag inserted after the given number of pieces. Tags must be in
+    order."""
     pieces = tokenizer.encode_words(caption)
     ids: list[int] = []
     done = 0
@@ -171,11 +169,8 @@ def insert_tags(tokenizer: Tokenizer, caption: str, tags: list[tuple[int, str]])
 
 
 def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Tagged text -> the ids a model emits for it, without <s> and </s>.
-
-    Unlike in prompts (`Tokenizer.encode`), the words are tokenized as one text: "</object>." ends
-    in the plain period.
-    """
+    """Tagged text -> the ids a model emits for it, without <s> and </s>. Unlike in prompts
+    (`Tokenizer.encode`), the words are tokenized as one text: "</object>." ends in the plain period."""
     caption = ""
     tags = []
     for part in tokenizer.special_pattern.split(text):
@@ -187,10 +182,7 @@ def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def grit_to_text(record: dict, key: str = "ref_exps", grid: int = GRID) -> str:
-    """A GRIT record -> tagged text, for display.
-
-    Without boxes, the caption as it is, without <grounding>.
-    """
+    """A GRIT record -> tagged text, for display. Without boxes, the caption as it is, without <grounding>."""
     spans = read_spans(record, key)
     caption = record["caption"]
     text = "<grounding>" if spans else ""
@@ -213,10 +205,8 @@ PADDING = -1_000_000  # the number of positions that fill up a row
 
 
 class Row:
-    """One row of a batch: tokens, position ids, text numbers and targets.
-
-    targets[t] is the token that position t should predict, or -100 for no loss.
-    """
+    """One row of a batch: tokens, position ids, text numbers and targets. targets[t] is the token that
+    position t should predict, or -100 for no loss."""
 
     def __init__(self, tokenizer: Tokenizer, pixels: torch.Tensor):
         self.pixels = [pixels]
@@ -228,11 +218,8 @@ class Row:
         self.targets = [-100] * self.prefix
 
     def add(self, prompt: list[int], answer: list[int], number: int, image_mask=(), pixels=()) -> None:
-        """Add a text about the image, or without it if its number is negative; only the answer
-        carries loss.
-
-        image_mask and pixels are those of further images in the prompt.
-        """
+        """Add a text about the image, or without it if its number is negative; only the answer carries
+        loss. image_mask and pixels are those of further images in the prompt."""
         text = prompt + answer
         first = 0 if number < 0 else self.prefix
         self.pixels += pixels
@@ -275,26 +262,17 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
 def check_grid(tokenizer: Tokenizer) -> None:
     """ValueError unless the tokenizer has the grid that the texts about scenes are written for."""
     if tokenizer.grid != GRID:
-        raise ValueError(
-            f"texts about scenes are written for a grid of {GRID} x {GRID} cells, "
-            f"this tokenizer has {tokenizer.grid} x {tokenizer.grid}"
-        )
+        grid = tokenizer.grid
+        expected = f"texts about scenes are written for a grid of {GRID} x {GRID} cells"
+        raise ValueError(f"{expected}, this tokenizer has {grid} x {grid}")
 
 
 class Scenes:
-    """Row n: the scene of seed first + n, with as many texts as fit into `length` tokens.
-
-    The first `without_texts` rows have none: their only targets are the labels of the patches.
-    """
+    """Row n: the scene of seed first + n, with as many texts as fit into `length` tokens. The first
+    `without_texts` rows have none: their only targets are the labels of the patches."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        config: Kosmos2Config,
-        length: int,
-        first: int,
-        without_texts: int = 0,
-        stickers: Stickers | None = None,
+        self, tokenizer, config: Kosmos2Config, length: int, first: int, without_texts=0, stickers=None
     ):
         check_grid(tokenizer)
         self.tokenizer = tokenizer
@@ -369,6 +347,9 @@ class Grit:
                 continue
             try:
                 self.add(number, json.loads(line))
+            except json.JSONDecodeError as error:
+                reason = f"expected one JSON record per line ({error})"
+                raise ValueError(f"{path}, line {number}: {reason}") from None
             except KeyError as error:
                 raise ValueError(f"{path}, line {number}: no {error} in the record") from None
             except (ValueError, TypeError, OSError, RecursionError) as error:
@@ -383,10 +364,10 @@ class Grit:
         """Check one record and keep its image and ids."""
         if not isinstance(record, dict):
             raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-        self.counts["records"] += 1
+        self.counts["read"] += 1
         name = record["image"]
         if not isinstance(name, str) or not name:
-            raise ValueError(f"image: expected a path, got {json.dumps(name)[:100]}")
+            raise ValueError(f"image: expected a path, got {printable(json.dumps(name))}")
         caption = record["caption"]
         if caption is None or isinstance(caption, str) and not caption.strip():
             self.counts["without caption (skipped)"] += 1
@@ -407,7 +388,7 @@ class Grit:
         parts = []
         for counts in (self.counts, self.box_counts):
             parts.append(", ".join(f"{count} {what}" for what, count in counts.items()))
-        return f"{self.path}: {parts[0]}; boxes: {parts[1]}"
+        return f"{self.path}: records: {parts[0]}; boxes: {parts[1]}"
 
     def row(self, n: int) -> Row:
         epoch, at = divmod(n, len(self.records))
@@ -457,7 +438,7 @@ def positive_int(text: str) -> int:
 
 def check_image(path: Path) -> None:
     """Raise unless this is an image that Pillow knows. (Reads only its header: there may be millions.)"""
-    if not path.is_file():
+    if not os.path.isfile(path):  # (Path.is_file raises an error if the name is too long)
         raise FileNotFoundError(f"no image at {printable(str(path))}")
     try:
         Image.open(path).close()
@@ -466,18 +447,13 @@ def check_image(path: Path) -> None:
 
 
 class Steps(torch.utils.data.Dataset):
-    """Item i: the micro-batches of one process for the i-th step from `first` on.
+    """Item i: the micro-batches of one process for the i-th step from `first` on. A step's rows are the
+    same however many processes and micro-batches share them."""
 
-    A step's rows are the same however many processes and micro-batches share them.
-    """
-
-    def __init__(
-        self, source, first: int, last: int, batch: int, accumulate: int = 1, rank: int = 0, world: int = 1
-    ):
+    def __init__(self, source, first: int, last: int, batch: int, accumulate=1, rank=0, world=1):
         if batch % (accumulate * world):
-            raise ValueError(
-                f"a batch of {batch} does not divide into {world} processes x {accumulate} parts"
-            )
+            parts = f"{world} processes x {accumulate} parts"
+            raise ValueError(f"a batch of {batch} does not divide into {parts}")
         self.source = source
         self.first = first
         self.last = last
@@ -499,9 +475,8 @@ class Steps(torch.utils.data.Dataset):
 def read_ahead(steps: Steps) -> torch.utils.data.DataLoader:
     """The items of `steps`, made two in advance by another process, as arrays: they come through a pipe.
     (Tensors would come through /dev/shm. Containers have 64 MB of it, and a full one is a hang.)"""
-    return torch.utils.data.DataLoader(
-        steps, batch_size=None, num_workers=1, prefetch_factor=2, collate_fn=as_arrays
-    )
+    options = {"batch_size": None, "num_workers": 1, "prefetch_factor": 2, "collate_fn": as_arrays}
+    return torch.utils.data.DataLoader(steps, **options)
 
 
 def as_arrays(micro_batches: list[dict[str, torch.Tensor]]) -> list[dict[str, np.ndarray]]:

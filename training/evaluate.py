@@ -34,21 +34,9 @@ from inference.fast import load_checkpoint
 from kosmos2 import Kosmos2, Row, finish, pad_left, preprocess_image
 from sample import CommandParser, report_error, run_command
 from tokenizer import Box, Entity, Tokenizer, box_score, iou, parse, strip_tags, tokens_to_box
+from training import scenes as world
 from training.data import check_grid, encode_example, positive_int
-from training.scenes import (
-    MOST,
-    Example,
-    Scene,
-    Thing,
-    captions,
-    cells,
-    grounding,
-    is_caption,
-    listed,
-    read_words,
-    resolve,
-    tasks,
-)
+from training.scenes import MOST, Example, Scene, Thing
 from training.stickers import Stickers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +74,7 @@ TABLE = {
 
 def name_of(phrase: str, stickers: Stickers | None = None) -> tuple[str, int] | None:
     """What a phrase of a caption names, and how many: "two red cups" -> ("red cup", 2)."""
-    understood = read_words(phrase, stickers)
+    understood = world.read_words(phrase, stickers)
     if understood is None:
         return None
     number, meaning = understood
@@ -99,7 +87,7 @@ def name_of(phrase: str, stickers: Stickers | None = None) -> tuple[str, int] | 
 def named(caption: str, stickers: Stickers | None = None) -> Counter:
     """How often a caption names each thing: "two red cups" counts twice."""
     found: Counter = Counter()
-    for phrase in listed(caption):
+    for phrase in world.listed(caption):
         name = name_of(phrase, stickers)
         if name is not None:
             found[name[0]] += name[1]
@@ -107,10 +95,7 @@ def named(caption: str, stickers: Stickers | None = None) -> Counter:
 
 
 def caption_hits(entities: list[Entity], scene: Scene) -> list[float]:
-    """For each thing, whether some phrase names it and has a box on it.
-
-    A box counts for one thing only.
-    """
+    """For each thing, whether some phrase names it and has a box on it. A box counts for one thing only."""
     boxes = defaultdict(list)
     for entity in entities:
         name = name_of(entity.phrase, scene.stickers)
@@ -132,10 +117,7 @@ def found_all(boxes: list[Box], things) -> list[float]:
 
 
 def asked_boxes(example: Example, answer: str) -> list[Box]:
-    """The boxes of the phrase in the prompt.
-
-    Not those of other phrases that the answer may go on to name.
-    """
+    """The boxes of the phrase in the prompt. Not those of other phrases that the answer may go on to name."""
     prompt_phrase = strip_tags(example.prompt).strip()
     _, entities = parse(example.prompt + answer)
     return next((entity.boxes for entity in entities if entity.phrase == prompt_phrase), [])
@@ -162,9 +144,9 @@ def score(example: Example, answer: str, scene: Scene) -> list[float]:
         return found_all(asked_boxes(example, answer)[:1], example.targets)
     if task == "text alone":
         joint = "" if answer[:1] in ",." else " "  # the first word of an answer has no space before it
-        return [float(is_caption(example.prompt + joint + answer.strip(), scene.stickers))]
+        return [float(world.is_caption(example.prompt + joint + answer.strip(), scene.stickers))]
     if task == "describe box":
-        return [float(resolve(answer, scene) == list(example.targets))]
+        return [float(world.resolve(answer, scene) == list(example.targets))]
     if task.endswith("grounded"):
         right_words = caption == parse(example.answer)[0]
         return [float(right_words and all(found_all(boxes, example.targets)))]
@@ -208,7 +190,7 @@ def choose_examples(scenes: int, first_seed: int, only=None, stickers: Stickers 
         scene = Scene.random(seed, stickers)
         rng = random.Random(seed)
         by_task = defaultdict(list)
-        for example in tasks(scene, rng):
+        for example in world.tasks(scene, rng):
             by_task[example.task].append(example)
         for task, examples in by_task.items():
             if only is None or task in only:
@@ -264,11 +246,8 @@ def boxes_kept(tokenizer, chosen: Chosen, results: list[Row], others: list[Row])
 @torch.inference_mode()
 def ranked_accuracy(model: Kosmos2, tokenizer: Tokenizer, chosen: Chosen, counts=(1, 5)) -> dict[int, float]:
     """{k: share of phrases for which one of the k most probable boxes has IoU >= 0.5 with the right
-    one}.
-
-    Boxes are ranked by a beam search. (R@k in the paper takes the first k boxes of one greedy
-    answer instead.)
-    """
+    one}. Boxes are ranked by a beam search. (R@k in the paper takes the first k boxes of one greedy
+    answer instead.)"""
     hits: Counter = Counter()
     for scene, example in chosen:
         pixels = preprocess_image(scene.draw(), model.config.vision.image_size)[None]
@@ -287,11 +266,8 @@ def first_scores(tokenizer: Tokenizer, chosen: Chosen, results: list[Row]) -> di
     scores: dict[str, list[float]] = {"ground": [], "ground absent": []}
     for (_, example), result in zip(chosen, results, strict=True):
         if example.task in scores:
-            locations = [
-                p
-                for i, p in zip(result.ids, result.probabilities, strict=True)
-                if tokenizer.location_index(i) is not None
-            ]
+            pairs = zip(result.ids, result.probabilities, strict=True)
+            locations = [p for i, p in pairs if tokenizer.location_index(i) is not None]
             scores[example.task].append(box_score(locations[:2]) or 0.0)
     return scores
 
@@ -308,7 +284,7 @@ def scored_boxes(model, tokenizer, chosen: Chosen) -> list[tuple[float, float, b
             if example.task == "caption":  # the things that the phrase names
                 name = name_of(entity.phrase, scene.stickers)
                 right = [thing.box for thing in scene.things if name and thing.name == name[0]]
-            exact = [tokens_to_box(*cells(box)) for box in right]
+            exact = [tokens_to_box(*world.cells(box)) for box in right]
             for box, score in zip(entity.boxes, entity.scores, strict=True):
                 best = max((iou(box, truth) for truth in right), default=0.0)
                 found.append((score, best, box in exact))
@@ -316,11 +292,9 @@ def scored_boxes(model, tokenizer, chosen: Chosen) -> list[tuple[float, float, b
 
 
 def plot_calibration(found: list[tuple[float, float, bool]], path: Path, bins: int = 10) -> None:
-    """Plot how good boxes are against their score, in `bins` groups of equal size.
-
-    A score is sqrt(p(top left) p(bottom right)). If the probabilities are calibrated, a share of s²
-    of the boxes with score s has both corners in the right cells.
-    """
+    """Plot how good boxes are against their score, in `bins` groups of equal size. A score is sqrt(p(top
+    left) p(bottom right)). If the probabilities are calibrated, a share of s² of the boxes with score s
+    has both corners in the right cells."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -338,10 +312,8 @@ def plot_calibration(found: list[tuple[float, float, bool]], path: Path, bins: i
         axes.plot(scores, shares, color=color, marker="o", markersize=4, label=label)
     line = torch.linspace(0, 1, 50)
     axes.plot(line, line**2, color="#777777", linestyle="--", label="score², if calibrated")
-    axes.set(
-        title=f"{len(found):,} boxes in {bins} groups by score", xlabel="mean score", ylabel="share of boxes"
-    )
-    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.set_title(f"{len(found):,} boxes in {bins} groups by score")
+    axes.set(xlabel="mean score", ylabel="share of boxes", xlim=(0, 1), ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower right", fontsize=9)
     fig.savefig(path, dpi=110)
@@ -355,7 +327,7 @@ def sticker_hits(model, tokenizer, stickers: Stickers, count: int) -> dict[Thing
     chosen: Chosen = []
     for seed in range(count):
         scene = Scene.of_stickers(seed, stickers)
-        examples = captions(scene)[:1] + grounding(scene, random.Random(seed))
+        examples = world.captions(scene)[:1] + world.grounding(scene, random.Random(seed))
         chosen += [(scene, example) for example in examples if example.task in ("caption", "ground")]
     hits = defaultdict(list)
     for (scene, example), result in zip(chosen, answers(model, tokenizer, chosen), strict=True):
@@ -398,11 +370,8 @@ def print_comparison(args, tokenizer, chosen: Chosen, results: list[Row], title:
 
 
 def score_results(file: Path, counts=(1, 5, 10)) -> tuple[dict[int, float], int]:
-    """({k: share of requests for which one of the first k boxes is right}, number of requests)
-
-    A box is right if its IoU with any target is at least 0.5. ValueError if no line has "phrase"
-    and "target".
-    """
+    """({k: share of requests for which one of the first k boxes is right}, number of requests). A box is
+    right if its IoU with any target is at least 0.5. ValueError if no line has "phrase" and "target"."""
     hits = {k: [] for k in counts}
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
@@ -414,9 +383,8 @@ def score_results(file: Path, counts=(1, 5, 10)) -> tuple[dict[int, float], int]
             boxes = boxes_of_phrase(row["entities"], row["phrase"])
             right = [any(iou(box, target) >= 0.5 for target in row["target"]) for box in boxes]
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise ValueError(
-                f"{file}, line {number}: not a result ({type(error).__name__}: {error})"
-            ) from None
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{file}, line {number}: not a result ({reason})") from None
         for k in counts:
             hits[k].append(any(right[:k]))
     total = len(hits[counts[0]])
@@ -426,10 +394,8 @@ def score_results(file: Path, counts=(1, 5, 10)) -> tuple[dict[int, float], int]
 
 
 def boxes_of_phrase(entities: list[dict], phrase: str) -> list[Box]:
-    """The boxes of the entity with this phrase.
-
-    Answers are normalized (NFKC), as the training texts of the vocabulary were.
-    """
+    """The boxes of the entity with this phrase. Answers are normalized (NFKC), as the training texts of
+    the vocabulary were."""
     asked = " ".join(unicodedata.normalize("NFKC", phrase).split())
     for entity in entities:
         if entity["phrase"] == asked:
@@ -442,9 +408,7 @@ def print_results(model, tokenizer, chosen: Chosen, results: list[Row], title: s
     print(f"| {title} | accuracy | of |\n|---|---|---|")
     for task, (share, count) in table_rows(accuracies(tokenizer, chosen, results)).items():
         print(f"| {task} | {share:.3f} | {count} |")
-    phrases = [
-        (scene, example) for scene, example in chosen if example.task in ("ground", "refer", "refer relation")
-    ]
+    phrases = [pair for pair in chosen if pair[1].task in ("ground", "refer", "refer relation")]
     for k, share in ranked_accuracy(model, tokenizer, phrases).items():
         print(f"| ranked boxes of a phrase: one of the top {k} is right | {share:.3f} | {len(phrases)} |")
     for task, scores in first_scores(tokenizer, chosen, results).items():

@@ -3,7 +3,8 @@
 This is the world of the bundled model: up to five things on a background, drawn by things.py or, with
 a folder of stickers, by anyone (stickers.py). `Scene.random` makes a scene, `Scene.draw` paints it,
 `Scene.record` describes it as a GRIT record (caption, noun chunks, boxes), and `tasks` lists what can
-be asked about it in the prompts of the paper, each with its one correct answer. Answers follow from rules (`resolve`), so a model can be scored without a judge.
+be asked about it in the prompts of the paper, each with its one correct answer. Answers follow from
+rules (`resolve`), so a model can be scored without a judge.
 
     python -m training.scenes FOLDER [--count 9] [--stickers DIR]    write images and grit.jsonl to look at
 """
@@ -25,22 +26,9 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from sample import CommandParser, report_error, run_command
 from tokenizer import GRID, PROMPTS, Box, boxes_to_text, clip_box, parse, strip_tags
+from training import things as drawn
 from training.stickers import Stickers, sticker_image
-from training.things import (
-    AIRBORNE,
-    BODY,
-    BROWN,
-    COLORED,
-    DRAWINGS,
-    OTHER_KINDS,
-    SHADE,
-    SHAPES,
-    UNCOLORED,
-    Color,
-    Part,
-    Point,
-    plural,
-)
+from training.things import BODY, DRAWINGS, SHADE, SHAPES, UNCOLORED, Color, Part, Point, plural
 
 # Each color name covers everything between its samples.
 COLORS: dict[str, list[Color]] = {
@@ -85,8 +73,7 @@ class Thing:
 
     center: of its box, in 0..1 of the image. size: its longer side, as a fraction of sqrt(width *
     height) of the image. look: seed of its proportions, tilt and direction, and of a sticker's
-    colors. aspect: width / height of the image.
-    """
+    colors. aspect: width / height of the image."""
 
     kind: str
     color: str | None  # None for stickers and for kinds with colors of their own
@@ -175,10 +162,8 @@ def extent(parts: list[Part]) -> Box:
 def random_thing(
     rng: random.Random, others: list[Thing], background: str, aspect: float, stickers: Stickers | None
 ) -> Thing | None:
-    """A thing in a free place; sometimes of the kind or color of an earlier one.
-
-    None if no place was found.
-    """
+    """A thing in a free place; sometimes of the kind or color of an earlier one. None if no place was
+    found."""
     kind = rng.choice(KINDS)
     color = rng.choice(list(COLORS))
     if rng.random() < 0.35:
@@ -219,7 +204,7 @@ def try_place(
     x = rng.uniform(half_width, 1 - half_width)
     y = rng.uniform(half_height, 1 - half_height)
     in_landscape = background in ("day", "night", "snow") and rng.random() < 0.8
-    if in_landscape and thing.sticker is None and (y < 0.45) != (thing.kind in AIRBORNE):
+    if in_landscape and thing.sticker is None and (y < 0.45) != (thing.kind in drawn.AIRBORNE):
         return None
     thing = replace(thing, center=(x, y))
     return None if any(overlap(thing.box, other.box, gap) for other in others) else thing
@@ -227,9 +212,7 @@ def try_place(
 
 def random_sticker(rng: random.Random, thing: Thing, others: list[Thing], stickers: Stickers) -> Thing:
     """A drawing, or a sticker in its place; more often than without stickers named as an earlier thing.
-
-    The things of one kind are all drawings or all stickers, so that "the cat" is not a red cat.
-    """
+    The things of one kind are all drawings or all stickers, so that "the cat" is not a red cat."""
     path = None
     if others and rng.random() < 0.25:
         twin = rng.choice(others)
@@ -268,10 +251,8 @@ class Scene:
 
     @classmethod
     def random(cls, seed: int, stickers: Stickers | None = None) -> "Scene":
-        """The scene of this seed, of up to MOST things; one in thirty is empty.
-
-        With stickers, four scenes in five may have them.
-        """
+        """The scene of this seed, of up to MOST things; one in thirty is empty. With stickers, four
+        scenes in five may have them."""
         rng = random.Random(seed)
         background = rng.choices(list(BACKGROUNDS), list(BACKGROUNDS.values()))[0]
         aspect = rng.choice([1.0, 2 ** rng.uniform(-1, 1)])
@@ -314,8 +295,7 @@ class Scene:
     def draw(self, side: int | None = None) -> Image.Image:
         """The image.
 
-        side: sqrt(width * height) in pixels, by default different from scene to scene.
-        """
+        side: sqrt(width * height) in pixels, by default different from scene to scene."""
         rng = random.Random(f"{self.seed} drawing")
         side = side or rng.randint(160, 360)
         smooth = rng.choice([1, 2, 2])  # drawn twice as large, then reduced: antialiased
@@ -342,11 +322,9 @@ class Scene:
         return list(groups.values())
 
     def record(self, detailed: bool = False) -> dict:
-        """The scene as a GRIT record. "things" is our own addition: the truth to check against.
-
-        Brief: "An image of a snowman next to a fire." or "An image of a red cup, a tree and two
-        blue stars." Detailed: one sentence with the place of every thing.
-        """
+        """The scene as a GRIT record. "things" is our own addition: the truth to check against. Brief:
+        "An image of a snowman next to a fire." or "An image of a red cup, a tree and two blue stars."
+        Detailed: one sentence with the place of every thing."""
         caption, entities = parse(linked_caption(self, detailed))
         groups = [[thing] for thing in self.things] if detailed else self.groups()
         rows = []
@@ -459,17 +437,15 @@ def paint_landscape(name: str, width: int, height: int, rng: random.Random) -> P
 def draw_thing(
     image: Image.Image, thing: Thing, background: list[Color], outlined: bool, rng: random.Random
 ) -> None:
-    """Draw a thing.
-
-    First the lines around all its polygons, then the polygons, so that only its silhouette is outlined.
-    """
+    """Draw a thing. First the lines around all its polygons, then the polygons, so that only its
+    silhouette is outlined."""
     width, height = image.size
     if thing.sticker is not None:
         x1, y1, x2, y2 = (round(v * n) for v, n in zip(thing.box, (width, height) * 2, strict=True))
         picture = sticker_image(thing.sticker, thing.look).resize((max(x2 - x1, 1), max(y2 - y1, 1)))
         image.paste(picture, (x1, y1), picture)
         return
-    body = BROWN
+    body = drawn.BROWN
     if thing.color is not None:
         samples = COLORS[thing.color]
         body = mix(rng.choice(samples), rng.choice(samples), rng.random())
@@ -531,16 +507,13 @@ def degrade(image: Image.Image, rng: random.Random) -> Image.Image:
 
 # ---- Referring expressions -------------------------------------------------------------------------
 
-ADJECTIVES = {
-    **{word: ("color", word) for word in COLORS},
-    **{word: ("size", word) for word in ("large", "small")},
-}
+ADJECTIVES = {"large": "size", "small": "size"} | dict.fromkeys(COLORS, "color")  # what each describes
 
 
 @cache
 def kind_words(stickers: Stickers | None) -> dict[str, str]:
     """{"cup": "cup", "cups": "cup", ...}: the words for the kinds of this world."""
-    kinds = [*KINDS, *OTHER_KINDS, *(stickers.kinds if stickers else []), ANYTHING]
+    kinds = [*KINDS, *drawn.OTHER_KINDS, *(stickers.kinds if stickers else []), ANYTHING]
     return {word: kind for kind in kinds for word in (kind, plural(kind))}
 
 
@@ -554,11 +527,11 @@ def read_words(words: str, stickers: Stickers | None = None) -> tuple[int | None
         if kind is not None:
             return number, {**meaning, "kind": kind}
         word = rest.pop(0)
-        slot, value = ADJECTIVES.get(word, (None, word))
+        slot = ADJECTIVES.get(word)
         if word in NUMBERS:
             number = NUMBERS.index(word)
         elif slot is not None and slot not in meaning:
-            meaning[slot] = value
+            meaning[slot] = word
         elif word not in ("the", "a", "an"):
             return None
     return None
@@ -566,10 +539,8 @@ def read_words(words: str, stickers: Stickers | None = None) -> tuple[int | None
 
 def resolve(expression: str, scene: Scene) -> list[Thing] | None:
     """The things an expression fits, found by rules; None if it is not an expression or cannot be
-    decided.
-
-    "the large red cup", "a star", "the two blue squares", "the star left of the blue square".
-    """
+    decided. "the large red cup", "a star", "the two blue squares", "the star left of the blue
+    square"."""
     words = expression.lower().strip(" .")
     anchor = None
     match = re.search(f" ({'|'.join(SIDES)}) ", words)
@@ -606,11 +577,8 @@ def names(target: Thing, scene: Scene) -> list[str]:
 def relations(target: Thing, scene: Scene, rng: random.Random) -> Iterator[str]:
     """What identifies a thing by its position, in random order: "the star left of the red cup"."""
     heads = dict.fromkeys([target.kind, ANYTHING, target.name])
-    anchors = [
-        thing
-        for thing in scene.things
-        if thing is not target and len(scene.find(thing.kind, thing.color)) == 1
-    ]
+    others = [thing for thing in scene.things if thing is not target]
+    anchors = [thing for thing in others if len(scene.find(thing.kind, thing.color)) == 1]
     choices = [(anchor, side, head) for anchor in anchors for side in SIDES for head in heads]
     for anchor, side, head in rng.sample(choices, len(choices)):
         expression = f"the {head} {side} the {anchor.name}"
@@ -641,11 +609,9 @@ class Example:
 
 
 def cells(box: Box, grid: int = GRID) -> tuple[int, int]:
-    """The location indices of a box as the original data loader chose them.
-
-    `tokenizer.box_to_tokens` differs: there, a bottom-right coordinate exactly on a cell boundary is
-    assigned to the inner cell, here to the outer one.
-    """
+    """The location indices of a box as the original data loader chose them. `tokenizer.box_to_tokens`
+    differs: there, a bottom-right coordinate exactly on a cell boundary is assigned to the inner cell,
+    here to the outer one."""
     x1, y1, x2, y2 = clip_box(box)
     left = math.floor(x1 * grid)
     top = math.floor(y1 * grid)
@@ -700,11 +666,8 @@ def ground_prompt(phrase: str) -> str:
 
 
 def grounding(scene: Scene, rng: random.Random) -> list[Example]:
-    """A phrase of the caption in the prompt, its boxes in the answer.
-
-    A phrase for something that is not in the scene gets a random box, so the model learns to spread
-    its probability.
-    """
+    """A phrase of the caption in the prompt, its boxes in the answer. A phrase for something that is not
+    in the scene gets a random box, so the model learns to spread its probability."""
     found = []
     for group in scene.groups():
         phrases = [counted(group)]
@@ -752,10 +715,8 @@ def ask(task: str, question: str, answer: str, grounded: str, targets) -> list[E
     """A question twice: plain (the answer in a word) and grounded (with boxes)."""
     plain = PROMPTS["answer"].replace("{text}", question)
     prompt = PROMPTS["vqa"].replace("{text}", question)
-    return [
-        Example(task, plain, f" {answer}"),
-        Example(f"{task} grounded", prompt, f" {grounded}", tuple(targets)),
-    ]
+    with_boxes = Example(f"{task} grounded", prompt, f" {grounded}", tuple(targets))
+    return [Example(task, plain, f" {answer}"), with_boxes]
 
 
 def questions(scene: Scene, rng: random.Random) -> list[Example]:
@@ -793,10 +754,8 @@ def questions(scene: Scene, rng: random.Random) -> list[Example]:
 
 
 def counting(scene: Scene, rng: random.Random) -> list[Example]:
-    """How many there are of a kind or a color, and whether there is one at all.
-
-    (Stickers may have any color, so in scenes with some a color is asked about with a kind only.)
-    """
+    """How many there are of a kind or a color, and whether there is one at all. (Stickers may have any
+    color, so in scenes with some a color is asked about with a kind only.)"""
     found = []
     color = rng.choice(list(COLORS))
     kind = rng.choice(scene.kinds)
@@ -827,21 +786,13 @@ def counting(scene: Scene, rng: random.Random) -> list[Example]:
 
 
 def in_context(scene: Scene, rng: random.Random) -> list[Example]:
-    """Two images in one prompt: what is said about a box of the first shows what to say about a box
-    of the second.
-
-    It is the color, the kind or the place of the thing in the box.
-    """
+    """Two images in one prompt: what is said about a box of the first shows what to say about a box of
+    the second. It is the color, the kind or the place of the thing in the box."""
     second = Scene.random(scene.seed + SECOND, scene.stickers)
     if not scene.things or not second.things:
         return []
     found = []
-    topics = [
-        lambda thing: thing.color,
-        lambda thing: f"{article(thing.kind)} {thing.kind}",
-        lambda thing: thing.clear_place,
-    ]
-    for say in topics:
+    for say in (lambda t: t.color, lambda t: f"{article(t.kind)} {t.kind}", lambda t: t.clear_place):
         shown = rng.choice(scene.things)
         asked = rng.choice(second.things)
         if say(shown) and say(asked):
@@ -852,10 +803,8 @@ def in_context(scene: Scene, rng: random.Random) -> list[Example]:
 
 
 def unseen(scene: Scene) -> Example:
-    """Text alone: the beginning of the caption, without the image.
-
-    Any ending that makes a caption is right.
-    """
+    """Text alone: the beginning of the caption, without the image. Any ending that makes a caption is
+    right."""
     words = scene.record()["caption"].split(" ")
     cut = 3 + scene.seed % (len(words) - 3)
     return Example("text alone", " ".join(words[:cut]), " " + " ".join(words[cut:]), alone=True)
@@ -872,11 +821,9 @@ def is_caption(text: str, stickers: Stickers | None = None) -> bool:
         if understood is None:
             return False
         number, meaning = understood
-        kind = meaning["kind"]
-        color = meaning.get("color")
-        if kind == ANYTHING or number in (0, 1):
-            return False
-        if kind in SHAPES if color is None else kind not in SHAPES | COLORED:
+        kind, color = meaning["kind"], meaning.get("color")
+        fits = kind not in SHAPES if color is None else kind in SHAPES | drawn.COLORED
+        if kind == ANYTHING or number in (0, 1) or not fits:
             return False
         group = [Thing(kind, color, (0, 0), 0)] * (number or 1)
         if phrase != counted(group):
@@ -896,14 +843,10 @@ def is_caption(text: str, stickers: Stickers | None = None) -> bool:
 
 def tasks(scene: Scene, rng: random.Random) -> list[Example]:
     """Everything that can be asked about a scene, and what can be said without it."""
-    about = (
-        captions(scene)
-        + grounding(scene, rng)
-        + referring(scene, rng)
-        + questions(scene, rng)
-        + counting(scene, rng)
-    )
-    return [*about, *in_context(scene, rng), unseen(scene)]
+    found = captions(scene)
+    for make in (grounding, referring, questions, counting, in_context):
+        found += make(scene, rng)
+    return [*found, unseen(scene)]
 
 
 def demo_scenes() -> dict[str, Scene]:

@@ -59,9 +59,7 @@ def train_vocabulary(model_file: Path, stickers: Stickers | None = None, scenes:
 
 def sincos_2d(rows: int, columns: int, width: int) -> torch.Tensor:
     """(rows * columns, width): sines and cosines of both coordinates, each row of unit length.
-
-    Frequencies go from low to high.
-    """
+    Frequencies go from low to high."""
     quarter = width // 4
     frequencies = math.pi * torch.logspace(0, math.log10(min(rows, columns)), quarter) / 2
     y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
@@ -75,10 +73,8 @@ def sincos_2d(rows: int, columns: int, width: int) -> torch.Tensor:
 
 @torch.no_grad()
 def init_weights(model: Kosmos2, first_location: int, seed: int = 0) -> None:
-    """Fan-in scaling, halved for the last matrix of each residual branch, and zero biases.
-
-    The exceptions are explained in the docstring of train.py.
-    """
+    """Fan-in scaling, halved for the last matrix of each residual branch, and zero biases. The
+    exceptions are explained in the docstring of train.py."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
@@ -100,10 +96,8 @@ def init_weights(model: Kosmos2, first_location: int, seed: int = 0) -> None:
 
 @torch.no_grad()
 def carry_over(model: Kosmos2, tokenizer: Tokenizer, old_model: Kosmos2, old_tokenizer: Tokenizer) -> None:
-    """Copy the weights of another model of the same sizes, embeddings by the name of their token.
-
-    A piece that is not in the other vocabulary starts as the mean of the pieces that spell it there.
-    """
+    """Copy the weights of another model of the same sizes, embeddings by the name of their token. A
+    piece that is not in the other vocabulary starts as the mean of the pieces that spell it there."""
     old = old_model.state_dict()
     embedding = old.pop("decoder.embed_tokens.weight")
     old_ids = {token: i for i, token in enumerate(old_tokenizer.id_to_token)}

@@ -67,11 +67,9 @@ PARTS = ["vision", "resampler", "decoder"]
 
 
 class Losses(nn.Module):
-    """The losses of a batch from data.py: those of the next tokens, one per target, and with a
-    PatchHead that of the patches' labels.
-
-    The attention mask lets each text attend to the image (text 0) and to itself.
-    """
+    """The losses of a batch from data.py: those of the next tokens, one per target, and with a PatchHead
+    that of the patches' labels. The attention mask lets each text attend to the image (text 0) and to
+    itself."""
 
     def __init__(self, model: Kosmos2, patch_head: PatchHead | None = None):
         super().__init__()
@@ -99,10 +97,7 @@ class Losses(nn.Module):
 
 
 def recompute_activations(model: Kosmos2) -> None:
-    """Activation checkpointing: run each block again in the backward pass.
-
-    Saves memory and costs time.
-    """
+    """Activation checkpointing: run each block again in the backward pass. Saves memory and costs time."""
     for block in [*model.vision.layers, *model.decoder.layers]:
         block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
@@ -111,22 +106,18 @@ def recompute_activations(model: Kosmos2) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, a constant rate, and over the last 60 % of the steps a linear decay to zero.
-
-    In a short run, the decay begins before the warm-up ends: the rate is the lower of both. A run
-    with more steps has the same rates until the shorter one begins to decay. To extend a run, keep
-    a copy of checkpoint.pt from before the decay, and rerun from it with more steps.
-    """
+    """Linear warm-up, a constant rate, and over the last 60 % of the steps a linear decay to zero. In a
+    short run, the decay begins before the warm-up ends: the rate is the lower of both. A run with more
+    steps has the same rates until the shorter one begins to decay. To extend a run, keep a copy of
+    checkpoint.pt from before the decay, and rerun from it with more steps."""
     rising = (step + 1) / warmup
     falling = (steps - step) / (0.6 * steps)
     return peak * min(rising, 1.0, falling)
 
 
 def make_optimizers(model: Kosmos2, name: str, lr: float) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon for the matrices inside the blocks and AdamW for the rest.
-
-    Both use one learning rate.
-    """
+    """AdamW; or Muon for the matrices inside the blocks and AdamW for the rest. Both use one learning
+    rate."""
     inside = []  # matrices inside the blocks
     others = []
     for parameter_name, parameter in model.named_parameters():
@@ -180,9 +171,8 @@ class Run:
             recompute_activations(self.model)
         self.losses = Losses(self.model, self.patch_head).to(self.device).train()
         if self.world > 1:
-            self.losses = nn.parallel.DistributedDataParallel(
-                self.losses, find_unused_parameters=self.patch_head is not None
-            )
+            unused = self.patch_head is not None
+            self.losses = nn.parallel.DistributedDataParallel(self.losses, find_unused_parameters=unused)
         self.optimizers = make_optimizers(self.losses, args.optimizer, args.lr)
         config = self.model.config
         if args.data:
@@ -240,9 +230,8 @@ class Run:
             self.log = state["log"]
         except Exception as error:  # a damaged file can raise anything
             reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
-            raise ValueError(
-                f"cannot resume from {file} ({reason}); use the settings it was made with, or another --out"
-            ) from None
+            remedy = "use the settings it was made with, or another --out"
+            raise ValueError(f"cannot resume from {file} ({reason}); {remedy}") from None
         self.say(f"resuming {self.folder} at step {self.step}")
 
     def settings(self) -> dict:
@@ -286,10 +275,8 @@ class Run:
             optimizer.param_groups[0]["lr"] = lr
 
     def train_step(self, micro_batches: list[dict[str, np.ndarray]]) -> dict[str, float]:
-        """One update from all micro-batches of all processes; returns the mean losses.
-
-        The gradient is that of the mean loss over all targets of the step, plus the mean patch loss.
-        """
+        """One update from all micro-batches of all processes; returns the mean losses. The gradient is
+        that of the mean loss over all targets of the step, plus the mean patch loss."""
         self.set_learning_rate()
         counts = [float((batch["targets"] != -100).sum()) for batch in micro_batches]
         count = max(self.sum_over_processes(counts), 1.0)
@@ -307,34 +294,23 @@ class Run:
             targets = batch["targets"][batch["targets"] != -100]
             is_location = targets >= self.tokenizer.first_location
             losses = losses.detach()
-            parts = [
-                losses[is_location].sum(),
-                is_location.sum(),
-                losses[~is_location].sum(),
-                (~is_location).sum(),
-                patch_loss.detach(),
-            ]
+            parts = [losses[is_location].sum(), is_location.sum()]
+            parts += [losses[~is_location].sum(), (~is_location).sum(), patch_loss.detach()]
             sums += torch.stack(parts).cpu()
         if not math.isfinite(self.sum_over_processes(sums.tolist())):
-            raise ValueError(
-                f"the loss is not finite at step {self.step}; "
-                "lower --lr and rerun, which continues from the last checkpoint.pt"
-            )
+            remedy = "lower --lr and rerun, which continues from the last checkpoint.pt"
+            raise ValueError(f"the loss is not finite at step {self.step}; {remedy}")
         torch.nn.utils.clip_grad_norm_([p for p in self.losses.parameters() if p.requires_grad], 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        locations, n_locations, words, n_words, patches = (
-            self.sum_over_processes([value]) for value in sums.tolist()
-        )
-        means = {}
-        if n_locations:
-            means["locations"] = locations / n_locations
-        if n_words:
-            means["words"] = words / n_words
+        totals = [self.sum_over_processes([value]) for value in sums.tolist()]
+        means = {
+            name: totals[i] / totals[i + 1] for i, name in ((0, "locations"), (2, "words")) if totals[i + 1]
+        }
         if self.patch_head is not None:
-            means["patches"] = patches / len(micro_batches) / self.world
+            means["patches"] = totals[4] / len(micro_batches) / self.world
         return means
 
     def sum_over_processes(self, values: list[float]) -> float:
@@ -399,69 +375,36 @@ class Run:
             self.say(f"wrote {self.folder}")
 
 
-def make_parser() -> CommandParser:
-    p = CommandParser("training.train", __doc__)
-    p.add_argument("--out", type=Path, default=ROOT / "runs" / "tiny", help="folder of the run")
-    p.add_argument("--checkpoint", help="fine-tune these weights (anything that load_weights.py reads)")
-    p.add_argument("--data", type=Path, metavar="JSONL", help="GRIT-format records (default: scenes)")
-    p.add_argument(
-        "--stickers", type=Path, metavar="DIR", help="PNGs STYLE/KIND--NAME.png to mix into scenes"
-    )
-    p.add_argument("--continue-from", metavar="DIR", help="initial weights; the vocabulary is a new one")
-    p.add_argument(
-        "--train",
-        nargs="+",
-        choices=PARTS,
-        default=PARTS,
-        metavar="PART",
-        help=f"what to train, of {', '.join(PARTS)} (default: all)",
-    )
-    p.add_argument("--log-every", type=positive_int, default=20, metavar="STEPS", help="log the losses")
-    p.add_argument(
-        "--save-every",
-        type=positive_int,
-        default=250,
-        metavar="STEPS",
-        help="write checkpoint.pt this often; every fourth time, also measure accuracy on scenes",
-    )
-    p.add_argument("--scenes", type=positive_int, default=40, help="held-out scenes to measure on")
-    add_optimization_options(p.add_argument_group("optimization"))
-    return p
-
-
-def add_optimization_options(p) -> None:
-    p.add_argument(
-        "--vision-steps",
-        type=int,
-        default=2500,
-        help="steps that train only the ViT, before --steps (only from scratch; default: 2500)",
-    )
-    p.add_argument("--steps", type=int, default=6000, help="steps of the whole model (default: 6000)")
-    p.add_argument(
-        "--batch", type=positive_int, default=32, help="images per step, over all processes (default: 32)"
-    )
-    p.add_argument(
-        "--accumulate", type=positive_int, default=1, metavar="N", help="split each batch into N parts"
-    )
-    p.add_argument("--length", type=positive_int, default=256, help="tokens per row of scenes (default: 256)")
-    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
-    p.add_argument("--warmup", type=positive_int, default=100, metavar="STEPS", help="default: 100")
-    p.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="default: muon")
-    p.add_argument("--fp32", action="store_true", help="compute in float32 instead of bfloat16 autocast")
-    p.add_argument(
-        "--recompute", action="store_true", help="activation checkpointing: saves memory, costs time"
-    )
-    p.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        choices=range(10),
-        help="random seed of the initial weights and the order of the data",
-    )
-
-
 def parse_arguments(argv=None) -> argparse.Namespace:
-    p = make_parser()
+    p = CommandParser("training.train", __doc__)
+    add = p.add_argument
+    add("--out", type=Path, default=ROOT / "runs" / "tiny", help="folder of the run")
+    add("--checkpoint", help="fine-tune these weights (anything that load_weights.py reads)")
+    add("--data", type=Path, metavar="JSONL", help="GRIT-format records (default: scenes)")
+    add("--stickers", type=Path, metavar="DIR", help="PNGs STYLE/KIND--NAME.png to mix into scenes")
+    add("--continue-from", metavar="DIR", help="initial weights; the vocabulary is a new one")
+    train_help = f"what to train, of {', '.join(PARTS)} (default: all)"
+    add("--train", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=train_help)
+    add("--log-every", type=positive_int, default=20, metavar="STEPS", help="log the losses (default: 20)")
+    save_help = "write checkpoint.pt (default: 250); every fourth time, also measure accuracy on scenes"
+    add("--save-every", type=positive_int, default=250, metavar="STEPS", help=save_help)
+    add("--scenes", type=positive_int, default=40, help="held-out scenes to measure on (default: 40)")
+    add = p.add_argument_group("optimization").add_argument
+    vision_help = "steps that train only the ViT, before --steps (only from scratch; default: 2500)"
+    add("--vision-steps", type=int, default=2500, help=vision_help)
+    add("--steps", type=int, default=6000, help="steps of the whole model (default: 6000)")
+    batch_help = "images per step, over all processes (default: 32)"
+    add("--batch", type=positive_int, default=32, help=batch_help)
+    add("--accumulate", type=positive_int, default=1, metavar="N", help="split each batch into N parts")
+    add("--length", type=positive_int, default=256, help="tokens per row of scenes (default: 256)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
+    warmup_help = "steps in which the learning rate rises (default: 100)"
+    add("--warmup", type=positive_int, default=100, metavar="STEPS", help=warmup_help)
+    add("--optimizer", choices=["muon", "adamw"], default="muon", help="default: muon")
+    add("--fp32", action="store_true", help="compute in float32 instead of bfloat16 autocast")
+    add("--recompute", action="store_true", help="activation checkpointing: saves memory, costs time")
+    seed_help = "random seed of the initial weights and the order of the data"
+    add("--seed", type=int, default=0, choices=range(10), help=seed_help)
     args = p.parse_args(argv)
     if not 0 <= args.steps < 2**31 or not 0 <= args.vision_steps < 2**31:
         p.error("--steps and --vision-steps must be between 0 and 2^31")
