@@ -3,9 +3,9 @@
     python tests/mutations.py [--only WORDS]
 
 Prints a table of the mutations and the first test that fails for each; exit status 1 if a mutation
-survives. Changes that alter no result are not in the list: without the bias of `k_proj`, for
-example, all scores of a query shift by the same amount, which softmax ignores. Takes about ten
-minutes.
+survives. The tests must pass without a mutation, or those that fail seem to catch it. Changes that
+alter no result are not in the list: without the bias of `k_proj`, for example, all scores of a query
+shift by the same amount, which softmax ignores. Takes about ten minutes.
 """
 
 import argparse

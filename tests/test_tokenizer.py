@@ -545,6 +545,16 @@ def test_text_for_messages():
 # ------------------------------------------------------------------------------------------------------- GRIT
 
 
+def test_corners_on_a_cell_boundary():
+    """The original data loader took the outer cell, the published processor takes the inner one."""
+    box = (0.25, 0.25, 0.5, 0.5)
+    record = {"caption": "a dog", "ref_exps": [[0, 5, *box, 1.0]]}
+    assert "<patch_index_0264><patch_index_0528>" in grit_to_text(record)
+    assert box_to_tokens(box) == (264, 495)
+    record["ref_exps"] = [[0, 5, 0, 0, 1, 1, 1.0]]
+    assert "<patch_index_0000><patch_index_1023>" in grit_to_text(record)
+
+
 def test_grit_records():
     record = {
         "caption": "A dog and two cats on a sofa.",
@@ -669,9 +679,14 @@ def random_record(rng: random.Random) -> dict:
         for _ in range(rng.choice([1, 1, 2])):
             x, y = rng.random() * 0.7, rng.random() * 0.7
             score = rng.choice([0.3, 0.64, 0.65, 0.8, 1.0, 1.0])
-            rows.append(
-                [start, end, x, y, x + 0.01 + rng.random() * 0.28, y + 0.01 + rng.random() * 0.28, score]
-            )
+            box = [x, y, x + 0.01 + rng.random() * 0.28, y + 0.01 + rng.random() * 0.28]
+            if rng.random() < 0.3:  # corners on the boundaries of cells
+                box = [
+                    math.floor(x * 32) / 32,
+                    math.floor(y * 32) / 32,
+                    *(math.ceil(v * 32) / 32 for v in box[2:]),
+                ]
+            rows.append([start, end, *box, score])
     rng.shuffle(rows)
     return {"caption": caption, "ref_exps": rows}
 
