@@ -16,16 +16,14 @@
 # %%
 from figures import ROOT, plt, reference, show, show_answers, show_image, table  # isort: skip
 import torch
-from PIL import Image
-from recording import record
 
-from kosmos2 import finish, preprocess_image, token_positions
+from inference.page import to_markdown
+from kosmos2 import finish, open_image, preprocess_image, token_positions
 from load_weights import load_checkpoint
 from sample import Answer, draw_answers
-from tokenizer import to_markdown
 
 model, tokenizer = load_checkpoint(ROOT / "tiny")
-image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
+image = open_image(ROOT / "tiny" / "scene.png")
 show_image(image, "The image of this notebook: a snowman next to a fire in the snow.", width=224)
 
 # %% [markdown]
@@ -52,11 +50,11 @@ table(rows, ("tensor", "dimensions", "predicted shape"))
 # ## From the image to image embeddings
 #
 # `preprocess_image` squashes the image to a square and normalizes its colors with the mean and standard deviation of
-# CLIP's training images. `record` collects the outputs of blocks and the attention weights while the model runs.
+# CLIP's training images. The ViT and the resampler do the rest.
 
 # %%
 pixels = preprocess_image(image, size)[None]
-with torch.inference_mode(), record(model) as seen:
+with torch.inference_mode():
     features = model.vision(pixels)
     image_embeds = model.resampler(features)
 assert pixels.shape == (1, 3, size, size)
@@ -99,7 +97,7 @@ torch.testing.assert_close(features.norm(dim=-1), torch.ones(1, N))
 # The prompt has Q slots between `<image>` and `</image>`. The image embeddings replace the token embeddings of these
 # slots, so the ids in them are only placeholders.
 #
-# `<grounding>` at the beginning of the text asks for boxes: in training, only texts that began with it had boxes.
+# `<grounding>` at the beginning of the prompt asks for boxes: in training, only examples that began with it had boxes.
 
 # %%
 ids, image_mask = tokenizer.encode_prompt("<grounding>An image of")
@@ -108,23 +106,24 @@ for t, (i, is_slot) in enumerate(zip(ids, image_mask, strict=True)):
     if not is_slot or t < 4:  # all but the first two slots are left out
         rows.append((t, i, tokenizer.id_to_token[i], "slot" if is_slot else ""))
 table(rows, ("t", "id", "token", ""))
-print(f"\n{len(ids)} positions = <s>, <image>, {Q} slots, </image>, and the text")
+print(f"\n{len(ids)} positions = <s>, <image>, {Q} slots, </image>, and the words")
 assert len(ids) == 3 + Q + len(tokenizer.encode("<grounding>An image of", add_bos=False))
 
 # %% [markdown]
 # ## One step of the decoder
 #
 # The decoder processes all positions at once and returns, for each, the logits of the next token. To continue the
-# text, only the last position matters. The ViT and the resampler use no mask; in the decoder, each position attends
+# prompt, only the last position matters. The ViT and the resampler use no mask; in the decoder, each position attends
 # to itself and to earlier ones only.
 #
 # Position ids start at 2 (fairseq reserves 1 for padding, and 0 is unused): `<s>` has 2, `<image>` has 3, and the Q
-# slots have 4 to Q + 3. `</image>` has Q + 4, and the first token of the text has Q + 5. (For Q = 64 that is 69.)
+# slots have 4 to Q + 3. `</image>` has Q + 4, and the first token after it has Q + 5. (For Q = 64 that is 69.)
 
 # %%
 tokens, mask = torch.tensor([ids]), torch.tensor([image_mask])
 assert tokenizer.id_to_token[ids[Q + 3]] == "<grounding>"
-assert token_positions(tokens)[0, Q + 3] == Q + 5
+no_padding = torch.zeros_like(mask)
+assert token_positions(no_padding)[0, Q + 3] == Q + 5
 with torch.inference_mode():
     x = model.embed(tokens, image_embeds=image_embeds, image_mask=mask)
     logits = model(tokens, image_embeds=image_embeds, image_mask=mask)
@@ -148,15 +147,15 @@ assert tokenizer.id_to_token[best.indices[0]] == "<phrase>" and best.values[0] >
 #
 # ## Token by token
 #
-# `prefill` runs the prompt through the decoder. `finish` then appends a token at a time until the text ends: the most
-# likely one, unless its options ask for sampling or beams (notebook 5). `generate` does both in one call.
+# `prefill` runs the prompt through the decoder. `finish` then appends one token at a time until `</s>` or the limit: the
+# most likely one, unless the options ask for sampling (notebook 5). `generate` does both in one call.
 
 # %%
 state = model.prefill(tokens, image_embeds=image_embeds, image_mask=mask, max_new_tokens=100)
-result = finish(state)[0]
-new = result.ids
+row = finish(state)[0]
+new = row.ids
 rows = []
-for t, (i, p) in enumerate(zip(new, result.probabilities, strict=True)):
+for t, (i, p) in enumerate(zip(new, row.probabilities, strict=True)):
     rows.append((t, tokenizer.id_to_token[i], f"{p:.3f}"))
 table(rows[:14], ("step", "token", "p"))
 
@@ -174,13 +173,13 @@ print(to_markdown("An image of" + raw))
 # is the geometric mean of the probabilities of its two tokens (notebook 4).
 
 # %%
-caption, entities = tokenizer.parse_output(ids, new, result.probabilities)
+caption, entities = tokenizer.parse_output(ids, new, row.probabilities)
 for entity in entities:
     box = [round(v, 3) for v in entity.boxes[0]]
     print(f"{entity.phrase:18} {box}  score {entity.scores[0]:.2f}")
 
 start = [tokenizer.id_to_token[i] for i in new].index("<object>")
-p1, p2 = result.probabilities[start + 1 : start + 3]
+p1, p2 = row.probabilities[start + 1 : start + 3]
 assert abs(entities[0].scores[0] - (p1 * p2) ** 0.5) < 1e-3
 
 # %% [markdown]
@@ -193,8 +192,8 @@ alt = "The image with the boxes of the caption, each labeled with its phrase."
 show_image(labeled, alt, width=400)
 
 # %% [markdown]
-# `show_answers` shows the caption as hyperlinks, as `sample.py` does with `--output page.html`. Hover over a phrase
-# to highlight its box. The percentages are the scores.
+# `show_answers` shows the caption as hyperlinks, as the pages of `python -m inference.page` do. Hover over a phrase to
+# highlight its box. The percentages are the scores.
 
 # %%
 show_answers(image, answer)
@@ -226,5 +225,7 @@ print(f"all {len(new)} ids are equal")
 #
 # 1. Leave `<grounding>` out of the prompt. Which tokens disappear, and why?
 # 2. Give the model a black image. What does it write?
-# 3. Swap two rows of `image_embeds` before the decoder. Does the text change? Should it?
-# 4. What is the shape of `seen["resampler.x_attn"][0]`, and why is its last dimension N + Q and not N?
+# 3. Swap two rows of `image_embeds` before the decoder. Does the caption change? Should it?
+# 4. `record` from `recording.py` collects attention weights while the model runs. After `with record(model) as seen:
+#    model.encode_image(pixels)`, what is the shape of `seen["resampler.x_attn"][0]`, and why is its last dimension
+#    N + Q and not N?

@@ -14,13 +14,12 @@ from figures import ROOT, overlay, plt, reference, show, table  # isort: skip
 from dataclasses import replace
 
 import torch
-from evaluate import HELD_OUT
-from PIL import Image
-from scenes import Scene
-from train import init_weights
 
-from kosmos2 import Kosmos2, finish, preprocess_image, preprocess_images
+from kosmos2 import Kosmos2, finish, open_image, preprocess_image
 from load_weights import load_checkpoint
+from training.evaluate import HELD_OUT
+from training.scenes import Scene
+from training.setup import init_weights
 
 torch.set_grad_enabled(False)
 model, tokenizer = load_checkpoint(ROOT / "tiny")
@@ -32,7 +31,7 @@ resampler, config = model.resampler, model.config
 
 # %%
 E, Q, D = config.vision.width, config.latent_query_num, config.text.width
-image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
+image = open_image(ROOT / "tiny" / "scene.png")
 pixels = preprocess_image(image, config.vision.image_size)[None]
 features = model.vision(pixels)
 N = features.shape[1]
@@ -66,7 +65,8 @@ torch.testing.assert_close(by_hand, expected, rtol=1e-4, atol=1e-4)
 # ## What the latents attend to
 #
 # The figure shows the attention weights on the patches, for each head of five latents: those with the largest
-# weights. [CLS] and the latents are not shown. Each panel is scaled to its own maximum.
+# weights. The larger the weight, the redder the patch; each panel is scaled to its own maximum. [CLS] and the latents
+# are not shown.
 
 # %%
 grid = config.vision.grid
@@ -78,7 +78,7 @@ for column, latent in enumerate(chosen):
         on_patches = weights[0, head, latent, 1:N].view(grid, grid)
         overlay(axes[head, column], image, on_patches, f"latent {latent}, head {head}")
 fig.tight_layout()
-alt = "Copies of the image, one per head and latent, brighter where the attention weight is larger."
+alt = "Copies of the image, one per head and latent, red where the attention weight is large."
 show(fig, alt)
 
 # %% [markdown]
@@ -121,10 +121,10 @@ tokens, mask = torch.tensor([ids]), torch.tensor([image_mask])
 
 def print_caption(name, image_embeds):
     state = model.prefill(tokens, None, image_embeds, mask, max_new_tokens=100)
-    result = finish(state)[0]
-    text, entities = tokenizer.parse_output(ids, result.ids, result.probabilities)
-    print(f"{name}: {text}  scores: {[round(e.scores[0], 2) for e in entities]}")
-    return text
+    row = finish(state)[0]
+    caption, entities = tokenizer.parse_output(ids, row.ids, row.probabilities)
+    print(f"{name}: {caption}  scores: {[round(e.scores[0], 2) for e in entities]}")
+    return caption
 
 
 for name, embeds in (("with their own keys", by_hand), ("without them", without)):
@@ -159,7 +159,8 @@ torch.testing.assert_close(shuffled, resampler(features), rtol=1e-4, atol=1e-4)
 # models: how far are the embeddings of eight images from their mean? And what if the latents start small, too?
 
 # %%
-images = preprocess_images([Scene.random(s).draw() for s in range(8)], config.vision.image_size)
+drawn = [Scene.random(seed).draw() for seed in range(8)]
+images = torch.stack([preprocess_image(image, config.vision.image_size) for image in drawn])
 
 
 def spread(model) -> float:
@@ -175,6 +176,7 @@ for std, scale in ((1, 1), (0.3, 1), (E**-0.5, 1), (0.02, 1), (1, 0.02), (0.02, 
     untrained.resampler.dense.weight.normal_(std=std, generator=torch.Generator().manual_seed(0))
     untrained.resampler.latent_query.mul_(scale)
     spreads[std, scale] = spread(untrained)
+print(len(spreads), "untrained models")
 
 # %% [markdown]
 # The last row is the trained model:
@@ -190,7 +192,7 @@ assert min(spreads[0.02, 0.02], spreads[1, 0.02]) > 0.7 * spreads[1, 1]
 # %% [markdown]
 # With latents of standard deviation one, a smaller `dense` means a smaller spread. With small latents, the spread is
 # large for both sizes of `dense`: the latents must not be much larger than the projected features. The bundled model
-# starts both with standard deviation one (`init_weights` in `training/train.py`).
+# starts both with standard deviation one (`init_weights` in `training/setup.py`).
 #
 # What does a model write if it ignores the image (a *blind* model)? We give the trained model the average of the
 # embeddings of the eight images, which do not include this scene:
@@ -228,7 +230,7 @@ table(rows, ("resampler", "parameters"))
 #    express?
 # 2. Use half as many latents: `Kosmos2(replace(config, latent_query_num=Q // 2))`. Which tensors change shape?
 # 3. Give the resampler features of length ten instead of one. What happens to `on_latents`, and why?
-# 4. Add a second resampler layer. How must it start, so that a trained model writes the same text at first? (Hint: a
-#    residual, and an `out_proj` of zeros.)
+# 4. Add a second resampler layer. How must it start, so that a trained model writes the same captions at first?
+#    (Hint: a residual, and an `out_proj` of zeros.)
 # 5. Two images in one prompt take 2 x (Q + 2) positions. At which Q would eight images exceed the 2,048 positions of
 #    the published model?

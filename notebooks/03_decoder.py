@@ -13,11 +13,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from recording import record
 
 import kosmos2
-from kosmos2 import causal_mask, preprocess_image, sinusoidal_positions
+from kosmos2 import causal_mask, open_image, preprocess_image, sinusoidal_positions
 from load_weights import load_checkpoint
 
 torch.set_grad_enabled(False)
@@ -30,7 +29,7 @@ theirs = reference()
 # %%
 decoder, config = model.decoder, model.config.text
 D, V = config.width, config.vocab_size
-image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
+image = open_image(ROOT / "tiny" / "scene.png")
 pixels = preprocess_image(image, model.config.vision.image_size)[None]
 ids, image_mask = tokenizer.encode_prompt("<grounding>An image of a snowman next to a")
 tokens, mask = torch.tensor([ids]), torch.tensor([image_mask])
@@ -113,12 +112,14 @@ assert (long @ long[100]).argmax() == 100
 # %% [markdown]
 # ## Causal attention
 #
-# A token attends to itself and to earlier tokens. `causal_mask` is True where attention is allowed.
+# A token attends to itself and to earlier tokens. `causal_mask` is True where attention is allowed. Its arguments are
+# the number of queries and the padding of all positions (here there is none).
 
 # %%
-print(causal_mask(4, 4).int())
+no_padding = torch.zeros(1, T, dtype=torch.bool)
+print(causal_mask(4, no_padding[:, :4]).int())
 print("with a cache of 3 earlier positions, 2 new ones:")
-print(causal_mask(2, 5).int())
+print(causal_mask(2, no_padding[:, :5]).int())
 
 # %% [markdown]
 # ## One block, with sub-LN
@@ -140,8 +141,10 @@ def project(layer):
 
 q, k, v = project(attn.q_proj), project(attn.k_proj), project(attn.v_proj)
 scores = q @ k.mT / math.sqrt(q.shape[-1])  # (1, H, T, T)
-scores = scores.masked_fill(~causal_mask(T, T), -math.inf)
+causal = causal_mask(T, no_padding)  # (T, T)
+scores = scores.masked_fill(~causal, -math.inf)
 joined = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+assert joined.shape == (1, T, D)
 
 # %% [markdown]
 # The two residual branches, each with its sub-LN in front of the last projection:
@@ -150,7 +153,7 @@ joined = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 y = x + F.linear(attn.inner_attn_ln(joined), attn.out_proj.weight, attn.out_proj.bias)
 h = F.gelu(F.linear(block.norm2(y), mlp.fc1.weight, mlp.fc1.bias))  # the exact GELU
 y = y + F.linear(mlp.ffn_layernorm(h), mlp.fc2.weight, mlp.fc2.bias)
-torch.testing.assert_close(y, block(x, causal_mask(T, T)), rtol=1e-4, atol=1e-4)
+torch.testing.assert_close(y, block(x, causal), rtol=1e-4, atol=1e-4)
 
 # %% [markdown]
 # ## To the logits
@@ -160,7 +163,7 @@ torch.testing.assert_close(y, block(x, causal_mask(T, T)), rtol=1e-4, atol=1e-4)
 
 # %%
 for layer in decoder.layers:
-    x = layer(x, causal_mask(T, T))
+    x = layer(x, causal)
 logits = decoder.layer_norm(x) @ decoder.embed_tokens.weight.T
 torch.testing.assert_close(logits, model(tokens, pixels, image_mask=mask), rtol=1e-4, atol=1e-4)
 inputs = {"pixel_values": pixels, "input_ids": tokens, "image_embeds_position_mask": mask.long()}
@@ -178,7 +181,7 @@ for i, p in zip(best.tolist(), probabilities.tolist(), strict=True):
 with record(model) as seen:
     model(tokens, pixels, image_mask=mask)
 slots = mask[0].nonzero()[:, 0]
-start = int(slots[-1]) + 2  # the first token of the text
+start = int(slots[-1]) + 2  # the first token after </image>
 share = torch.empty(config.layers, T - start)
 for i in range(config.layers):
     weights = seen[f"decoder.layers.{i}.attn"][0][0]  # (H, T, T)
@@ -198,7 +201,7 @@ fig.colorbar(drawn)
 show(fig, "A map of blocks by tokens: the share of attention on the image, between 0 and 1.")
 
 # %% [markdown]
-# In the last block, nearly all attention of "a" is on the image: the next token names a thing.
+# In the last block, nearly all attention of "a" is on the image: the next token names an object.
 
 # %%
 assert all(share[-1, t] > 0.9 for t, name in enumerate(names) if name == "a")
@@ -222,7 +225,7 @@ print(f"{predicted:,} bytes, {predicted // S:,} per position")
 # %% [markdown]
 # ## Exercises
 #
-# 1. Put the text in front of the image slots. Does the model still write a caption? Why might it not?
+# 1. Put the words of the prompt in front of the image slots. Does the model still write a caption? Why might it not?
 # 2. What is the smallest change to `causal_mask` that lets a prompt attend to itself in both directions?
 # 3. The output projection is tied. What would change in `load_weights.py` if it were not?
 # 4. Which bias has no effect at all? (Hint: add a constant vector to all keys.)

@@ -1,27 +1,29 @@
 # %% [markdown]
 # # 4. Grounding: boxes as tokens
 #
-# The decoder has no special code for boxes. A box is two tokens of the vocabulary, and a grounded caption is text. So
-# grounding is next-token prediction: boxes have probabilities, can be sampled, and can be part of a prompt. This
-# notebook explains the format of such texts. (Reading time: 25 minutes.)
+# The decoder has no special code for boxes. A box is two tokens of the vocabulary, and a grounded caption is a sequence
+# of tokens like any other. So grounding is next-token prediction: boxes have probabilities, can be sampled, and can be
+# part of a prompt. This notebook explains the format. (Reading time: 25 minutes.)
 #
-# `grit_to_text` and `encode_record` are helpers from `training/data.py`; they prepare training texts.
+# `grit_to_text` and `encode_record` from `training/data.py` prepare training captions, and `demo_scenes` from
+# `training/scenes.py` has the exact boxes of the objects in the bundled images.
 
 # %%
 from figures import COLORS, ROOT, plt, show, table  # isort: skip
 import random
 
 import torch
-from data import encode_record, grit_to_text
-from PIL import Image
 
-from kosmos2 import preprocess_image
+from inference.page import to_markdown
+from kosmos2 import open_image, preprocess_image
 from load_weights import load_checkpoint
-from tokenizer import GRID, box_to_tokens, iou, parse, to_markdown, tokens_to_box
+from tokenizer import GRID, box_to_tokens, iou, parse, tokens_to_box
+from training.data import encode_record, grit_to_text
+from training.scenes import demo_scenes
 
 torch.set_grad_enabled(False)
 model, tokenizer = load_checkpoint(ROOT / "tiny")
-image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
+image = open_image(ROOT / "tiny" / "scene.png")
 pixels = preprocess_image(image, model.config.vision.image_size)[None]
 
 # %% [markdown]
@@ -56,7 +58,8 @@ assert tokenizer.id_to_token[first - 12] == "<mask>"
 # center would be empty, so it covers the cells entirely.
 
 # %%
-box = (0.39, 0.05, 0.99, 0.82)
+snowman = demo_scenes()["scene.png"].find("snowman")[0]
+box = tuple(round(v, 3) for v in snowman.box)
 top_left, bottom_right = box_to_tokens(box)
 (row1, column1), (row2, column2) = divmod(top_left, GRID), divmod(bottom_right, GRID)
 print(f"{box} -> cell {top_left} (row {row1}, column {column1})")
@@ -69,12 +72,11 @@ print("back:", by_hand)
 print("a box in one cell:", tokens_to_box(44, 44))
 
 # %% [markdown]
-# The figure shows the original box (dashed), its two cells, and the decoded box (red). It is the box of the snowman in
-# the official demo image, so it does not fit the snowman of ours.
+# The figure shows the original box of the snowman (dashed), its two cells, and the decoded box (red).
 
 # %%
 fig, axis = plt.subplots(figsize=(5, 5))
-axis.imshow(image, extent=(0, 1, 1, 0))
+axis.imshow(image, extent=(0, 1, 1, 0), alpha=0.6)
 for v in range(GRID + 1):
     axis.axhline(v / GRID, color="#b0b8a5", lw=0.4)
     axis.axvline(v / GRID, color="#b0b8a5", lw=0.4)
@@ -82,11 +84,12 @@ for row, column in ((row1, column1), (row2, column2)):
     corner = (column / GRID, row / GRID)
     axis.add_patch(plt.Rectangle(corner, 1 / GRID, 1 / GRID, color=COLORS[0], alpha=0.6))
 for (x1, y1, x2, y2), color, style in ((by_hand, COLORS[0], "-"), (box, "black", "--")):
-    outline = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=1.5, ls=style)
-    axis.add_patch(outline)
+    axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=1.5, ls=style))
 axis.axis("off")
-alt = "The image, a grid of 32 by 32 cells, two red cells, a dashed black box and a red box."
-show(fig, alt)
+show(
+    fig,
+    "The image under a grid of 32 by 32 cells. Around the snowman: two red cells, a dashed and a red box.",
+)
 
 # %% [markdown]
 # ## What the grid costs
@@ -171,13 +174,13 @@ for task, prompt in prompts.items():
 # %%
 ids, mask = tokenizer.encode_prompt("<grounding><phrase> a fire</phrase><object>")
 ids, mask = torch.tensor([ids]), torch.tensor([mask])
-state = model.prefill(ids, pixels, image_mask=mask, max_new_tokens=3)
+state = model.prefill(ids, pixels, image_mask=mask, max_new_tokens=2)
 corners = []
-with torch.inference_mode():
-    for _ in range(2):
-        p = state.logits[0].softmax(-1)[first:].view(GRID, GRID)
-        corners.append(p)
-        state.step([0], state.extended([0], [first + int(p.argmax())]))
+for _ in range(2):
+    p = state.logits[0].softmax(-1)[first:].view(GRID, GRID)
+    corners.append(p)
+    state.step([first + int(p.argmax())])
+    print(f"cell {p.argmax()}: p = {p.max():.2f}")
 
 # %% [markdown]
 # The maps show the square root of p, so that small probabilities are visible. Cells below p = 0.001 are left out.
@@ -220,8 +223,8 @@ for expressions in (chunks, [[0, 27, 0.3, 0.3, 0.6, 0.9, 0.9]]):
 # %% [markdown]
 # ## Exercises
 #
-# 1. Write two boxes for one phrase and parse the text. What separates them?
-# 2. Which cell does `box_to_tokens` use for a box that ends exactly on a cell boundary? And with `training=True`, the
-#    rule of the original data loader?
+# 1. Write two boxes for one phrase and parse the result. What separates them?
+# 2. Which cell does `box_to_tokens` use for a box that ends exactly on a cell boundary? And `cells` in
+#    `training/scenes.py`, the rule of the original data loader?
 # 3. For a 16 x 16 grid, what would have to be trained again? Notebook 6 makes such a model.
 # 4. Predict `tokenizer.encode("</phrase>.", add_bos=False)` before you run it. Why is the period two tokens?

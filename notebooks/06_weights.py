@@ -4,9 +4,9 @@
 # A model consists of an architecture and its parameters (1.66 billion in the published model). Checkpoint files hold
 # these parameters under different tensor names: ours, the published ones (Hugging Face) or the original ones
 # (fairseq). This notebook reads a checkpoint by hand, draws the map of names, counts parameters, and then changes a
-# trained model. (Reading time: 25 minutes.)
+# trained model. (Reading time: 30 minutes.)
 #
-# `Scene` draws random images whose things and boxes are known; scenes from seed `HELD_OUT` on were not used in
+# `Scene` draws random images whose objects and boxes are known; scenes from seed `HELD_OUT` on were not used in
 # training. Both come from `training/` and are needed at the end.
 
 # %%
@@ -17,15 +17,18 @@ import os
 import shutil
 import tempfile
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
-from evaluate import HELD_OUT
-from scenes import Scene
 
+import kosmos2
 import load_weights
-from kosmos2 import Kosmos2, Kosmos2Config, pad_left, preprocess_images
+from inference.convert import save_checkpoint
+from kosmos2 import Kosmos2, Kosmos2Config, pad_left, preprocess_image
 from load_weights import FAIRSEQ, HUGGING_FACE, NAMES, Checkpoint, load_checkpoint, rename
-from tokenizer import Tokenizer, boxes_to_text
+from tokenizer import Tokenizer
+from training.evaluate import HELD_OUT
+from training.scenes import Scene, objects_text
 
 # %% [markdown]
 # ## A safetensors file, by hand
@@ -154,7 +157,7 @@ table([(part, f"{n:>13,}", f"{shares[part]:.1%}") for part, n in predicted.items
       ("part", "parameters", "share"))  # fmt: skip
 
 # %% [markdown]
-# (The last norm of the decoder is counted with its blocks.) Is the prediction right? On the "meta" device, tensors
+# (The last norm of the decoder is counted with its blocks.) Is the prediction correct? On the "meta" device, tensors
 # have shapes but no memory, so we can build the published model and count:
 
 # %%
@@ -234,7 +237,7 @@ shutil.rmtree(folder)
 # %% [markdown]
 # ## Incomplete checkpoints
 #
-# A model with a missing tensor would still generate text, only worse. So the loader checks every tensor and raises an
+# A model with a missing tensor would still generate captions, only worse. So the loader checks every tensor and raises an
 # error that lists what is missing, unexpected or of the wrong shape.
 
 # %%
@@ -245,11 +248,12 @@ print(checkpoint.problems())
 assert "image_to_text_projection.latent_query" in checkpoint.problems()[0]
 
 # %% [markdown]
-# ## Changing a trained model
+# ## Changing a trained model: another grid
 #
 # To change a model and keep what it has learned: read its weights, change some tensors, build a model of the new
 # sizes, load the weights into it, save. As an example, the bundled model gets a grid of 16 x 16 cells, not 32 x 32.
-# Location tokens are last in the vocabulary, so all other tokens keep their ids.
+# Location tokens are last in the vocabulary, so all other tokens keep their ids. The grid is `location_grid` in the
+# configuration.
 #
 # Each new cell covers four old ones. Should its embedding be random (with the standard deviation of the old
 # embeddings), or the mean of the four? Make a prediction.
@@ -273,7 +277,7 @@ print("location embeddings:", tuple(embedding[first:].shape), "->", tuple(mean_o
 def with_locations(locations: torch.Tensor) -> Kosmos2:
     """The bundled model with a 16 x 16 grid."""
     new_text = replace(model.config.text, vocab_size=coarse.vocab_size)
-    new = Kosmos2(replace(model.config, text=new_text)).eval()
+    new = Kosmos2(replace(model.config, text=new_text, location_grid=coarse.grid)).eval()
     new_embedding = torch.cat([embedding[:first], locations])
     new.load_state_dict(model.state_dict() | {load_weights.EMBEDDING: new_embedding})
     return new
@@ -283,9 +287,9 @@ changed = with_locations(mean_of_four)
 print("embedding:", tuple(embedding.shape), "->", tuple(changed.decoder.embed_tokens.weight.shape))
 
 # %% [markdown]
-# We compare them by their loss on the boxes of things in 100 unseen scenes, one thing from each scene that has one
-# with a unique name. Each text is a phrase and its box, `<phrase> the red cup</phrase><object>...</object>`, and only
-# location tokens are counted.
+# We compare them by their loss on the boxes of objects in 100 unseen scenes, one object from each scene that has one
+# with a unique name. Each sequence is a phrase and its box, `<phrase> the red cup</phrase><object>...</object>`, and
+# only location tokens are counted.
 
 # %%
 images, prompts = [], []
@@ -293,11 +297,10 @@ for seed in range(HELD_OUT, HELD_OUT + 100):
     scene = Scene.random(seed)
     unique = [t for t in scene.things if len(scene.find(t.kind, t.color)) == 1]
     for thing in unique[:1]:
-        box = boxes_to_text([thing.box], coarse.grid, training=True)
-        text = f"<grounding><phrase> the {thing.name}</phrase>{box}"
-        images.append(scene.draw())
-        prompts.append(coarse.encode_prompt(text))
-pixels = preprocess_images(images, model.config.vision.image_size)
+        box = objects_text([thing.box], coarse.grid)
+        images.append(preprocess_image(scene.draw(), model.config.vision.image_size))
+        prompts.append(coarse.encode_prompt(f"<grounding><phrase> the {thing.name}</phrase>{box}"))
+pixels = torch.stack(images)
 tokens, image_mask, pad_mask = pad_left(prompts)
 labels = tokens.where(tokens >= first, -100)
 print(f"{len(images)} images, {(labels >= 0).sum()} location tokens")
@@ -319,7 +322,7 @@ assert losses["mean of four"] < losses["random"] - 1
 # %% [markdown]
 # With random embeddings the model is worse than a uniform choice; with the mean of four it is much better before any
 # training. The mean of four embeddings is only useful if they are similar, so we check that. (In the bundled model
-# they are similar from the start: see `init_weights` in `training/train.py`. We cannot tell how similar those of the
+# they are similar from the start: see `init_weights` in `training/setup.py`. We cannot tell how similar those of the
 # published model are.)
 
 # %%
@@ -330,21 +333,87 @@ print(f"cosine similarity of neighbors {neighbors:.2f}, of cells half an image a
 assert neighbors > others + 0.2
 
 # %% [markdown]
-# The changed model is saved like any other. The loader computes the grid from the size of the vocabulary, so nothing
-# else has to be stored.
+# The changed model is saved like any other. Published checkpoints have a grid of 32 x 32; any other grid is stored as
+# `location_grid` in config.json, where the loader finds it.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    load_weights.save_checkpoint(changed, tokenizer.model_file, folder)
+    save_checkpoint(changed, tokenizer.model_file, folder)
+    stored_grid = load_weights.read_config(f"{folder}/config.json").location_grid
     saved, saved_tokenizer = load_checkpoint(folder)
-assert saved_tokenizer.grid == 16
+assert saved_tokenizer.grid == stored_grid == 16
 assert torch.equal(saved.decoder.embed_tokens.weight, changed.decoder.embed_tokens.weight)
 print(f"vocabulary {tokenizer.vocab_size} -> {saved.config.text.vocab_size}, grid 16 x 16")
 
 # %% [markdown]
 # The command of notebook 11, with `--checkpoint FOLDER`, would train the model further on your own boxes, with the
-# new grid. (`--data` is required: the texts about scenes are written for a grid of 32 x 32 cells.)
+# new grid. (`--data` is required: the sentences about scenes are written for a grid of 32 x 32 cells.)
+# To train from scratch with another grid, change the constant `GRID` in `tokenizer.py`, and give `CONFIG` in
+# `training/setup.py` the same number as `location_grid`.
 #
+# ## Changing a trained model: another layer
+#
+# Suppose that you add a second attention layer to the resampler. (Exercise 4 of notebook 2 is about how it should
+# start. Here, its output projection is zero, so at first it changes nothing.)
+
+
+# %%
+class TwoLayers(kosmos2.Resampler):
+    def __init__(self, config):
+        super().__init__(config)
+        self.x_attn2 = kosmos2.Attention(config.text.width, config.text.heads)
+        torch.nn.init.zeros_(self.x_attn2.out_proj.weight)
+        torch.nn.init.zeros_(self.x_attn2.out_proj.bias)
+
+    def forward(self, features):
+        latents = super().forward(features)  # (I, Q, D)
+        return latents + self.x_attn2(latents, context=self.dense(features))
+
+
+print(sum(p.numel() for p in TwoLayers(model.config).x_attn2.parameters()), "new parameters")
+
+# %% [markdown]
+# You would write this into `kosmos2.py`; in this notebook, `patch` does it for a few lines. With the changed code, the
+# trained checkpoint is no longer complete. Which step refuses it? Not `load_state_dict`: `Checkpoint.problems` compares
+# the names in the file with those of the model before any weight is read.
+
+# %%
+changed_code = patch.object(kosmos2, "Resampler", TwoLayers)
+with changed_code:
+    print(*Checkpoint(ROOT / "tiny").problems(), sep="\n")
+    try:
+        load_checkpoint(ROOT / "tiny")
+        raise AssertionError("the checkpoint was loaded")
+    except ValueError as error:
+        assert "x_attn2" in str(error)
+
+# %% [markdown]
+# The way around it: load the checkpoint with the unchanged code, and put its weights into the new model with
+# `strict=False`. This returns the names of the tensors that the file does not have, so check that these are exactly the
+# new ones.
+
+# %%
+with changed_code:
+    deeper = Kosmos2(model.config).eval()
+missing, unexpected = deeper.load_state_dict(model.state_dict(), strict=False)
+assert not unexpected and all(name.startswith("resampler.x_attn2.") for name in missing)
+with torch.inference_mode():
+    torch.testing.assert_close(deeper.encode_image(pixels[:4]), model.encode_image(pixels[:4]))
+print(f"{len(missing)} new tensors; the same image embeddings as before")
+
+# %% [markdown]
+# The new names begin with "resampler.", which `NAMES` already has, so the model can be saved. From then on, the changed
+# code loads it, and the unchanged code refuses it: now the new tensors are unexpected.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    save_checkpoint(deeper, tokenizer.model_file, folder)
+    with changed_code:
+        again, _ = load_checkpoint(folder)
+    print(Checkpoint(folder).problems()[0][:90], "...")
+assert torch.equal(again.resampler.x_attn2.q_proj.weight, deeper.resampler.x_attn2.q_proj.weight)
+
+# %% [markdown]
 # ## Exercises
 #
 # Predict, then run. Answers are in `answers.py`.

@@ -5,8 +5,8 @@
 # prompt. We try each on one image, look at the raw and the parsed answers, and then measure accuracy and look at
 # failures. (Reading time: 25 minutes.)
 #
-# `demo_scenes` describes the images in `tiny/` exactly (their things and boxes), and `Scene` draws random ones. Both
-# are from `training/scenes.py`; `training/evaluate.py` selects and scores examples.
+# `demo_scenes` from `training/scenes.py` describes the images in `tiny/` exactly: their objects and boxes.
+# `training/evaluate.py` selects and scores examples.
 
 # %%
 from figures import ROOT, show_answers, show_image, table  # isort: skip  (sets the paths)
@@ -14,13 +14,15 @@ import random
 from collections import defaultdict
 
 import torch
-from evaluate import HELD_OUT, answers, choose_examples, encode_example, score
-from scenes import demo_scenes, resolve
 
-from kosmos2 import finish, open_image, pad_left, preprocess_image, rank_boxes
+from inference.beam import rank_boxes
+from kosmos2 import finish, open_image, pad_left, preprocess_image
 from load_weights import load_checkpoint
 from sample import Answer
 from tokenizer import PROMPTS, Entity, iou, parse, strip_tags, tokens_to_box
+from training.data import encode_example
+from training.evaluate import HELD_OUT, answers, choose_examples, score
+from training.scenes import demo_scenes, resolve
 
 # %% [markdown]
 # The image of this notebook:
@@ -43,13 +45,13 @@ show_image(image, "A drawing of two orange cats, a blue car, a cloud and a sun."
 
 # %%
 def ask(prompt: str, boxes=None, images=pixels) -> Answer:
-    """The text, the tagged answer (without the prompt) and the entities."""
+    """The caption, the tagged answer (without the prompt) and the entities."""
     ids, mask = tokenizer.encode_prompt(prompt, len(images), boxes)
     tokens, mask = torch.tensor([ids]), torch.tensor([mask])
     options = {"max_new_tokens": 120, "constraint": tokenizer.allowed_tokens}
-    result = finish(model.prefill(tokens, images, image_mask=mask, **options))[0]
-    text, entities = tokenizer.parse_output(ids, result.ids, result.probabilities)
-    return Answer(text, tokenizer.decode(result.ids), entities)
+    row = finish(model.prefill(tokens, images, image_mask=mask, **options))[0]
+    caption, entities = tokenizer.parse_output(ids, row.ids, row.probabilities)
+    return Answer(caption, tokenizer.decode(row.ids), entities)
 
 
 print(ask(PROMPTS["caption"]).text)
@@ -76,7 +78,7 @@ assert strip_tags(captions["plain"].raw) == captions["plain"].raw
 show_answers(image, captions["caption"], captions["detail"])
 for phrase, _, boxes, scores in captions["caption"].entities:
     overlap = max(iou(boxes[0], thing.box) for thing in scene.things)
-    print(f"{phrase:20} score {scores[0]:.2f}   best IoU with a thing {overlap:.2f}")
+    print(f"{phrase:20} score {scores[0]:.2f}   best IoU with an object {overlap:.2f}")
 
 # %% [markdown]
 # ## Questions
@@ -100,29 +102,29 @@ for prompt, question, boxes in asked:
 # ## Referring, in both directions
 #
 # Given a box, the model writes an expression for it (referring expression generation); given an expression, it writes
-# a box (referring expression comprehension). If the expression fits only that thing, the second step should lead back
-# to the first box. `resolve` decides by rules which things an expression fits.
+# a box (referring expression comprehension). If the expression matches only that object, the second step should lead
+# back to the first box. `resolve` finds which objects an expression matches.
 
 # %%
 rows = []
 for thing in scene.things:
     it = ask(PROMPTS["refer"], boxes=[thing.box])
     words = strip_tags(it.raw).strip(" .")
-    fits = resolve(words, scene)
+    matches = resolve(words, scene)
     found = ask(PROMPTS["ground"].format(text=words))
     back = max((iou(box, thing.box) for e in found.entities for box in e.boxes), default=0)
-    rows.append((thing.name, words, "yes" if fits == [thing] else "no", f"{back:.2f}"))
-table(rows, ("thing", "expression for its box", "fits only this", "IoU of its box"))
+    rows.append((thing.name, words, "yes" if matches == [thing] else "no", f"{back:.2f}"))
+table(rows, ("object", "expression for its box", "matches only this", "IoU of its box"))
 
 # %% [markdown]
 # The cats have the same name, so a good expression for them needs a relation ("the cat left of ..."). Where the third
-# column is "no", the expression fits several things, and the box may be on another one.
+# column is "no", the expression matches several objects, and the box may be on another one.
 #
 # ## Ranked boxes
 #
-# "a cat" fits two things. Greedy decoding gives one answer; `rank_boxes` gives several. It runs a beam search over
-# the two location tokens of a box: it combines the 32 most likely top-left corners with all possible bottom-right
-# ones, and of boxes that overlap with IoU 0.5 or more, it keeps only the most likely.
+# "a cat" matches two objects. Greedy decoding gives one answer; `rank_boxes` in `inference/beam.py` gives several. It
+# runs a beam search over the two location tokens of a box: it combines the 32 most likely top-left corners with all
+# possible bottom-right ones, and of boxes that overlap with IoU 0.5 or more, it keeps only the most likely.
 
 # %%
 prompt = PROMPTS["ground"].format(text="a cat") + "<object>"
@@ -141,13 +143,13 @@ assert ranked == sorted(ranked, reverse=True)
 
 # %% [markdown]
 # The score is the square root of the product of both probabilities, so it can be read like the score of a generated
-# box. The list is sorted by it. It does not end where the right boxes end, and no single threshold finds that point
-# for all phrases: right boxes share the probability of the first token, so the second cat has a much lower score than
-# the first.
+# box. The list is sorted by it. It does not end where the correct boxes end, and no single threshold finds that point
+# for all phrases: correct boxes share the probability of the first token, so the second cat has a lower score than the
+# first.
 #
 # ## Few-shot prompts
 #
-# A prompt can contain several images. In the text, each `<image>` stands for one; in the tokens it is followed by Q
+# A prompt can contain several images. In the string, each `<image>` stands for one; in the tokens it is followed by Q
 # slots and `</image>`. The images are given in the order of their tags.
 
 # %%
@@ -157,7 +159,7 @@ table([(t, tokenizer.id_to_token[i]) for t, i in visible], ("position", "token")
 assert sum(mask) == 2 * tokenizer.num_image_tokens
 
 # %% [markdown]
-# The prompt below does not say whether to name the color or the kind of the thing. The model has to infer it from the
+# The prompt below does not say whether to name the color or the kind of the object. The model has to infer it from the
 # example, a sentence about a box in the first image. (The bundled model was trained on such prompts with boxes, and
 # only on those: without boxes, few-shot prompts do not work with it. The published model was trained on web pages
 # with many images.)
@@ -182,8 +184,8 @@ assert len(set(replies.values())) == 2  # the answer depends on the example
 # ## Accuracy
 #
 # `choose_examples` takes one example of each task for each of 30 unseen scenes, if the scene has one.
-# (`tiny/README.md` has a table for more scenes. `refer` here is text to box, `describe box` is box to text.) First,
-# one example of each task:
+# (`tiny/README.md` has a table for more scenes. `refer` here is expression to box, `describe box` is box to
+# expression.) First, one example of each task:
 
 # %%
 examples = choose_examples(30, HELD_OUT + 20_000)
@@ -193,50 +195,51 @@ for task in sorted(one_each):
     print(f"{task:20}{strip_tags(example.prompt)} ...{strip_tags(example.answer)}"[:99])
 
 # %% [markdown]
-# `score` returns a list of hits and misses: one entry for most answers, but one for each thing in the scene for
-# captions, and one for each right thing for phrases that fit several. Boxes must overlap the right one with IoU 0.5
-# or more. Phrases for absent things ("ground absent") have no right answer and are left out.
+# `score` returns a list of hits and misses: one entry for most answers, but one for each object in the scene for
+# captions, and one for each matching object for phrases that match several. Boxes must overlap the correct one with
+# IoU 0.5 or more. Phrases for absent objects ("ground absent") have no correct answer and are left out.
 
 # %%
 hits, misses = defaultdict(list), []
 replies = answers(model, tokenizer, examples)
-for (s, example), result in zip(examples, replies, strict=True):
+for (s, example), row in zip(examples, replies, strict=True):
     if example.task != "ground absent":
-        found = score(example, tokenizer.decode(result.ids), s)
+        found = score(example, tokenizer.decode(row.ids), s)
         hits[example.task] += found
         if not all(found):
-            misses.append((s, example, result))
+            misses.append((s, example, row))
 accuracy = {task: sum(h) / len(h) for task, h in sorted(hits.items())}
 table([(task, f"{a:.2f}", len(hits[task])) for task, a in accuracy.items()], ("task", "hits", "of"))
 assert accuracy["ground"] > 0.5 and accuracy["kind in box"] > 0.3
 assert accuracy["color of box"] >= accuracy["kind in box"]
 
 # %% [markdown]
-# A random guess among 30 kinds is right about 3% of the time. The color of a thing is recognized at least as often as
-# its kind, which shows only in details of the outline. (With so few examples per row, small differences mean
+# A random guess among 30 kinds is correct about 3% of the time. The color of an object is recognized at least as often
+# as its kind, which shows only in details of the outline. (With so few examples per row, small differences mean
 # nothing.)
 #
 # ## Failures
 #
-# Up to five of the misses, with the right answers:
+# Up to five of the misses, with the correct answers:
 
 # %%
-for _, example, result in random.Random(1).sample(misses, min(5, len(misses))):
+for _, example, row in random.Random(1).sample(misses, min(5, len(misses))):
     print(f"[{example.task}] {example.prompt}")
-    print(f"   model  {tokenizer.decode(result.ids)}")
-    print(f"   right  {example.answer}\n")
+    print(f"   model    {tokenizer.decode(row.ids)}")
+    print(f"   correct  {example.answer}\n")
 
 # %% [markdown]
-# Below is a caption with an error, if there is one: first the right caption, then the model's. If a box is on a thing
-# and only its name is wrong, the model has found the thing but not recognized it.
+# Below is a caption with an error, if there is one: first the correct caption, then the model's. If a box is on an
+# object and only its name is wrong, the model has found the object but not recognized it.
 
 # %%
-for s, example, result in [miss for miss in misses if miss[1].task == "caption"][:1]:
-    right_text, right_entities = parse(example.prompt + example.answer)
+for s, example, row in [miss for miss in misses if miss[1].task == "caption"][:1]:
+    correct_caption, correct_entities = parse(example.prompt + example.answer)
     prompt = encode_example(tokenizer, example)[0]
-    text, entities = tokenizer.parse_output(prompt, result.ids, result.probabilities)
-    print("right:", right_text, "\nmodel:", text)
-    show_answers(s.draw(336), Answer(right_text, "", right_entities), Answer(text, "", entities))
+    caption, entities = tokenizer.parse_output(prompt, row.ids, row.probabilities)
+    print("correct:", correct_caption, "\nmodel:  ", caption)
+    correct = Answer(correct_caption, "", correct_entities)
+    show_answers(s.draw(336), correct, Answer(caption, "", entities))
 
 # %% [markdown]
 # ## Exercises

@@ -3,8 +3,8 @@
 #
 # This notebook covers the data, the objective and the attention mask. Then we train a small model for 60 steps and
 # look at the log of the run that made the bundled model. (Reading time: 30 minutes.) The data comes from
-# `training/data.py` and `training/scenes.py`, the objective and the optimizers from `training/train.py`, and the
-# labels of patches from `training/patches.py`.
+# `training/data.py` and `training/scenes.py`, the objective and the optimizers from `training/train.py`, the initial
+# weights from `training/setup.py`, and the labels of patches from `training/patches.py`.
 
 # %%
 from figures import COLORS, ROOT, plt, show, table  # isort: skip
@@ -13,26 +13,28 @@ import math
 from dataclasses import replace
 
 import torch
-from data import Scenes, collate, encode_record, grit_to_text
-from patches import patch_labels
-from scenes import COLORS as SCENE_COLORS
-from scenes import KINDS, Scene
-from train import Losses, init_weights, learning_rate, make_optimizers
 
 from kosmos2 import Kosmos2, preprocess_image
 from load_weights import load_checkpoint
 from tokenizer import parse
+from training.data import Scenes, collate, encode_record, grit_to_text
+from training.patches import patch_labels
+from training.scenes import COLORS as SCENE_COLORS
+from training.scenes import KINDS, Scene
+from training.setup import init_weights
+from training.train import Losses, learning_rate, make_optimizers
 
 model, tokenizer = load_checkpoint(ROOT / "tiny")
 scene = Scene.random(5)
 
 # %% [markdown]
-# ## The data: a record, a text, tokens
+# ## The data: a record, tagged text, tokens
 #
 # A GRIT record describes an image by a caption and the boxes of its phrases. The bundled model is trained on scenes,
 # whose records are exact. `encode_record` tokenizes the caption as a whole and inserts tags and boxes between its
 # pieces, as the original data loader does. (The original loader also crops images to a square, and leaves out the
-# boxes of half of the captions; here, images are squashed, and no caption loses its boxes at random.)
+# boxes of half of the captions; here, images are squashed, and no caption loses its boxes at random.) `grit_to_text`
+# writes a record as tagged text, for looking at it.
 
 # %%
 record = scene.record()
@@ -45,9 +47,10 @@ print(len(encode_record(tokenizer, record)), "tokens")
 # ## The objective and its mask
 #
 # The loss is the mean of -log p(next token). Only the tokens of answers contribute, not those of prompts. (In the
-# original training on GRIT, and in `Grit` of `training/data.py`, all tokens of the text contribute.) Each row has one
-# image in front and several texts about it that do not attend to each other, so the image is encoded only once. Here
-# is a part of a row with its targets. In answers, tags and location tokens count like all other tokens.
+# original training on GRIT, and in `Grit` of `training/data.py`, all tokens of the caption contribute.) Each row has
+# one image in front and several sequences about it that do not attend to each other, so the image is encoded only once.
+# Here is a part of a row with its targets; the code numbers the sequences in `texts`. In answers, tags and location
+# tokens count like all other tokens.
 
 # %%
 source = Scenes(tokenizer, model.config, length=256, first=5)
@@ -55,41 +58,48 @@ row = source.row(0)
 boxed = 0
 for number, target in zip(row.texts, row.targets, strict=True):
     if target >= tokenizer.first_location and not boxed:
-        boxed = number  # the first text with a box
+        boxed = number  # the first sequence with a box
 start = row.texts.index(boxed)
 shown = []
 for i in range(start, min(start + 22, len(row.tokens))):
     target = tokenizer.id_to_token[row.targets[i]] if row.targets[i] >= 0 else ""
     shown.append((tokenizer.id_to_token[row.tokens[i]], row.texts[i], target))
-table(shown, ("token", "text", "target"))
+table(shown, ("token", "sequence", "target"))
+
+# %% [markdown]
+# How many tokens of the row are targets? The image is not one:
 
 # %%
 counted = sum(y >= 0 for y in row.targets)
 assert all(y < 0 for y in row.targets[: row.prefix - 1])
-texts_in_row = set(row.texts) - {0}  # 0 is the image
-print(f"{len(row.tokens)} tokens, {len(texts_in_row)} texts, {counted} targets")
+sequences = set(row.texts) - {0}  # 0 is the image
+print(f"{len(row.tokens)} tokens, {len(sequences)} sequences, {counted} targets")
 
 # %% [markdown]
-# The attention mask: each token attends to the image, to itself and to the earlier tokens of its text. The position
-# ids of each text continue from the image, as if it were the only text. (There are two exceptions: a few-shot text
-# brings a second image among its own tokens, and texts without an image, numbered -1, -2, ..., attend only to
-# themselves.)
+# The attention mask: each token attends to the image, to itself and to the earlier tokens of its sequence. The position
+# ids of each sequence continue from the image, as if it were the only one. (There are two exceptions: a few-shot
+# sequence brings a second image among its own tokens, and sequences without an image, numbered -1, -2, ..., attend only
+# to themselves.)
 
 # %%
 texts = torch.tensor(row.texts)
 same = texts[:, None] == texts[None, :]
 to_image = (texts[:, None] > 0) & (texts[None, :] == 0)
 mask = (same | to_image) & torch.ones(len(texts), len(texts), dtype=torch.bool).tril()
+print(f"{mask.float().mean():.0%} of all pairs of positions")
+
+# %% [markdown]
+# As an image, allowed pairs in black:
 
 # %%
 fig, axis = plt.subplots(figsize=(4.5, 4.5))
 axis.imshow(mask, cmap="Greys")
 axis.set(title="attention mask (rows are queries)", xlabel="position", ylabel="position")
-show(fig, "The attention mask: a stripe on the left for the image, and a triangle for each text.")
+show(fig, "The attention mask: a stripe on the left for the image, and a triangle for each sequence.")
 
 # %% [markdown]
-# The stripe on the left is the attention of all texts to the image; each triangle on the diagonal is the attention
-# within one text.
+# The stripe on the left is the attention of all sequences to the image; each triangle on the diagonal is the attention
+# within one sequence.
 #
 # The loss by hand, with the bundled model: logits, log-softmax, and the entries of the targets. `Losses` returns the
 # loss of each target and the loss of the patches (see below), which we ignore here.
@@ -100,13 +110,16 @@ with torch.no_grad():
     losses, _ = Losses(model)(**batch)
     x = model.embed(batch["tokens"], batch["pixels"], image_mask=batch["image_mask"])
     logits = model.decoder.unembed(model.decoder(x, batch["positions"], mask[None, None]))[0]
-right = torch.tensor([y for y in row.targets if y >= 0])
+targets = torch.tensor([y for y in row.targets if y >= 0])
 positions = [t for t, y in enumerate(row.targets) if y >= 0]
-by_hand = -logits[positions].log_softmax(-1)[range(len(right)), right]
+by_hand = -logits[positions].log_softmax(-1)[range(len(targets)), targets]
 torch.testing.assert_close(losses, by_hand, rtol=1e-3, atol=1e-4)
 
+# %% [markdown]
+# Words and locations separately, and the loss of a uniform guess for comparison:
+
 # %%
-place = right >= tokenizer.first_location
+place = targets >= tokenizer.first_location
 print(f"loss of words {by_hand[~place].mean():.3f}, of locations {by_hand[place].mean():.3f}")
 print(f"uniform over {tokenizer.vocab_size} tokens: {math.log(tokenizer.vocab_size):.2f} nats")
 
@@ -114,14 +127,14 @@ print(f"uniform over {tokenizer.vocab_size} tokens: {math.log(tokenizer.vocab_si
 # ## Labels for patches
 #
 # The official model starts from CLIP's ViT, which was trained on hundreds of millions of images. The bundled model
-# starts from random weights, and texts alone train a ViT slowly: a caption has little information about any single
-# patch. So every patch gets labels of its own: the kind, the color and the box of the thing that covers it. A linear
+# starts from random weights, and captions alone train a ViT slowly: they have little information about any single
+# patch. So every patch gets labels of its own: the kind, the color and the box of the object that covers it. A linear
 # layer on the ViT's features predicts them (`PatchHead`). When `training/train.py` trains from scratch, its first
-# steps (`--vision-steps`) train only the ViT, with this loss alone. Later, this loss is added to those of the texts.
+# steps (`--vision-steps`) train only the ViT, with this loss alone. Later, this loss is added to that of the tokens.
 #
-# `patch_labels` computes the labels from the boxes of a scene. A thing covers a patch if its box covers at least 30%
-# of it. (A very small thing gets at least the patch that it covers most.) Where boxes overlap, the thing in front
-# counts. Which labels are there in a scene with several things?
+# `patch_labels` computes the labels from the boxes of a scene. An object covers a patch if its box covers at least 30%
+# of it. (A very small object gets at least the patch that it covers most.) Where boxes overlap, the object in front
+# counts. Which labels are there in a scene with several objects?
 
 # %%
 crowded = Scene.random(7)
@@ -135,6 +148,9 @@ for (kind, color, *box), count in zip(distinct.tolist(), counts.tolist(), strict
     rows.append((kind_name, color_name, " ".join(f"{v:.2f}" for v in box), count))
 table(rows, ("kind", "color", "box", "patches"))
 
+# %% [markdown]
+# The scene, and the labels of its patches:
+
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(7, 3.4))
 size = model.config.vision.image_size
@@ -145,9 +161,9 @@ axes[1].set_title("labels of its patches")
 show(fig, "Left: a scene. Right: its grid of patches, one color for each distinct label.")
 
 # %% [markdown]
-# Each thing has become a group of patches with the same label. The box in the label is exact, so the ViT also has to
-# learn where within a patch a thing ends. Every kind of thing in the scene is among the labels, and the patch at the
-# center of the thing in front has the labels of that thing:
+# Each object has become a group of patches with the same label. The box in the label is exact, so the ViT also has to
+# learn where within a patch an object ends. Every kind in the scene is among the labels, and the patch at the center of
+# the object in front has the labels of that object:
 
 # %%
 kinds = {KINDS[int(k) - 1] for k in labels[:, 0].unique() if k > 0}
@@ -162,7 +178,7 @@ torch.testing.assert_close(label[2:], torch.tensor(front.box))
 # %% [markdown]
 # ## Training for 60 steps
 #
-# We train a model with fewer layers from random weights, on texts only. There are two optimizers: Muon for the
+# We train a model with fewer layers from random weights, without the labels of patches. There are two optimizers: Muon for the
 # matrices inside the blocks, AdamW for everything else. (Muon orthogonalizes the update of each matrix: it sets all
 # singular values of the momentum to about one. It comes with PyTorch, as `torch.optim.Muon`.) What is learned first,
 # the words or the locations?
@@ -192,10 +208,14 @@ def train_step(step: int, steps: int) -> tuple[float, float]:
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 4e-3, warmup=10)
         optimizer.step()
         optimizer.zero_grad()
-    targets = batch["targets"][batch["targets"] != -100]
-    place = targets >= tokenizer.first_location
+    place = batch["targets"][batch["targets"] != -100] >= tokenizer.first_location
     return losses[~place].mean().item(), losses[place].mean().item()
 
+
+print("learning rate at step 0:", learning_rate(0, 60, 4e-3, warmup=10))
+
+# %% [markdown]
+# 60 steps of 8 images:
 
 # %%
 curve = torch.tensor([train_step(step, 60) for step in range(60)])
@@ -231,9 +251,9 @@ swapped = batch | {"pixels": batch["pixels"].roll(1, dims=0)}
 increase = {}
 for name, learner in (("after 60 steps", student), ("bundled model", model)):
     with torch.no_grad():
-        right, wrong = (Losses(learner)(**b)[0].mean().item() for b in (batch, swapped))
-    increase[name] = wrong - right
-    print(f"{name}: loss {right:.2f} with the right images, {wrong:.2f} with others")
+        own, other = (Losses(learner)(**b)[0].mean().item() for b in (batch, swapped))
+    increase[name] = other - own
+    print(f"{name}: loss {own:.2f} with the correct images, {other:.2f} with others")
 assert abs(increase["after 60 steps"]) < 0.2 and increase["bundled model"] > 0.5
 
 # %% [markdown]
@@ -260,6 +280,9 @@ for name, points in curves.items():
     assert last_loss < first_loss
 table(rows, ("loss", "first step", "value", "last step", "value"))
 
+# %% [markdown]
+# All steps:
+
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.4))
 for (name, points), color in zip(curves.items(), COLORS, strict=False):
@@ -270,14 +293,14 @@ for task, color in zip(("ground", "caption", "color", "count"), COLORS, strict=F
     points = [(entry["step"], entry["accuracy"].get(task, math.nan)) for entry in measured]
     if points:
         axes[1].plot(*zip(*points, strict=True), "o-", color=color, label=task)
-axes[1].set(title="accuracy on a few held-out scenes", xlabel="step", ylim=(0, 1))
+axes[1].set(title="accuracy on a few held-out scenes", xlabel="step", ylim=(0, 1.05))
 for axis in axes:
     axis.legend(frameon=False)
 show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on held-out scenes.")
 
 # %% [markdown]
 # Every loss ends below its first value. The losses rise at step 3,000: the run was extended there, and a longer
-# schedule means a higher learning rate at the same step. `train.py` draws new scenes in each step, so these are also
+# schedule means a higher learning rate at the same step. `training/train.py` draws new scenes in each step, so these are also
 # losses on unseen data. The accuracy is measured on a few scenes only, so its curves are noisy.
 #
 # ## Exercises
@@ -286,5 +309,5 @@ show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on
 # 2. Include the prompts in the loss as well. Which line of `data.py` is it? What would you expect?
 # 3. Give location tokens random initial embeddings instead of smooth ones (`init_weights`). What would a near miss
 #    then teach the model about the neighboring cell?
-# 4. Train only the resampler of the bundled model: `python training/train.py --checkpoint tiny --out NEW --train
+# 4. Train only the resampler of the bundled model: `python -m training.train --checkpoint tiny --out NEW --train
 #    resampler --optimizer adamw --lr 3e-4 --steps 100`. How many parameters move?

@@ -3,8 +3,8 @@
 #
 # How fast can a model generate on this machine? For one image at a time, each token uses every weight of the decoder
 # once, in one multiplication and one addition, so reading the weights takes longer than the arithmetic: memory
-# bandwidth is the limit. We predict times from that, measure them, and then make the weights smaller. (Reading time:
-# 25 minutes.)
+# bandwidth is the limit. We predict times from that, measure them, and then make the weights smaller. The layers are
+# those of `inference/fast.py`; `kosmos2.py` itself uses plain `nn.Linear`. (Reading time: 25 minutes.)
 
 # %%
 from figures import COLORS, ROOT, plt, show, table  # isort: skip
@@ -14,20 +14,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-import load_weights
-from kosmos2 import Kosmos2Config, finish, preprocess_image
-from load_weights import (
+from inference.convert import save_packed
+from inference.fast import (
+    FEW_ROWS,
+    PackableCheckpoint,
     PackedLinear,
-    fastest_kernel,
+    cpu_maker,
     input_steps,
     load_checkpoint,
     multi_core_linear,
     quantize,
-    rows_times_slices,
-    slices_times_columns,
+    sliced_matmul,
 )
+from kosmos2 import Kosmos2Config, finish, open_image, preprocess_image
+from load_weights import INT8_FILE
 
 _ = torch.set_grad_enabled(False)
 
@@ -48,75 +49,94 @@ def best(run, rounds: int = 12) -> float:
     return min(times)
 
 
+print(f"{torch.get_num_threads()} threads, CPU: {cpu_maker()}")
+
 # %% [markdown]
 # ## Bandwidth and compute of your machine
 #
-# We measure memory bandwidth and operations per second; all predictions below follow from these two values.
+# We measure memory bandwidth (by adding up an array that is larger than the caches) and operations per second (by a
+# product of two matrices). All predictions below follow from these two values.
 
 # %%
-big = torch.ones(2**28)  # 1 GiB: larger than the caches
+big = torch.ones(2**28)  # 1 GiB
 bandwidth = big.numel() * 4 / best(big.sum)
 a, b = torch.randn(512, 2048), torch.randn(2048, 4096)
 compute = 2 * 512 * 2048 * 4096 / best(lambda: a @ b)
-print(f"{torch.get_num_threads()} threads")
+ridge = compute / bandwidth
 print(f"memory {bandwidth / 1e9:.0f} GB/s, compute {compute / 1e9:.0f} GFLOP/s")
-print(f"ridge: at {compute / bandwidth:.0f} operations per byte, both take the same time")
+print(f"ridge: at {ridge:.0f} operations per byte, both take the same time")
+assert ridge > 1
 
 # %% [markdown]
 # ## The roofline
 #
 # A linear layer with N x K weights and R rows of input does 2·R·N·K operations on 4·N·K bytes: R/2 operations per
-# byte in fp32. The *roofline* is a lower bound on its time: the longer of the time to read the weights and the time
-# for the arithmetic. At the *ridge*, both are equal. Below the ridge, memory bandwidth is the limit; above it,
-# compute. A decoding step has one row for each text. A prefill has one for each token of the prompt. Which resource
-# limits each?
+# byte in fp32. The *roofline* estimates its time: the time to read the weights or the time for the arithmetic,
+# whichever is longer. Below the *ridge*, memory bandwidth is the limit; above it, compute. A decoding step has one row
+# for each sequence, a prefill one for each token of the prompt. At how many rows is the ridge?
 
 # %%
 N, K = 4096, 2048
-weight = torch.randn(N, K) / K**0.5
-layers = [weight.clone() for _ in range(16)]  # 0.5 GB: more than fits into most caches, as in a model
+at_ridge = 2 * ridge  # R/2 operations per byte
 rows = (1, 2, 4, 16, 64, 256)
 predicted = [max(4 * N * K / bandwidth, 2 * R * N * K / compute) for R in rows]
+print(f"one row: {1e3 * predicted[0]:.2f} ms, limited by memory")
+print(f"the ridge is at {at_ridge:.0f} rows; from there on, the time grows with the rows")
+assert at_ridge > 2
+
+# %% [markdown]
+# The measurement. (16 layers, because the weights of a single one would stay in the cache of some CPUs.)
+
+# %%
+weight = torch.randn(N, K) / K**0.5
+layers = [weight.clone() for _ in range(16)]  # 0.5 GB
 measured = []
 for R in rows:
     x = torch.randn(R, K)
     took = best(lambda x=x: [multi_core_linear(x, w) for w in layers], 6)
     measured.append(took / len(layers))
 columns = zip(rows, predicted, measured, strict=True)
-shown = [(R, f"{1e3 * p:.2f}", f"{1e3 * m:.2f}") for R, p, m in columns]
-table(shown, ("rows", "predicted ms", "measured ms"))
+shown = [(R, f"{1e3 * p:.2f}", f"{1e3 * m:.2f}", f"{m / p:.1f}") for R, p, m in columns]
+table(shown, ("rows", "predicted ms", "measured ms", "ratio"))
 
 # %% [markdown]
 # The same as a figure, on logarithmic scales:
 
 # %%
 fig, axis = plt.subplots(figsize=(6, 3.2))
-axis.plot(rows, [1e3 * v for v in predicted], "--", color="#777777", label="the roofline")
+axis.plot(rows, [1e3 * v for v in predicted], "--", color="#777777", label="predicted (roofline)")
 axis.plot(rows, [1e3 * v for v in measured], "o-", color=COLORS[1], label="measured")
+axis.axvline(at_ridge, color="#777777", lw=0.8, ls=":", label="ridge")
 axis.set(xscale="log", yscale="log", xlabel="rows", ylabel="ms per layer")
-axis.set_title("first memory is the limit, then arithmetic")
 axis.set_xticks(rows, rows)
 axis.minorticks_off()
+axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+axis.yaxis.set_major_formatter("{x:g}")
 axis.legend(frameon=False)
-show(fig, "Time of a layer against the number of rows, predicted and measured.")
-
-# %%
-assert compute / bandwidth > 1  # so one row, with 1/2 operation per byte, is below the ridge
-assert measured[3] < 12 * measured[0]
-assert measured[-1] > 2 * measured[3]
+show(fig, "Time of a layer against the number of rows, predicted and measured; a line marks the ridge.")
 
 # %% [markdown]
-# One row is below the ridge: for a decoding step for one text, the limit is memory. (Other work on the machine
-# changes both lines from run to run, and a matmul may read a little faster than the sum that measured the bandwidth.)
-# On paper, a few more rows are free, because the weights are read only once; the measured line shows what they cost
-# with real kernels. That is what speculative decoding (notebook 5) and decoding in batches save: 16 rows take much
-# less than 16 times as long as one row. With many rows, as in a prefill, arithmetic is the limit, and the time grows
-# with the number of rows.
+# The prediction is flat up to the ridge and then proportional to the number of rows. The measured times need not lie
+# above it: a matmul may read memory faster than the sum that measured the bandwidth. And they have no sharp
+# bend at the ridge. Between a few rows and the ridge, real kernels are slower than predicted, because with so few rows
+# they reach neither the bandwidth nor the peak of the arithmetic, so each further row costs something long before the
+# ridge. What holds on every machine: 16 rows take less than 16 times as long as one, and with many rows the time
+# grows with their number.
+
+# %%
+assert measured[3] < 16 * measured[0]
+assert measured[-1] > 2 * measured[3]
+print(f"16 rows take {measured[3] / measured[0]:.1f} times as long as one row")
+print(f"256 rows take {measured[-1] / measured[3]:.1f} times as long as 16")
+
+# %% [markdown]
+# For one sequence, a decoding step is limited by memory. Speculative decoding (notebook 5) and decoding in batches
+# make use of the rows that are cheaper than the first. In a prefill, arithmetic is the limit.
 #
 # ## A prediction for the published model
 #
-# A token needs the matrices of all blocks and the output projection. How many tokens per second does the bandwidth
-# allow?
+# A token needs the matrices of all blocks and the output projection. How many tokens per second does the measured
+# bandwidth allow?
 
 # %%
 t = Kosmos2Config().text
@@ -126,38 +146,38 @@ rows = []
 for name, size in (("fp32", 4), ("fp16", 2), ("int8", 1)):
     took = weights * size / bandwidth
     rows.append((name, f"{weights * size / 1e9:.2f} GB", f"{1e3 * took:.0f} ms", f"{1 / took:.1f}"))
-table(rows, ("weights", "read per token", "at least", "tokens per second at most"))
+table(rows, ("weights", "read per token", "predicted time", "tokens per second"))
 
 # %% [markdown]
 # `tests/benchmark.py` measures how close the whole model comes to this.
 #
 # ## A few rows on several cores
 #
-# On some CPUs, `F.linear` multiplies a single row on one core, which cannot saturate memory bandwidth. A batched
-# matmul over slices of the matrix uses all cores, with the slices as its left or right operand. On other CPUs,
-# `F.linear` is faster. So `multi_core_linear` in `load_weights.py`, which we have measured above, first finds the
-# fastest of these kernels for the given number of rows (`fastest_kernel`). The loader replaces the linear layers of
-# the model with layers that call it; `kosmos2.py` itself uses plain `nn.Linear`.
+# On some CPUs, `F.linear` multiplies a single row on one core, which cannot saturate memory bandwidth.
+# `sliced_matmul` cuts the matrix into slices and multiplies them as a batch, which uses all cores. On other CPUs,
+# `F.linear` is already as fast as memory allows. So `multi_core_linear`, which we have measured above, takes one or the
+# other, depending on the maker of the CPU and on the number of rows (`FEW_ROWS`). The choice is fixed in the code:
+# kernels add in different orders, so if the faster one were chosen by timing, the same command could give slightly
+# different logits from run to run.
 
 # %%
-kernels = (F.linear, slices_times_columns, rows_times_slices)
-rows = []
-for R in (1, 2, 4, 16):
+shown = []
+for R in (1, 2, 4, 8, 16, 32):
     x = torch.randn(R, K)
     expected = F.linear(x, weight)
-    times = {}
-    for kernel in kernels:
-        torch.testing.assert_close(kernel(x, weight), expected, rtol=1e-4, atol=1e-5)
-        times[kernel] = best(lambda x=x, run=kernel: [run(x, w) for w in layers], 4) / len(layers)
-    chosen = fastest_kernel(R)
-    assert times[chosen] < 2 * min(times.values())
-    rows.append((R, *[f"{1e3 * took:.2f} ms" for took in times.values()], chosen.__name__))
-table(rows, ("rows", "F.linear", "slices x columns", "rows x slices", "chosen"))
+    torch.testing.assert_close(sliced_matmul(x, weight), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(multi_core_linear(x, weight), expected, rtol=1e-4, atol=1e-5)
+    times = []
+    for kernel in (F.linear, sliced_matmul):
+        times.append(best(lambda x=x, run=kernel: [run(x, w) for w in layers], 4) / len(layers))
+    chosen = "sliced" if R in FEW_ROWS[cpu_maker()] else "F.linear"
+    shown.append((R, *[f"{1e3 * took:.2f} ms" for took in times], chosen))
+table(shown, ("rows", "F.linear", "sliced_matmul", "used here"))
 
 # %% [markdown]
-# Which kernel is the fastest depends on the CPU and on the number of rows. On the AMD EPYC of the README's table, the
-# sliced matmul makes decoding 1.9 times as fast as transformers, which uses `F.linear`; on an Intel Xeon, `F.linear`
-# is already as fast as memory allows.
+# Which kernel is faster depends on the CPU, the number of cores and the number of rows. On the AMD EPYC of the table in
+# [`inference/README.md`](../inference/README.md), the sliced matmul makes decoding 1.9 times as fast as transformers,
+# which uses `F.linear`. On an Intel Xeon, it is faster for 7 to 16 rows only.
 #
 # ## int8, step by step
 #
@@ -229,12 +249,12 @@ assert errors["one scale for all"] > 5 * errors["one scale for each row"]
 # %% [markdown]
 # ## The cost on the bundled model
 #
-# By how much do the logits change, and does the caption change? (`training/evaluate.py --precision int8` compares
-# many answers.) In fp16, only the weights are 16-bit (on a CPU). The large matrices of the bundled model are stored
+# By how much do the logits change, and does the caption change? (`python -m training.evaluate --precision int8`
+# compares many answers.) In fp16, only the weights are 16-bit (on a CPU). The large matrices of the bundled model are stored
 # in fp16, so only the order of sums changes there.
 
 # %%
-image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
+image = open_image(ROOT / "tiny" / "scene.png")
 models = {p: load_checkpoint(ROOT / "tiny", p) for p in ("fp32", "fp16", "int8")}
 tokenizer = models["fp32"][1]
 pixels = preprocess_image(image, models["fp32"][0].config.vision.image_size)[None]
@@ -243,6 +263,10 @@ tokens, image_mask = torch.tensor([ids]), torch.tensor([mask])
 logits = {}
 for name, (model, _) in models.items():
     logits[name] = model(tokens, pixels, image_mask=image_mask)
+    print(name, tuple(logits[name].shape))
+
+# %% [markdown]
+# The difference from fp32, and the captions:
 
 # %%
 exact = logits["fp32"]
@@ -250,9 +274,9 @@ rows = []
 for name, (model, _) in models.items():
     error = float((logits[name] - exact).norm() / exact.norm())
     state = model.prefill(tokens, pixels, image_mask=image_mask, max_new_tokens=100)
-    result = finish(state)[0]
-    text, entities = tokenizer.parse_output(ids, result.ids, result.probabilities)
-    rows.append((name, f"{error:.1e}", f"{entities[0].scores[0]:.3f}", text[:60]))
+    row = finish(state)[0]
+    caption, entities = tokenizer.parse_output(ids, row.ids, row.probabilities)
+    rows.append((name, f"{error:.1e}", f"{entities[0].scores[0]:.3f}", caption[:60]))
 table(rows, ("weights", "error of logits", "first score", "caption"))
 assert float((logits["fp16"] - exact).norm() / exact.norm()) < 1e-4
 assert float((logits["int8"] - exact).norm() / exact.norm()) < 0.1
@@ -263,17 +287,17 @@ assert float((logits["int8"] - exact).norm() / exact.norm()) < 0.1
 # Quantizing while loading reads all weights in their original precision at every start. This command quantizes a
 # checkpoint once, and stores the int8 matrices with their scales:
 #
-#     python load_weights.py CHECKPOINT --save DIR --precision int8
+#     python -m inference.convert CHECKPOINT DIR --precision int8
 #
 # How large is the new file, and are the outputs still the same to the bit? `save_packed` is the function behind the
 # command.
 
 # %%
-checkpoint = load_weights.Checkpoint(ROOT / "tiny")
+checkpoint = PackableCheckpoint(ROOT / "tiny")
 before = (ROOT / "tiny" / "model.safetensors").stat().st_size
 with tempfile.TemporaryDirectory() as folder:
-    load_weights.save_packed(checkpoint, "int8", tokenizer.model_file, folder)
-    after = (Path(folder) / load_weights.INT8_FILE).stat().st_size
+    save_packed(checkpoint, "int8", tokenizer.model_file, folder)
+    after = (Path(folder) / INT8_FILE).stat().st_size
     saved, _ = load_checkpoint(folder, "int8")
 print(f"{before / 1e6:.1f} MB in fp16, {after / 1e6:.1f} MB in int8")
 assert torch.equal(saved(tokens, pixels, image_mask=image_mask), logits["int8"])

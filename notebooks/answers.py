@@ -15,39 +15,41 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from evaluate import HELD_OUT, answers, choose_examples, score
 from PIL import Image
 from recording import record
 from safetensors.torch import load_file, save_file
-from scenes import SECOND, Example, Scene, link
 
 import kosmos2
-from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, finish, preprocess_image, sample
-from load_weights import Checkpoint, load_checkpoint, quantize
+from inference.beam import finish_beams
+from inference.fast import quantize
+from kosmos2 import Kosmos2, Kosmos2Config, TextConfig, finish, open_image, preprocess_image, sample
+from load_weights import Checkpoint, load_checkpoint
 from tokenizer import Tokenizer, box_to_tokens, parse, tokens_to_box
+from training.evaluate import HELD_OUT, answers, choose_examples, score
+from training.scenes import SECOND, Example, Scene, cells, link
 
 torch.set_grad_enabled(False)
 torch.manual_seed(0)
 model, tokenizer = load_checkpoint(ROOT / "tiny")
-image = Image.open(ROOT / "tiny" / "scene.png").convert("RGB")
+image = open_image(ROOT / "tiny" / "scene.png")
 pixels = preprocess_image(image, model.config.vision.image_size)[None]
 
 
 def say(prompt: str, image_embeds=None, **options):
-    """(text, entities, raw) of a prompt about the image, or about these embeddings."""
+    """(caption, entities, raw) of a prompt about the image, or about these embeddings."""
     ids, mask = tokenizer.encode_prompt(prompt)
     embeds = model.encode_image(pixels) if image_embeds is None else image_embeds
     state = model.prefill(
         torch.tensor([ids]), None, embeds, torch.tensor([mask]), max_new_tokens=100, **options
     )
-    result = finish(state)[0]
-    text, entities = tokenizer.parse_output(ids, result.ids, result.probabilities)
-    return text, entities, tokenizer.decode(result.ids)
+    row = finish(state)[0]
+    caption, entities = tokenizer.parse_output(ids, row.ids, row.probabilities)
+    return caption, entities, tokenizer.decode(row.ids)
 
 
 # ------------------------------------------------------------------------------------------------ 0. Overview
 
-# 0.1 Without <grounding> there are no tags and no locations: only training texts that began with it had any.
+# 0.1 Without <grounding> there are no tags and no locations: only training examples that began with it had any.
 assert "<" not in say("An image of")[2]
 
 # 0.2 "An image of nothing.": empty images were part of its training.
@@ -102,8 +104,9 @@ other.load_state_dict(model.state_dict())
 change = float((other.vision(pixels) - vit(pixels)).norm() / vit(pixels).norm())
 assert 1e-3 < change < 0.2
 
-# 1.4 [CLS] is not part of the grid: its position embedding stays the same.
-torch.testing.assert_close(vit.interpolate_positions(5, 9)[0], vit.position_embedding[0])
+# 1.4 The row of [CLS] belongs to no place in the image. If it were part of the "image" that is resized, all others would
+# move by one patch, and G² + 1 rows do not form a grid.
+assert math.isqrt(N) ** 2 != N
 
 # ----------------------------------------------------------------------------------------------- 2. Resampler
 
@@ -179,7 +182,7 @@ assert 8 * (253 + 2) + 1 <= TextConfig().max_positions < 8 * (254 + 2) + 1
 # still write a caption, but no caption was in front of its image in training.
 
 # 3.2 mask[:P, :P] = True for the first P positions (a "prefix LM").
-mask = kosmos2.causal_mask(5, 5)
+mask = kosmos2.causal_mask(5, torch.zeros(1, 5, dtype=torch.bool))
 mask[:3, :3] = True
 assert mask[0].tolist() == [True, True, True, False, False]
 
@@ -207,10 +210,10 @@ assert len(parse(f"<phrase>a</phrase><object>{boxes}</object>")[1][0].boxes) == 
 
 # 4.2 The inner cell; the original data loader used the outer one.
 assert box_to_tokens((0, 0, 0.5, 0.5)) == (0, 15 * 32 + 15)
-assert box_to_tokens((0, 0, 0.5, 0.5), training=True) == (0, 16 * 32 + 16)
+assert cells((0, 0, 0.5, 0.5)) == (0, 16 * 32 + 16)
 
 # 4.3 The location embeddings, and with a small learning rate all other weights. The tokenizer of the new model is
-# Tokenizer(file, grid=16), and the loader finds the grid from the size of the vocabulary.
+# Tokenizer(file, grid=16), and config.json needs `"location_grid": 16`.
 assert tokens_to_box(0, 17, grid=16) == (0.03125, 0.03125, 0.09375, 0.09375)
 assert Tokenizer(tokenizer.model_file, Q, grid=16).vocab_size == tokenizer.vocab_size - 32 * 32 + 16 * 16
 
@@ -224,13 +227,18 @@ assert [tokenizer.id_to_token[i] for i in ids] == ["</phrase>", "▁", "."]
 # where it is constant, and u < 1 ends before them. At u = 0 the count is zero: the most likely token.
 assert sample(torch.tensor([[-math.inf, 0.0, 1.0]]), 1.0, None, None, torch.tensor([0.0])).item() == 2
 
-# 5.2 Yes: it stops when num_beams texts have ended and the best unfinished one scores no better than the worst of them.
-# Scores are means over the length so far, so an unfinished text could still improve.
+# 5.2 Yes: `best > finished[prompt][-1][0]`. It stops when num_beams sequences have ended and the best unfinished one scores
+# no better than the worst of them. Scores are means over the length so far, so an unfinished one could still improve.
 
 # 5.3 The same id in all slots would repeat a 3-gram at once. With different ids, no 3-gram occurs twice in the slots.
 assert len(set(range(4, 4 + Q))) == Q
 
-# 5.4 Four times the cache, from the first step on: `KVCache.reorder` copies the rows of the chosen beams.
+# 5.4 Four times the cache, from the first new token on: `KVCache.keep` copies the rows of the chosen beams.
+ids, image_mask = tokenizer.encode_prompt("<grounding>An image of")
+state = model.prefill(torch.tensor([ids]), pixels, None, torch.tensor([image_mask]), max_new_tokens=3)
+assert state.caches[0].keys.shape[0] == 1
+finish_beams(state, 4)
+assert state.caches[0].keys.shape[0] == 4
 
 # -------------------------------------------------------------------------------------------------- 6. Weights
 
@@ -262,7 +270,7 @@ present, absent = (say(f"<grounding><phrase> {what}</phrase>")[1] for what in ("
 print(f"7.1: {present[0].scores[0]:.2f} for a fire, {absent[0].scores[0]:.2f} for a black heart")
 assert present[0].scores[0] > absent[0].scores[0]
 
-# 7.2 No: the last image is the one that is described. Here the color is asked for, in both orders.
+# 7.2 No: the last image is the one that is described. Here the prompts ask for the color, in both orders.
 hits = {"example first": 0, "example last": 0}
 pairs = [(Scene.random(seed), Scene.random(seed + SECOND)) for seed in range(HELD_OUT, HELD_OUT + 60)]
 colored = [[t for t in s.things if t.color] for pair in pairs for s in pair]
@@ -283,7 +291,7 @@ print("7.2:", hits, "of", len(chosen))
 assert hits["example first"] > hits["example last"]
 
 
-# 7.3 The kind of a thing, which depends on details.
+# 7.3 The kind of an object, which depends on details.
 def small(scene):
     """The same scene, drawn with few pixels."""
     return SimpleNamespace(draw=lambda *a: scene.draw(28))
@@ -336,7 +344,7 @@ assert TextConfig().max_positions < 1_342_000_000 // (2 * 24 * 2048 * 4)
 # ----------------------------------------------------------------------------------------------- 10. Departures
 
 # 10.1 Positions from 1 shift all encodings by one place, and attention depends mostly on distances. Without the scale,
-# every text token is several times shorter than the position that is added to it.
+# every token is several times shorter than the position that is added to it.
 # 10.2 Scores that are √hd times as large make the softmax pick a single position. `attention_weights` in recording.py shows
 # the formula; patch `torch.nn.functional.scaled_dot_product_attention` with one that passes scale=1.
 # 10.3 Three standard errors must fit into 0.01. They shrink with the square root of the number of scenes, so with a

@@ -1,6 +1,6 @@
 """Departures from Kosmos-2, and what each costs a trained model (used by 10_departures).
 
-A departure changes one thing in the model, as a mistake in a port would. Here it is a list of
+A departure changes one part of the model, as a mistake in a port would. Here it is a list of
 patches, and `Trial.measure` runs the model with these patches on captions and phrases of unseen
 scenes. `cost` compares two such measurements.
 """
@@ -14,13 +14,22 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from data import encode_example
-from evaluate import HELD_OUT, choose_examples, score
-from scenes import Example, Scene
 
 import kosmos2
-from kosmos2 import Kosmos2, Resampler, VisionTransformer, finish, pad_left, preprocess_images
+from kosmos2 import (
+    Decoder,
+    Embedding,
+    Kosmos2,
+    Resampler,
+    VisionTransformer,
+    finish,
+    pad_left,
+    preprocess_image,
+)
 from tokenizer import Tokenizer, iou, parse
+from training.data import encode_example
+from training.evaluate import HELD_OUT, choose_examples, score
+from training.scenes import Example, Scene
 
 FIRST_SEED = HELD_OUT + 40_000
 
@@ -30,7 +39,8 @@ FIRST_SEED = HELD_OUT + 40_000
 
 vision_forward = VisionTransformer.forward
 encode_image = Kosmos2.encode_image
-embed = Kosmos2.embed
+embed_tokens = Embedding.forward
+decoder_forward = Decoder.forward
 sinusoidal_positions = kosmos2.sinusoidal_positions
 
 
@@ -49,13 +59,13 @@ def image_after_scale(self, pixels):
     return encode_image(self, pixels) / math.sqrt(self.config.text.width)
 
 
-def no_scale(self, *inputs):
-    return embed(self, *inputs) / math.sqrt(self.config.text.width)
+def no_scale(self, x, *others):
+    return decoder_forward(self, x / math.sqrt(x.shape[-1]), *others)
 
 
-def only_images_scaled(self, tokens, pixels=None, image_embeds=None, image_mask=None):
-    x = embed(self, tokens, pixels, image_embeds, image_mask)
-    return torch.where(image_mask[..., None], x, x / math.sqrt(self.config.text.width))
+def tokens_without_scale(self, tokens):
+    """Token embeddings that are divided by √D, because the decoder multiplies all."""
+    return embed_tokens(self, tokens) / math.sqrt(self.embedding_dim)
 
 
 def interleaved(positions, width):
@@ -100,8 +110,8 @@ def input_departures(model: Kosmos2) -> dict[str, list]:
         "image embeddings inserted after the scale": [
             patch.object(Kosmos2, "encode_image", image_after_scale)
         ],
-        "only image embeddings scaled": [patch.object(Kosmos2, "embed", only_images_scaled)],
-        "nothing scaled": [patch.object(Kosmos2, "embed", no_scale)],
+        "only image embeddings scaled": [patch.object(Embedding, "forward", tokens_without_scale)],
+        "nothing scaled": [patch.object(Decoder, "forward", no_scale)],
         "positions from 1": [patch.object(kosmos2, "FIRST_POSITION", 1)],
         "positions from 0": [patch.object(kosmos2, "FIRST_POSITION", 0)],
         "sines and cosines interleaved": [patch.object(kosmos2, "sinusoidal_positions", interleaved)],
@@ -132,8 +142,8 @@ class Measurement:
     """What a model does with some scenes."""
 
     logits: torch.Tensor  # (prompts, V), of the first new token
-    named: list[float]  # for each scene, the share of its things that a plain caption names
-    overlaps: list[float]  # for each scene, the IoU of the first box of a phrase with the right box
+    named: list[float]  # for each scene, the share of its objects that a plain caption names
+    overlaps: list[float]  # for each scene, the IoU of the first box of a phrase with the correct box
 
 
 class Trial:
@@ -148,12 +158,12 @@ class Trial:
         while len(self.captions) < count:
             chosen = choose_examples(1, seed, only=("plain caption", "ground"))
             by_task = {example.task: (scene, example) for scene, example in chosen}
-            if "ground" in by_task:  # not if the scene is empty, or every name fits several things
+            if "ground" in by_task:  # not if the scene is empty, or every name matches several objects
                 self.captions.append(by_task["plain caption"])
                 self.phrases.append(by_task["ground"])
             seed += 1
-        images = [scene.draw() for scene, _ in self.captions]
-        self.pixels = preprocess_images(images, model.config.vision.image_size)
+        size = model.config.vision.image_size
+        self.pixels = torch.stack([preprocess_image(scene.draw(), size) for scene, _ in self.captions])
 
     def measure(self, patches: Iterable = ()) -> Measurement:
         """Run the model with these patches applied."""
@@ -180,37 +190,37 @@ class Trial:
             tokens, None, image_embeds, image_mask, pad_mask, max_new_tokens=max_new_tokens
         )
         logits = state.logits
-        return logits, [self.tokenizer.decode(result.ids) for result in finish(state)]
+        return logits, [self.tokenizer.decode(row.ids) for row in finish(state)]
 
 
-def cost(right: list[float], changed: list[float]) -> tuple[float, float]:
+def cost(unchanged: list[float], changed: list[float]) -> tuple[float, float]:
     """How much the mean over the scenes falls, and the standard error of that difference.
 
     Both lists are about the same scenes, so the difference is taken scene by scene: what makes one
     scene harder than another cancels.
     """
-    differences = [a - b for a, b in zip(right, changed, strict=True)]
+    differences = [a - b for a, b in zip(unchanged, changed, strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     return statistics.mean(differences), error
 
 
-def certain(right: list[float], changed: list[float]) -> bool:
+def certain(unchanged: list[float], changed: list[float]) -> bool:
     """Whether the cost is above three standard errors (by chance alone: once in 700 times)."""
-    mean, error = cost(right, changed)
+    mean, error = cost(unchanged, changed)
     return mean > 3 * error
 
 
-def logit_change(right: Measurement, changed: Measurement) -> float:
+def logit_change(unchanged: Measurement, changed: Measurement) -> float:
     """The size of the change of the logits, relative to the logits."""
-    return float((changed.logits - right.logits).norm() / right.logits.norm())
+    return float((changed.logits - unchanged.logits).norm() / unchanged.logits.norm())
 
 
-def rows(right: Measurement, measured: dict[str, Measurement]) -> list[tuple]:
+def rows(unchanged: Measurement, measured: dict[str, Measurement]) -> list[tuple]:
     """A row of the table for each departure; * marks a certain cost."""
     table = []
     for name, changed in measured.items():
-        row = [name, f"{logit_change(right, changed):.4f}"]
-        for before, after in ((right.named, changed.named), (right.overlaps, changed.overlaps)):
+        row = [name, f"{logit_change(unchanged, changed):.4f}"]
+        for before, after in ((unchanged.named, changed.named), (unchanged.overlaps, changed.overlaps)):
             mean, error = cost(before, after)
             mark = "*" if certain(before, after) else ""
             row.append(f"{mean:+.3f} ± {error:.3f} {mark}")

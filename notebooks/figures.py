@@ -10,10 +10,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.colors import LinearSegmentedColormap  # noqa: E402
 from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "training")]
+sys.path.insert(0, str(ROOT))
 for message in (".*deprecated.*", "IProgress not found"):
     warnings.filterwarnings("ignore", message=message)
 torch.manual_seed(0)
@@ -46,9 +47,11 @@ def show_answers(image: Image.Image, *answers) -> None:
         from IPython.display import HTML, display
     except ImportError:
         return  # run as a script
-    from sample import HTML_HEAD, html_figure
+    from inference.page import HTML_HEAD, html_figure
+    from sample import Request, as_json
 
-    display(HTML(HTML_HEAD + html_figure(image, list(answers))))
+    lines = [as_json(Request((), ""), answer, image.size) for answer in answers]
+    display(HTML(HTML_HEAD + html_figure(image, lines)))
 
 
 def table(rows: list[tuple], header: tuple) -> None:
@@ -66,15 +69,15 @@ def table(rows: list[tuple], header: tuple) -> None:
             print("  ".join("-" * w for w in widths))
 
 
+CLEAR_TO_RED = LinearSegmentedColormap.from_list("clear to red", ["#c6282800", "#c62828ff"])
+
+
 def overlay(axes, image: Image.Image, weights: torch.Tensor, title: str = "") -> None:
-    """An image with weights (rows, columns) over it: bright where they are large. Each panel is scaled
+    """A faded image with weights (rows, columns) over it: red where they are large. Each panel is scaled
     to its own maximum."""
-    weights = weights / weights.max()
-    side = Image.fromarray((weights.numpy() * 255).astype("uint8")).resize(
-        image.size, Image.Resampling.BICUBIC
-    )
-    dark = Image.new("RGB", image.size, "black")
-    axes.imshow(Image.composite(image, dark, side.point(lambda v: 120 + v * 135 // 255)))
+    extent = (0, image.width, image.height, 0)
+    axes.imshow(image, extent=extent, alpha=0.5)
+    axes.imshow(weights, extent=extent, cmap=CLEAR_TO_RED, vmin=0)
     axes.set_title(title)
     axes.axis("off")
 

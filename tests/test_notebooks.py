@@ -1,5 +1,5 @@
-"""The committed notebooks are what their sources say, with outputs and without errors. (CI runs the
-sources.)"""
+"""The sources of the notebooks have short cells in plain order, and the committed notebooks are what
+their sources say, with outputs and without errors. (CI runs the sources.)"""
 
 import json
 import re
@@ -8,24 +8,44 @@ import pytest
 from conftest import ROOT
 
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
+MARKDOWN = " [markdown]"
+
+
+def cells(source) -> list[tuple[bool, str]]:
+    """(whether it is markdown, its lines) of each cell of a source."""
+    parts = re.split(r"^# %%", source.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    found = []
+    for part in parts:
+        is_markdown = part.startswith(MARKDOWN)
+        text = part.removeprefix(MARKDOWN).strip()
+        if is_markdown:
+            text = re.sub(r"^# ?", "", text, flags=re.MULTILINE)
+        found.append((is_markdown, text))
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_cells_are_explained_short_and_checked(source):
+    found = cells(source)
+    for (after_markdown, _), (is_markdown, text) in zip(found, found[1:], strict=False):
+        if is_markdown:
+            continue
+        assert after_markdown, f"no markdown before: {text[:60]}"
+        if not text.startswith("from figures"):  # the imports
+            lines = [line for line in text.splitlines() if line.strip()]
+            assert len(lines) <= 15, f"{len(lines)} lines: {text[:60]}"
+        assert re.search(r"assert|print|table\(|show", text), f"no check, no output: {text[:60]}"
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_committed_notebooks(source):
     file = source.with_suffix(".ipynb")
     assert file.stat().st_size < 2**20
-    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
-    written = [
-        part.removeprefix(" [markdown]").strip()
-        for part in re.split(r"^# %%", source.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    built = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    assert cells(source) == [
+        (cell["cell_type"] == "markdown", "".join(cell["source"]).strip()) for cell in built
     ]
-    shown = ["".join(cell["source"]).strip() for cell in cells]
-    prose = [cell["cell_type"] == "markdown" for cell in cells]
-    assert [
-        re.sub(r"^# ?", "", text, flags=re.MULTILINE) if p else text
-        for text, p in zip(written, prose, strict=True)
-    ] == shown
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    outputs = [output for cell in built for output in cell.get("outputs", [])]
     assert outputs and not any(
         output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs
     )
