@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, TINY, rough, run
 from PIL import Image
-from scenes import Scene
 
 import sample as script
 from kosmos2 import EOS, Kosmos2, open_image
 from load_weights import SENTENCEPIECE, load_checkpoint, save_checkpoint
+from training.scenes import Scene
 
 SCENE = TINY / "scene.png"
 THOROUGH = bool(os.environ.get("KOSMOS2_THOROUGH"))

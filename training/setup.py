@@ -22,6 +22,7 @@ CONFIG = Kosmos2Config(
         vocab_size=1, width=192, layers=4, heads=3, mlp_width=768, max_positions=2048, no_repeat_ngram_size=0
     ),
     latent_query_num=32,
+    location_grid=GRID,
 )
 
 
