@@ -16,8 +16,11 @@ from conftest import ROOT, SMALL, TINY, rough, run
 from PIL import Image
 
 import sample as script
+from inference import batch
+from inference.beam import beam_search
+from inference.convert import save_checkpoint
 from kosmos2 import EOS, Kosmos2, open_image
-from load_weights import SENTENCEPIECE, load_checkpoint, save_checkpoint
+from load_weights import SENTENCEPIECE, load_checkpoint
 from training.scenes import Scene
 
 SCENE = TINY / "scene.png"
@@ -45,8 +48,6 @@ def good_images() -> dict[str, bytes]:
     add("wide.png", scene.resize((20000, 3)))
     add("tall größe 図.png", scene.resize((3, 5000)))
     add("animated.gif", scene, save_all=True, append_images=[Image.new("RGB", scene.size)])
-    add("deep.png", Image.fromarray((torch.arange(64 * 64).reshape(64, 64) * 16).to(torch.uint16).numpy()))
-    add("float.tif", Image.fromarray(torch.rand(20, 20).numpy()))
     add("palette.png", scene.convert("P"))
     add("print.jpg", scene.convert("CMYK"))
     return found
@@ -56,8 +57,13 @@ def bad_images() -> dict[str, bytes]:
     animated = good_images()["animated.gif"]
     bomb = io.BytesIO()
     Image.new("1", (20000, 20000)).save(bomb, "PNG")  # 400 million pixels in 50 KB
+    deep, bright = io.BytesIO(), io.BytesIO()
+    Image.fromarray((torch.arange(64 * 64).reshape(64, 64) * 16).to(torch.uint16).numpy()).save(deep, "PNG")
+    Image.fromarray(torch.rand(20, 20).numpy()).save(bright, "TIFF")
     png = SCENE.read_bytes()
     return {
+        "deep.png": deep.getvalue(),  # more than 8 bits
+        "float.tif": bright.getvalue(),
         "empty.png": b"",
         "text.png": b"dear diary",
         "truncated.png": png[: len(png) // 2],
@@ -66,7 +72,7 @@ def bad_images() -> dict[str, bytes]:
     }
 
 
-def test_images(capsys, tmp_path):
+def test_images_in_a_folder(capsys, tmp_path):
     """Good images are captioned, bad ones named at the end, and none stops the others."""
     folder = tmp_path / "images"
     folder.mkdir()
@@ -74,16 +80,21 @@ def test_images(capsys, tmp_path):
     for name, content in (good | bad).items():
         (folder / name).write_bytes(content)
     (folder / "folder.png").mkdir()
-    status, out, err = run(capsys, folder, "--json", "--max-new-tokens", 8, "--output", tmp_path / "out")
-    rows = [json.loads(line) for line in out.splitlines()]
+    options = ["--max-new-tokens", 8, "--results", "r.jsonl", "--drawings", "drawn"]
+    status, _, err = run(capsys, folder, *options, command=batch)
+    rows = [json.loads(line) for line in Path("r.jsonl").read_text(encoding="utf-8").splitlines()]
     assert status == 1 and sorted(Path(row["image"]).name for row in rows) == sorted(good)
-    assert len(list((tmp_path / "out").iterdir())) == len(good)
-    failed = err.splitlines()[-1]
+    assert len(os.listdir("drawn")) == len(good)
+    failed = next(line for line in err.splitlines() if " failed: " in line)
     assert f"{len(bad)} of {len(good) + len(bad)} failed" in failed and "1 x folder" in err
     assert all(name in failed for name in bad) and "Traceback" not in err
-    for name in bad:  # each alone: one line, before a model is loaded
-        status, out, err = run(capsys, folder / name, "--checkpoint", "nowhere")
-        assert (status, out, err.count("\n")) == (1, "", 1) and name in err
+
+
+@pytest.mark.parametrize("name", bad_images())
+def test_a_bad_image_is_named_before_a_model_is_loaded(capsys, name):
+    Path(name).write_bytes(bad_images()[name])
+    status, out, err = run(capsys, name, "--checkpoint", "nowhere")
+    assert (status, out, err.count("\n")) == (1, "", 1) and name in err
 
 
 def test_the_first_frame_of_an_animation(tmp_path):
@@ -94,21 +105,13 @@ def test_the_first_frame_of_an_animation(tmp_path):
 # ---------------------------------------------------------------------------------------------------- output
 
 
-def run_process(*arguments, **options):
-    return subprocess.Popen(
-        [sys.executable, ROOT / "sample.py", *map(str, arguments)],
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_full_disk():
     with open("/dev/full", "w") as full:
-        process = run_process("--json", stdout=full)
-        _, err = process.communicate()
-    assert process.returncode == 1 and "space" in err and "Traceback" not in err and err.count("sample:") == 1
+        command = [sys.executable, ROOT / "sample.py", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    err = done.stderr
+    assert done.returncode == 1 and "space" in err and "Traceback" not in err and err.count("sample:") == 1
 
 
 def test_an_image_is_never_half_written(capsys, monkeypatch, tmp_path):
@@ -127,12 +130,13 @@ def test_an_image_is_never_half_written(capsys, monkeypatch, tmp_path):
     assert Image.open(target).size[0] > 0 and os.listdir() == ["out.png"]
 
 
-def test_places_that_cannot_be_written(capsys, tmp_path):
+@pytest.mark.parametrize(("command", "option"), [(script, "--output"), (batch, "--results")])
+def test_places_that_cannot_be_written(capsys, tmp_path, command, option):
     (tmp_path / "file").write_text("not a folder")
-    for option in ("--output", "--results"):
-        status, out, err = run(capsys, SCENE, option, tmp_path / "file" / "x.png")
-        assert status == 1 and str(tmp_path / "file") in err and "Traceback" not in err, err
-        assert sum(line.startswith("sample: ") for line in err.splitlines()) == 1
+    status, out, err = run(capsys, SCENE, option, tmp_path / "file" / "x.png", command=command)
+    assert status == 1 and str(tmp_path / "file") in err and "Traceback" not in err, err
+    name = command.__name__.split(".")[-1]
+    assert sum(line.startswith(f"{name}: ") for line in err.splitlines()) == 1
 
 
 # --------------------------------------------------------------------------------------------- interruptions
@@ -145,15 +149,16 @@ def test_killed_while_captioning_a_folder(capsys, tmp_path):
     for seed in range(24):
         Scene.random(seed).draw(64).save(folder / f"{seed:02}.png")
     ask = [folder, "--results", results, "--batch-size", 1]
-    process = run_process(*ask, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "inference.batch", *map(str, ask)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (results.exists() and results.read_bytes().count(b"\n") >= 2):
         time.sleep(0.01)
     process.kill()
-    process.communicate()
+    process.wait()
     done = results.read_bytes().count(b"\n")
     assert 2 <= done < 24
     before = results.read_text().splitlines()[:done]
-    status, _, err = run(capsys, *ask, "--resume")
+    status, _, err = run(capsys, *ask, "--resume", command=batch)
     assert status == 0, err
     lines = results.read_text().splitlines()
     assert lines[:done] == before and [Path(json.loads(line)["image"]).stem for line in lines] == [
@@ -170,15 +175,16 @@ def test_memory_stays_flat(capsys, tmp_path):
     for seed in range(300 if THOROUGH else 60):
         Scene.random(seed).draw(300).save(folder / f"{seed}.jpg")
     seen = []
-    update = script.Progress.update
+    update = batch.Progress.update
 
     def watch(self, *arguments):
         update(self, *arguments)
         seen.append(int(Path("/proc/self/statm").read_text().split()[1]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script.Progress, "update", watch)
-        assert run(capsys, folder, "--results", "out.jsonl", "--batch-size", 4, "--output", "out")[0] == 0
+        patch.setattr(batch.Progress, "update", watch)
+        options = ["--results", "out.jsonl", "--batch-size", 4]
+        assert run(capsys, folder, *options, command=batch)[0] == 0
     assert len(seen) == len(list(folder.iterdir())) / 4
     assert seen[-1] < 1.05 * seen[len(seen) // 3]
 
@@ -275,11 +281,13 @@ def test_another_models_checkpoint(tmp_path):
 
 def test_empty_batches_and_rows_that_end_at_once(small, small_tokenizer):
     none = torch.zeros(0, 4, dtype=torch.long)
-    assert small.generate(none, max_new_tokens=3) == [] == small.generate(none, max_new_tokens=3, num_beams=2)
+    assert small.generate(none, max_new_tokens=3) == []
+    assert beam_search(small, none, num_beams=2, max_new_tokens=3) == []
     tokens = torch.tensor([[0, 10, 11]] * 3)
 
     def only_end(ids, remaining):
         return torch.arange(small_tokenizer.vocab_size).numpy() == EOS
 
-    for beams in (1, 3):
-        assert small.generate(tokens, max_new_tokens=9, num_beams=beams, constraint=only_end) == [[EOS]] * 3
+    ended = [[EOS]] * 3
+    assert small.generate(tokens, max_new_tokens=9, constraint=only_end) == ended
+    assert beam_search(small, tokens, num_beams=3, max_new_tokens=9, constraint=only_end) == ended
