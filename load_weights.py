@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kosmos2 import BOS, EOS, PAD, Kosmos2, Kosmos2Config, TextConfig, VisionConfig
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, printable
 
 SENTENCEPIECE = "sentencepiece.bpe.model"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -436,7 +436,7 @@ class Checkpoint:
 
 def listing(names: list[str]) -> str:
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
+    return printable(", ".join(names[:10]) + more, 2000)
 
 
 # ---- Loading ---------------------------------------------------------------------------------------
@@ -551,7 +551,7 @@ def main(argv=None) -> int:
         print("NOT complete: " + "; ".join(problems) if problems else "complete")
         return 1 if problems else 0
     except (OSError, ValueError) as error:
-        print(f"load_weights: {error}", file=sys.stderr)
+        print(f"load_weights: {printable(str(error), 2000)}", file=sys.stderr)
         return 1
 
 

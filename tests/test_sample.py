@@ -1,5 +1,7 @@
 """The script, run as users run it."""
 
+import base64
+import io
 import json
 import os
 import subprocess
@@ -8,12 +10,12 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, run
+from conftest import ROOT, TINY, copy, run
 from PIL import Image, ImageDraw
 
 import sample as script
-from kosmos2 import open_image
-from tokenizer import Entity, parse
+from kosmos2 import Kosmos2, open_image
+from tokenizer import CONTROL, TAGS, Entity, parse
 from training.scenes import Scene, Thing
 
 SCENE = TINY / "scene.png"
@@ -237,3 +239,200 @@ def test_ctrl_c():
     code += "sys.exit(run_command('x', lambda: exec('raise KeyboardInterrupt')))"
     done = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "x: interrupted\n")
+
+
+# ---- Questions -------------------------------------------------------------------------------------
+
+
+def test_text_alone(capsys):
+    status, out, _ = run(capsys, "--task", "text", "--text", "An image of a", "--text", "An image of two")
+    assert status == 0 and os.listdir() == []
+    assert [line[:13] for line in out.splitlines()] == ["An image of a", "An image of t"]
+
+
+def test_many_questions_encode_the_image_once(capsys, monkeypatch):
+    questions = ["How many things are there?", "Is there a red star?", "What is left of the fire?"]
+    alone = [run(capsys, SCENE, "--task", "vqa", "--text", q, "--json")[1] for q in questions]
+    calls, encode = [], Kosmos2.encode_image
+    monkeypatch.setattr(Kosmos2, "encode_image", lambda self, *a: calls.append(1) or encode(self, *a))
+    texts = [part for q in questions for part in ("--text", q)]
+    assert run(capsys, SCENE, "--task", "vqa", *texts, "--json")[1] == "".join(alone)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("task", ["vqa", "answer", "ground", "refer"])
+def test_every_tag_in_a_text_is_words(capsys, task):
+    text = "is " + " ".join([*CONTROL, *TAGS, "<patch_index_0044>"]) + " a tag?"
+    status, out, err = run(capsys, SCENE, "--task", task, "--text", text, "--json")
+    assert status == 0 and text in json.loads(out)["prompt"], err
+    assert all(entity["phrase"] == text for entity in json.loads(out)["entities"])
+
+
+def test_tags_in_few_shot_texts_are_words(capsys):
+    text = "a <image> and </phrase> fire."
+    status, out, err = run(capsys, SCENE, SCENE, "--task", "context", "--text", text, "--json")
+    assert status == 0 and text in json.loads(out)["prompt"], err
+
+
+def test_markup_belongs_to_the_prompt(capsys):
+    prompt = "<phrase> fire</phrase><object><patch_index_0000><patch_index_1023></object>"
+    entity = json.loads(run(capsys, SCENE, "--prompt", prompt, "--json")[1])["entities"][0]
+    assert (entity["phrase"], entity["boxes"]) == ("fire", [[1 / 64, 1 / 64, 63 / 64, 63 / 64]])
+
+
+def test_ngram_blocking_comes_from_the_checkpoint(capsys, tmp_path):
+    folder = copy(TINY, tmp_path / "blocked")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["no_repeat_ngram_size"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    ask = [SCENE, "--task", "detail", "--json"]
+    raws = [json.loads(run(capsys, *ask, *m)[1])["raw"] for m in ([], ["--checkpoint", folder])]
+    assert raws[0] != raws[1]
+
+
+@pytest.mark.parametrize("box", ["100,20,30,40", "0.25,0.5,0.75,0.4", "9000,1,9001,2", "0.5,0.5,70,80"])
+def test_boxes_that_do_not_fit(capsys, box):
+    status, out, err = run(capsys, SCENE, "--task", "refer", "--box", box)
+    errors = [line for line in err.splitlines() if line.startswith("sample: ")]
+    assert (status, out, len(errors)) == (1, "", 1) and "box" in errors[0]
+
+
+@pytest.mark.parametrize("box", ["-1e-7,0.2,0.5,0.5", "0.2,0.2,1.000001,0.5", "100,100,300,300.004"])
+def test_boxes_beyond_the_border_by_rounding(capsys, box):
+    width, height = Image.open(SCENE).size
+    assert (width, height) == (300, 300)
+    assert run(capsys, SCENE, "--task", "refer", "--box", box)[0] == 0
+
+
+def test_no_new_tokens(capsys, monkeypatch):
+    assert run(capsys, SCENE, "--max-new-tokens", 0)[1] == "An image of\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert run(capsys, SCENE, "--max-new-tokens", 0)[1] == "An image of\n"
+
+
+def test_a_terminal_shows_boxes_like_a_pipe(capsys, monkeypatch):
+    """Boxes are known only at the end."""
+    ask = [SCENE, "--task", "ground", "--text", "the fire"]
+    expected = run(capsys, *ask)[1]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert expected and run(capsys, *ask)[1] == expected
+
+
+# ---- Images and drawings ---------------------------------------------------------------------------
+
+
+def test_a_bad_image_does_not_stop_the_others(capsys):
+    status, out, err = run(capsys, SCENE, "none.png", SCENE)
+    assert status == 1 and out.count("An image of") == 2 and "no image file at none.png" in err
+
+
+def test_data_and_file_addresses(capsys):
+    data = "data:image/png;base64," + base64.b64encode(SCENE.read_bytes()).decode()
+    expected = json.loads(run(capsys, SCENE, "--json")[1])["raw"]
+    for address in (data, SCENE.as_uri()):
+        status, out, err = run(capsys, address, "--json")
+        assert status == 0 and json.loads(out)["raw"] == expected
+        assert max(map(len, err.splitlines())) < 200
+
+
+@pytest.mark.parametrize("address", ["data:image/png;base64,@@@@" + "A" * 5000, "file:///none/x.png"])
+def test_bad_addresses_are_cut_in_messages(capsys, address):
+    status, out, err = run(capsys, address)
+    assert (status, out, err.count("\n")) == (1, "", 1) and len(err) < 300
+
+
+def test_a_pipe_is_not_an_image(capsys):
+    os.mkfifo("pipe.png")
+    status, _, err = run(capsys, "pipe.png")
+    assert status == 1 and "no image file at pipe.png" in err
+
+
+def test_a_long_name(capsys):
+    name = "x" * 246 + ".png"
+    Image.open(SCENE).save(name)
+    assert run(capsys, name)[0] == 0
+    assert sorted(os.listdir(), key=len) == ["x" * 200 + ".boxes.png", name]
+
+
+@pytest.mark.parametrize("name", ["o.xyz", "o.psd", "o.blp"])
+def test_drawings_of_kinds_that_pillow_cannot_write(capsys, name):
+    status, out, err = run(capsys, SCENE, "--output", name)
+    assert status == 1 and sum(line.startswith("sample: ") for line in err.splitlines()) == 1
+    assert os.listdir() == []
+
+
+def test_a_drawing_that_fails_leaves_the_earlier_file_alone(capsys):
+    Image.new("RGB", (17_000, 20)).save("wide.png")  # more than WebP can hold
+    Path("o.webp").write_bytes(b"earlier content")
+    assert run(capsys, "wide.png", "--output", "o.webp")[0] == 1
+    assert Path("o.webp").read_bytes() == b"earlier content"
+
+
+def test_a_drawing_never_replaces_an_image_that_is_asked_about(capsys):
+    Image.open(SCENE).save("a.png")
+    Image.open(TINY / "busy.png").save("a.boxes.png")
+    before = Path("a.boxes.png").read_bytes()
+    run(capsys, "a.png", "a.boxes.png", "--output", ".")
+    assert Path("a.boxes.png").read_bytes() == before
+
+
+def test_names_of_drawings_are_escaped(capsys):
+    _, _, err = run(capsys, SCENE, "--output", "o\nx.png")
+    assert "wrote o\\nx.png" in err
+
+
+# ---- The process -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--temprature", "1"], ["--seed", "x"], ["--task", "dance"], ["--precision"], ["--resume"], ["--top-boxes", "3"]],
+)  # fmt: skip
+def test_more_usage_errors_are_one_line(capsys, arguments):
+    status, out, err = run(capsys, SCENE, *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1) and arguments[0] in err
+
+
+def test_main_leaves_the_encodings_of_streams(capsys, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    assert script.main([str(SCENE), "--json"]) == 0
+    assert (sys.stdout.encoding, sys.stderr.encoding) == ("latin-1", "latin-1")
+
+
+def test_main_does_not_catch_ctrl_c(monkeypatch):
+    """A program that calls main() is interrupted as a whole."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "load_model", stop)
+    with pytest.raises(KeyboardInterrupt):
+        script.main([str(SCENE)])
+
+
+@pytest.mark.parametrize("streams", ["2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(streams):
+    command = f'"{sys.executable}" "{ROOT / "sample.py"}" "{SCENE}" --output o.png {streams}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and Path("o.png").exists()
+
+
+def test_output_is_utf8_in_any_locale():
+    """With a file name that is not Latin and one that is not valid UTF-8."""
+    names = ["猫.png", b"bad\xff.png".decode("utf-8", "surrogateescape")]
+    for name in names:
+        Image.open(SCENE).save(name)
+    cp1252 = {"PYTHONIOENCODING": "cp1252", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    command = [sys.executable, ROOT / "sample.py", *names]
+    done = subprocess.run(command, capture_output=True, env=os.environ | cp1252)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.decode("utf-8").splitlines()
+    assert len(lines) == 2 and lines[0].startswith("猫.png: An image of")
+
+
+def test_help_does_not_wait_for_pytorch():
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import sample\n"
+    code += "try: sample.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True)
+    assert done.stdout.endswith("False\n")
