@@ -1,7 +1,9 @@
 """inference.page: pages and drawings from results files."""
 
+import base64
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,110 @@ def test_captions_are_escaped():
 def test_markdown():
     text = "<grounding> An image of<phrase> a snowman</phrase><object><patch_index_0044><patch_index_0863></object>."
     assert to_markdown(text) == "An image of [a snowman](<patch_index_0044><patch_index_0863>)."
+
+
+def ask_and_read(capsys, *arguments) -> str:
+    """inference.batch with --page: the page."""
+    status, _, err = run(capsys, *arguments, "--results", "new.jsonl", "--page", "new.html", command=batch)
+    assert status == 0, err
+    return Path("new.html").read_text(encoding="utf-8")
+
+
+def test_batch_makes_the_same_page(capsys, results):
+    options = ["--requests", "requests.jsonl", "--drawings", "drawn"]
+    html = ask_and_read(capsys, *options)
+    assert run(capsys, results, "page.html", command=page)[0] == 0
+    assert html == Path("page.html").read_text(encoding="utf-8")
+    assert sorted(os.listdir("drawn")) == ["00000-x.png", "00002-x.png"]
+
+
+def test_nothing_is_loaded_from_elsewhere(capsys, results):
+    html = ask_and_read(capsys, "a/x.png", "b/x.png")
+    sources = re.findall(r'<[^<>]*\s(?:src|href)\s*=\s*"([^"]*)', html)
+    assert len(sources) == 2 and all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert not re.search(r"url\(|@import|https?:", html)
+
+
+def test_names_and_prompts_are_escaped(capsys, results):
+    name = '<img src=x onerror=alert(1)>&".png'
+    Image.open(TINY / "scene.png").save(name)
+    html = ask_and_read(capsys, name, "--prompt", '<script>alert(1)</script> & "', "--max-new-tokens", 3)
+    assert html.count("<script>") == 1 and html.count("<img") == 1
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp;" in html and "&lt;img src=x" in html
+
+
+def test_several_files_are_counted_through(capsys, results):
+    """As the processes of torchrun write them; an image in both is drawn once."""
+    lines = results.read_text().splitlines(keepends=True)
+    Path("r.0.jsonl").write_text("".join(lines[:2]))
+    Path("r.1.jsonl").write_text("".join(lines[2:] + lines[:1]))
+    assert run(capsys, "r.0.jsonl", "r.1.jsonl", "drawn", command=page)[0] == 0
+    assert sorted(os.listdir("drawn")) == ["00000-x.png", "00002-x.png"]
+
+
+def test_a_resumed_run_keeps_the_names_of_drawings(capsys, results):
+    assert run(capsys, results, "drawn", command=page)[0] == 0
+    before = Path("drawn/00002-x.png").read_bytes()
+    Image.open(TINY / "busy.png").save("c.png")
+    with open("requests.jsonl", "a") as requests:
+        requests.write('\n{"image": "c.png"}')
+    options = ["--requests", "requests.jsonl", "--results", results, "--resume", "--drawings", "drawn"]
+    assert run(capsys, *options, command=batch)[0] == 0
+    assert sorted(os.listdir("drawn")) == ["00000-x.png", "00002-x.png", "00003-c.png"]
+    assert Path("drawn/00002-x.png").read_bytes() == before
+
+
+def test_a_line_that_is_not_complete_is_left_out(capsys, results):
+    results.write_bytes(results.read_bytes()[:-20])
+    assert run(capsys, results, "page.html", command=page)[0] == 0
+    assert Path("page.html").read_text(encoding="utf-8").count("<figure>") == 1
+
+
+def test_lines_without_an_image(capsys, results):
+    html = ask_and_read(capsys, "--task", "text", "--text", "An image of a", "--text", "An image of two")
+    assert html.count("<figure>") == 2 and "<img" not in html
+
+
+def test_an_image_in_the_line_itself(capsys, results):
+    """Its title is not kilobytes of base64."""
+    data = "data:image/png;base64," + base64.b64encode((TINY / "scene.png").read_bytes()).decode()
+    Path("data.jsonl").write_text(json.dumps({"image": data}))
+    html = ask_and_read(capsys, "--requests", "data.jsonl")
+    assert html.count("<img") == 1 and "data:image/png" not in html
+    assert run(capsys, "new.jsonl", "drawn", command=page)[0] == 0
+    assert os.listdir("drawn") == ["00000-image.png"]
+
+
+def test_long_names_of_drawings(capsys, results):
+    name = "y" * 250 + ".png"
+    Image.open(TINY / "scene.png").save(name)
+    options = [name, "--results", "new.jsonl", "--drawings", "drawn"]
+    assert run(capsys, *options, command=batch)[0] == 0
+    assert os.listdir("drawn")[0].startswith("00000-yyy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["r.jsonl"], 2, "TARGET"), ([], 2, "required"), (["r.jsonl", "page.html", "--json"], 2, "--json"),
+        (["r.jsonl", "r.jsonl"], 1, "is a results file"), (["r.jsonl", "a/x.png"], 1, "is a file"),
+        (["a", "page.html"], 1, "no results file at a"), (["a/x.png", "page.html"], 1, "not a results file"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line(capsys, results, arguments, status, words):
+    image = Path("a/x.png").read_bytes()
+    found, out, err = run(capsys, *arguments, command=page)
+    assert (found, out, err.count("\n")) == (status, "", 1) and words in err
+    assert Path("a/x.png").read_bytes() == image and not Path("page.html").exists()
+
+
+@pytest.mark.parametrize("changed", [{"image": 5}, {"text": None}, {"entities": [{"phrase": "a fire"}]}])
+def test_lines_with_wrong_values_are_one_line_errors(capsys, results, changed):
+    line = json.loads(results.read_text().splitlines()[0]) | changed
+    results.write_text(json.dumps(line) + "\n")
+    status, _, err = run(capsys, results, "page.html", command=page)
+    assert status == 1 and err.count("\n") == 1 and not Path("page.html").exists()
+
+
+def test_names_of_pages_are_escaped(capsys, results):
+    assert "wrote p\\x1b.html" in run(capsys, results, "p\x1b.html", command=page)[2]
