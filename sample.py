@@ -18,6 +18,7 @@ import re
 import sys
 import time
 import warnings
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,6 @@ from tokenizer import (
 )
 
 HERE = Path(__file__).resolve().parent
-
 DEFAULT_NEW_TOKENS = 430  # the original demo's limit after a normal prompt; fewer if the context has no room
 DECODING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 PROBABLY_ABSENT = 0.1  # a phrase whose box has a lower score is probably not in the image (tiny/README.md)
@@ -79,10 +79,7 @@ def make_requests(images: tuple, task, texts, prompt, boxes) -> list[Request]:
 
 
 def encode_request(tokenizer, request: Request, sizes: list) -> tuple:
-    """The ids and image_mask of a request; sizes: (width, height) of its images.
-
-    A box in pixels refers to the image before its phrase. ValueError for boxes that do not fit.
-    """
+    """The ids and image_mask of a request. A box in pixels refers to the image before its phrase."""
     starts = [match.start() for match in re.finditer("<phrase>", request.prompt)]
     boxes = []
     for i, entry in enumerate(request.boxes):
@@ -117,10 +114,7 @@ def decoding_options(model, tokenizer, request: Request, length: int, given: dic
 
 
 def ask(model, tokenizer, request: Request, image_embeds, sizes, given: dict, stream=False):
-    """Answer a request about images that are encoded already -> (Answer, its timings).
-
-    image_embeds (I, Q, D); sizes: (width, height) of the images; stream: print the text meanwhile.
-    """
+    """Answer a request about encoded images -> (Answer, its timings). stream: print the text meanwhile."""
     import torch
 
     from kosmos2 import decode
@@ -143,7 +137,10 @@ def ask(model, tokenizer, request: Request, image_embeds, sizes, given: dict, st
     timings = f"first token {(times[0] - started) * 1000:.0f} ms" if times else "no tokens"
     if len(times) > 1:
         timings += f", then {(len(times) - 1) / (times[-1] - times[0]):.0f} tokens/s"
-    return read_answer(tokenizer, request, state.rows[0]), timings
+    answer = read_answer(tokenizer, request, state.rows[0])
+    if stream:
+        print(answer.text[printed:], end="", flush=True)
+    return answer, timings
 
 
 def read_answer(tokenizer, request: Request, row) -> Answer:
@@ -302,22 +299,20 @@ def group_images(args) -> list[tuple[str, ...]]:
 def choose_drawings(args) -> dict[str, Path]:
     """The file for the drawing of each image; ValueError if --output is not possible."""
     names = [images[-1] for images in args.groups if images]
-    if args.output is None:
-        return {names[0]: Path(drawing_name(names[0]))} if len(names) == 1 and not args.json else {}
-    if args.output.is_dir() or not args.output.suffix:
-        drawings = {name: args.output / drawing_name(name) for name in names}
-        if len(set(drawings.values())) < len(names):
-            raise ValueError(f"--output {args.output}: two images have the same name")
-        return drawings
-    if len(names) > 1:
-        raise ValueError(f"--output {args.output} is one file for {len(names)} images; pass a folder")
-    if os.path.realpath(args.output) in map(os.path.realpath, args.images):
-        raise ValueError(f"--output {args.output} is one of the images; use another name")
-    return {names[0]: args.output}
+    if args.output is None and (args.json or len(names) != 1):
+        return {}
+    folder = args.output or Path()
+    drawings = {name: folder / drawing_name(name) for name in names}
+    if folder.suffix and not folder.is_dir():
+        drawings = dict.fromkeys(names, folder)
+    if len(set(drawings.values())) < len(names):
+        raise ValueError(f"--output {folder}: one file for two images; pass a folder and different names")
+    if set(map(os.path.realpath, drawings.values())) & set(map(os.path.realpath, args.images)):
+        raise ValueError(f"--output {folder} is one of the images; use another name")
+    return drawings
 
 
 def drawing_name(image: str) -> str:
-    """STEM.boxes.png; a long stem is cut, so that the name is not too long."""
     return os.fsdecode(os.fsencode(Path(image).stem)[:200]) + ".boxes.png"
 
 
@@ -374,9 +369,14 @@ def answer_image(args, model, tokenizer, names, given: dict):
         answers.append(answer)
     if images and names[-1] in args.drawings:
         file = args.drawings[names[-1]]
+        kind = Image.registered_extensions().get(file.suffix.lower())
+        if kind not in Image.SAVE:
+            raise ValueError(f"cannot write {file}: Pillow writes no images of this type")
+        drawing = BytesIO()  # an earlier file is only replaced by a complete one
+        draw_answers(images[-1], answers).save(drawing, kind)
         file.parent.mkdir(parents=True, exist_ok=True)
-        draw_answers(images[-1], answers).save(file)
-        print(f"wrote {file}", file=sys.stderr)
+        file.write_bytes(drawing.getvalue())
+        print(f"wrote {printable(str(file))}", file=sys.stderr)
 
 
 def main(argv=None) -> int:

@@ -214,7 +214,7 @@ def write_target(files: list[Path], target: Path) -> int:
     if not is_page and target.is_file():
         raise ValueError(f"{target} is a file; expected PAGE.html or a folder")
     status = write_page(files, target) if is_page else write_drawings(files, target)
-    print(f"wrote {target}", file=sys.stderr)
+    print(f"wrote {printable(str(target))}", file=sys.stderr)
     return status
 
 

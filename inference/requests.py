@@ -43,7 +43,7 @@ def find_images(given: list[str]) -> list[str]:
             elif file.suffix.lower() not in endings:
                 skipped[file.suffix or file.name] += 1
             elif not file.name.endswith(".boxes.png"):  # drawn by sample.py
-                images.append(path_text(file))
+                images.append(str(file))
         if skipped:
             kinds = ", ".join(f"{count} x {printable(kind)}" for kind, count in skipped.most_common(8))
             print(f"batch: skipped in {printable(name)}: {kinds}", file=sys.stderr)
@@ -118,7 +118,7 @@ def read_job(row: dict, folder: Path) -> Job:
     images = []
     for name in as_list(extra.pop("image", None)):
         if not os.path.exists(absolute(name)) and os.path.exists(folder / name):
-            name = path_text(folder / name)
+            name = str(folder / name)
         images.append(absolute(name))
     for key, value in extra.items():
         try:
@@ -141,9 +141,4 @@ def as_list(value) -> list:
 def absolute(name: str) -> str:
     """A file name as an absolute path, so that it means the same everywhere; addresses as they are."""
     is_address = name.startswith(("data:", "file:", "http:", "https:"))
-    return name if is_address else path_text(os.path.abspath(name))
-
-
-def path_text(path: str | Path) -> str:
-    """A path as text, also in a locale that is not UTF-8; bytes that are not UTF-8 stay escaped."""
-    return os.fsencode(path).decode("utf-8", "surrogateescape")
+    return name if is_address else os.path.abspath(name)

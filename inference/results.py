@@ -97,12 +97,23 @@ def read_lines(file: Path) -> Iterator[tuple[dict, bytes]]:
             return
         try:
             row = json.loads(line)
-            complete = all(key in row for key in RESULT_KEYS)
-        except (ValueError, TypeError):
-            complete = False
-        if not complete:
+        except ValueError:
+            row = None
+        if not is_result(row):
             raise ValueError(f"{file} is not a results file: {line[:60]!r}")
         yield row, line
+
+
+def is_result(row) -> bool:
+    """Whether an object has the keys of a result, with values that a page can show."""
+    if not isinstance(row, dict) or any(key not in row for key in RESULT_KEYS):
+        return False
+    strings = [*as_list(row["image"]), row["text"], row["prompt"], row["raw"]]
+    entities = row["entities"]
+    return all(isinstance(value, str) for value in strings) and all(
+        isinstance(entity, dict) and {"phrase", "span", "boxes", "scores"} <= entity.keys()
+        for entity in entities
+    )
 
 
 def existing_files(path: Path) -> list[Path]:

@@ -369,17 +369,6 @@ def test_names_with_control_characters(capsys, monkeypatch, images):
     assert status == 1 and len(rows(out)) == 1 and "none\\x1b[31m\\n.png" in err and "\x1b" not in err
 
 
-def test_stdin_is_utf8_in_any_locale():
-    save_scenes("猫.png")
-    request = json.dumps({"image": os.path.abspath("猫.png"), "note": "猫"}, ensure_ascii=False)
-    command = [sys.executable, "-m", "inference.batch", "--requests", "-"]
-    cp1252 = os.environ | {"PYTHONIOENCODING": "cp1252", "LC_ALL": "C", "PYTHONUTF8": "0"}
-    done = subprocess.run(command, input=request.encode(), capture_output=True, env=cp1252, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout)
-    assert (Path(row["image"]).name, row["note"]) == ("猫.png", "猫")
-
-
 # ---- Decoding options ------------------------------------------------------------------------------
 
 

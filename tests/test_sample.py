@@ -174,7 +174,7 @@ def test_length_limits_cut_the_text(capsys):
         (["--task", "ground"], "needs a non-empty text"), (["--task", "refer"], "needs a box"), (["--box", "1,2,3"], "1,2,3"),
         (["--prompt", "a", "--text", "b"], "prompt"), (["--text", "a"], "takes no text"), (["."], "inference.batch"),
         (["--num-beams", "3"], "inference.batch"), (["--requests", "r.jsonl"], "inference.batch"), ([SCENE, "--output", SCENE], "one of the images"),
-        (["a/x.png", "b/x.png", "--output", "out"], "same name"), (["--task", "text", "--text", "a", "--output", "x.png"], "--output"),
+        (["a/x.png", "b/x.png", "--output", "out"], "one file for two"), (["--task", "text", "--text", "a", "--output", "x.png"], "--output"),
     ],
 )  # fmt: skip
 def test_usage_errors_are_one_line(capsys, arguments, words):
