@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from conftest import ROOT, TINY, copy, run
 from PIL import Image, ImageDraw
 
 import sample as script
+from inference import batch, page
 from kosmos2 import Kosmos2, open_image
 from tokenizer import CONTROL, TAGS, Entity, parse
 from training.scenes import Scene, Thing
@@ -435,3 +437,95 @@ def test_help_does_not_wait_for_pytorch():
     code += "try: sample.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True)
     assert done.stdout.endswith("False\n")
+
+
+# ---- Second round of reports -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tag", [*CONTROL, *TAGS, "<patch_index_0000>", "</object><object>", "a<b>c"])
+@pytest.mark.parametrize("task", ["ground", "refer", "vqa", "answer", "context", "text"])
+def test_a_tag_in_a_text_adds_no_control_id(small_tokenizer, task, tag):
+    """Whatever the text says, the markup is that of the task, and the words are all there."""
+
+    def encode(text: str) -> tuple[list[int], str]:
+        request = script.make_requests((), task, [text], None, [])[0]
+        sizes = [(9, 9)] * {"context": 2, "text": 0}.get(task, 1)
+        ids = script.encode_request(small_tokenizer, request, sizes)[0]
+        first_tag = min(small_tokenizer.special_ids[name] for name in TAGS)
+        return [i for i in ids if i < len(CONTROL) or i >= first_tag], small_tokenizer.decode(ids)
+
+    text = f"one {tag} two"
+    assert encode(text)[0] == encode("one two")[0] and text in encode(text)[1]
+
+
+@pytest.mark.parametrize(
+    ("box", "meant"),
+    [
+        ((0.25, 0.5, 1.000001, 1.0), (0.25, 0.5, 1, 1)),  # YOLO: six digits
+        ((-1e-7, 0.2, 0.5, 1.0000005), (0, 0.2, 0.5, 1)),
+        ((320, 120, 640.01, 480.004), (0.5, 0.25, 1, 1)),  # COCO: x + width
+        ((-0.3, -0.004, 320, 240), (0, 0, 0.5, 0.5)),
+    ],
+)  # fmt: skip
+def test_boxes_are_clipped_to_the_image(box, meant):
+    assert script.normalize_box(box, (640, 480)) == meant
+
+
+@pytest.mark.parametrize(
+    "box", [(0, 0, 1.2, 1), (-0.1, 0, 0.5, 0.5), (0, 0, 700, 480), (-20, 0, 320, 240), (650, 10, 655, 20)]
+)
+def test_boxes_far_outside_are_refused(box):
+    with pytest.raises(ValueError, match="box"):
+        script.normalize_box(box, (640, 480))
+
+
+@pytest.mark.xfail(strict=True, reason="argparse takes -0.1,... for an option")
+@pytest.mark.parametrize("box", ["-0.0000001,0.2,0.5,0.9", "-1e-7,0.2,0.5,0.9", "-.001,0.2,0.5,0.9"])
+def test_a_box_may_begin_with_a_minus(capsys, box):
+    assert run(capsys, "--task", "refer", "--box", box)[0] == 0
+
+
+@pytest.mark.xfail(strict=True, reason="normalize_box names the box after its division by the size")
+@pytest.mark.parametrize("box", ["100,20,30,40", "9000,1,9001,2"])
+def test_errors_quote_the_box_as_typed(capsys, box):
+    assert box in run(capsys, "--task", "refer", "--box", box)[2].replace(", ", ",")
+
+
+@pytest.mark.xfail(strict=True, reason="drawing_name takes the end of the data for a file name")
+def test_the_drawing_of_a_data_address(capsys):
+    """Is not named after base64."""
+    data = "data:image/png;base64," + base64.b64encode(SCENE.read_bytes()).decode()
+    assert run(capsys, data)[0] == 0 and os.listdir() == ["image.boxes.png"]
+
+
+@pytest.mark.xfail(strict=True, reason="load_model prints the name as it is")
+def test_names_of_checkpoints_are_escaped(capsys):
+    os.symlink(TINY, "a\nb\x1b")
+    assert r"loaded a\nb\x1b in" in run(capsys, "--checkpoint", "a\nb\x1b")[2]
+
+
+@pytest.mark.xfail(strict=True, reason="the text of the OSError has the whole name")
+@pytest.mark.parametrize("option", ["--checkpoint", "--tokenizer"])
+def test_long_names_of_checkpoints_are_cut(capsys, option):
+    status, _, err = run(capsys, option, "x" * 3000)
+    assert status == 1 and max(map(len, err.splitlines())) < 300
+
+
+def test_commands_leave_loggers_and_filters(capsys):
+    """sample, batch and page, called by a program, change nothing that is global."""
+
+    def state() -> tuple:
+        levels = [logging.getLogger(name).level for name in ("", "PIL", "PIL.Image", "PIL.PngImagePlugin")]
+        return levels, warnings.showwarning, warnings.filters[:], Image.MAX_IMAGE_PIXELS, dict(os.environ)
+
+    before = state()
+    assert run(capsys, SCENE, "none.png", "--json")[0] == 1
+    assert run(capsys, SCENE, "none.png", "--results", "r.jsonl", command=batch)[0] == 1
+    assert run(capsys, "r.jsonl", "page.html", command=page)[0] == 0
+    assert state() == before
+
+
+def test_main_prints_to_any_stream(monkeypatch):
+    """Also to one that cannot be reconfigured."""
+    monkeypatch.setattr("sys.stdout", caught := io.StringIO())
+    assert script.main([str(SCENE)]) == 0 and caught.getvalue().startswith("An image of")
