@@ -275,7 +275,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def parse_box(text: str) -> tuple:
-    """ "120,40,380,300" -> a tuple of four numbers or two location indices."""
     try:
         box = tuple(int(v) if v.strip().isdecimal() else float(v) for v in text.split(","))
         check_box(box)
@@ -313,7 +312,8 @@ def choose_drawings(args) -> dict[str, Path]:
 
 
 def drawing_name(image: str) -> str:
-    return os.fsdecode(os.fsencode(Path(image).stem)[:200]) + ".boxes.png"
+    stem = "image" if image.startswith("data:") else Path(image).stem  # cut, so that it is not too long
+    return os.fsdecode(os.fsencode(stem)[:200]) + ".boxes.png"
 
 
 def load_model(args):
@@ -324,7 +324,7 @@ def load_model(args):
     started = time.perf_counter()
     device = load_weights.choose_device(args.device, args.precision)
     loaded = load_checkpoint(args.checkpoint, args.precision, device, args.tokenizer)
-    print(f"loaded {args.checkpoint} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    print(f"loaded {printable(args.checkpoint)} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     return loaded
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import sample
 from inference.progress import Progress, torchrun_rank
 from inference.requests import Job, image_jobs, read_jobs
-from inference.results import Results
+from inference.results import Results, checkpoint_name
 from sample import (
     CommandParser,
     add_options,
@@ -86,6 +86,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         p.error("--num-beams does not sample; use --temperature 0")
     if args.results is None and (args.resume or args.page or args.drawings):
         p.error("--resume, --page and --drawings require --results")
+    if args.page is not None and args.page.suffix.lower() not in (".html", ".htm"):
+        p.error(f"--page {args.page}: expected a name that ends in .html")
+    if args.drawings is not None and (args.drawings.suffix.lower() == ".html" or args.drawings.is_file()):
+        p.error(f"--drawings {args.drawings}: expected a folder")
     if args.results is not None and args.results.is_dir():
         p.error(f"--results {args.results} is a folder; expected a file")
     if (args.page or args.drawings) and rank is not None and world != "1":
@@ -193,7 +197,7 @@ def answer_groups(groups: list[list[Job]], runner, given: dict, results: Results
             lines = []
             for question in group.questions:
                 line = as_json(question.job.request, question.answer, size)
-                lines.append(question.job.extra | line)
+                lines.append(question.job.extra | line | {"checkpoint": checkpoint_name(args.checkpoint)})
                 for shown in box_lines(question.job.request, question.answer, size) if args.top_boxes else []:
                     progress.message(shown)
             if results is not None:

@@ -25,8 +25,7 @@ class Results:
     """
 
     def __init__(self, path: Path, checkpoint: str, jobs: list[Job], resume: bool, rank: int, world: int):
-        # A path, or the name of a model on the hub.
-        self.checkpoint = str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
+        self.checkpoint = checkpoint_name(checkpoint)
         self.path = path.with_suffix(f".{rank}{path.suffix}") if world > 1 else path
         for file in (path, self.path):
             if file.exists() and file.stat().st_size > 0 and not resume:
@@ -73,9 +72,13 @@ class Results:
         return left
 
     def write(self, rows: list[dict]) -> None:
-        lines = [json.dumps(row | {"checkpoint": self.checkpoint}, ensure_ascii=False) for row in rows]
-        self.file.write("".join(line + "\n" for line in lines))
+        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self.file.flush()
+
+
+def checkpoint_name(checkpoint: str) -> str:
+    """A path that means the same everywhere, or the name of a model on the hub."""
+    return str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
 
 
 def lock(file, path: Path) -> None:

@@ -270,7 +270,7 @@ def test_requests_say_what_sample_says(capsys, monkeypatch, images):
     command_line = ["a.png", "--task", "answer", "--text", "Is there a fire?", "--json"]
     expected = rows(run(capsys, *command_line)[1])[0]
     found = rows(ask_stdin(capsys, monkeypatch, [REQUESTS[1]])[1])[0]
-    assert found["raw"] == expected["raw"] and set(found) == {*expected, "id"}
+    assert found["raw"] == expected["raw"] and set(found) == {*expected, "id", "checkpoint"}
 
 
 def test_images_are_absolute_also_in_lists(capsys, monkeypatch, images):

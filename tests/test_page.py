@@ -178,7 +178,6 @@ def test_names_of_pages_are_escaped(capsys, results):
     assert "wrote p\\x1b.html" in run(capsys, results, "p\x1b.html", command=page)[2]
 
 
-@pytest.mark.xfail(strict=True, reason="lines on stdout have no checkpoint")
 def test_stdout_of_batch_is_a_results_file(capsys, results):
     """As in `python -m inference.batch ... > results.jsonl`."""
     Path("out.jsonl").write_text(run(capsys, "--requests", "requests.jsonl", command=batch)[1])
@@ -186,7 +185,6 @@ def test_stdout_of_batch_is_a_results_file(capsys, results):
     assert run(capsys, "out.jsonl", "page.html", command=page)[0] == 0
 
 
-@pytest.mark.xfail(strict=True, reason="targets are checked at the end; --page x makes a folder")
 @pytest.mark.parametrize(
     "target", [["--page", "x"], ["--page", "x.png"], ["--drawings", "x.html"], ["--drawings", "a/x.png"]]
 )

@@ -491,14 +491,12 @@ def test_errors_quote_the_box_as_typed(capsys, box):
     assert box in run(capsys, "--task", "refer", "--box", box)[2].replace(", ", ",")
 
 
-@pytest.mark.xfail(strict=True, reason="drawing_name takes the end of the data for a file name")
 def test_the_drawing_of_a_data_address(capsys):
     """Is not named after base64."""
     data = "data:image/png;base64," + base64.b64encode(SCENE.read_bytes()).decode()
     assert run(capsys, data)[0] == 0 and os.listdir() == ["image.boxes.png"]
 
 
-@pytest.mark.xfail(strict=True, reason="load_model prints the name as it is")
 def test_names_of_checkpoints_are_escaped(capsys):
     os.symlink(TINY, "a\nb\x1b")
     assert r"loaded a\nb\x1b in" in run(capsys, "--checkpoint", "a\nb\x1b")[2]
