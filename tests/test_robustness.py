@@ -139,13 +139,6 @@ def test_places_that_cannot_be_written(capsys, tmp_path, command, option):
     assert sum(line.startswith(f"{name}: ") for line in err.splitlines()) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="Results reads and truncates whatever it has opened")
-def test_results_in_a_device(capsys):
-    """Such as /dev/null to measure the speed; with a pipe (/dev/stdout), the run waited forever."""
-    status, _, err = run(capsys, SCENE, "--results", "/dev/null", command=batch)
-    assert status == 0, err
-
-
 # --------------------------------------------------------------------------------------------- interruptions
 
 
