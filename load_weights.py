@@ -240,7 +240,7 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
     except Exception as error:  # a damaged file can raise anything
         reason = str(error).strip().split("\n")[0][:100]
         raise ValueError(
-            f"{path} is damaged or cannot be read safely ({type(error).__name__}: {reason}); "
+            f"{path} is no checkpoint, damaged or unsafe to read ({type(error).__name__}: {reason}); "
             "download it again, or if you trust it, re-save its state dict with a recent PyTorch"
         ) from None
     found = {}
@@ -391,15 +391,17 @@ class Checkpoint:
                 wrong_shape.append(f"{name}: expected {shapes[name]}, got {shape}")
             if dtype not in FLOATS.values():
                 wrong_type.append(f"{name}: {dtype}")
+        known = shapes.keys() | OUTPUT_PROJECTIONS | UNUSED_BUFFERS
         found = {
-            "missing": sorted(shapes.keys() - self.stored.keys()),
-            "unexpected": sorted(self.stored.keys() - shapes.keys() - OUTPUT_PROJECTIONS - UNUSED_BUFFERS),
-            "of the wrong shape": wrong_shape,
-            "with a type that is not floating point": wrong_type,
+            "missing tensors": sorted(shapes.keys() - self.stored.keys()),
+            "unexpected tensors": sorted(self.stored.keys() - known),
+            "tensors of the wrong shape": wrong_shape,
+            "tensors whose type is not floating point": wrong_type,
         }
-        problems = [
-            f"{len(names)} tensors {what}: {listing(names)}" for what, names in found.items() if names
-        ]
+        problems = []
+        for what, names in found.items():
+            if names:
+                problems.append(f"{what} ({len(names)}): {listing(names)}")
         if problems and not self.has_config:
             problems.append("no config.json is next to the weights, so the published sizes were assumed")
         return problems
@@ -472,11 +474,9 @@ def load_checkpoint(path, precision="fp32", device="cpu", tokenizer=None) -> tup
     FileNotFoundError for missing files; ValueError, with their names, for tensors that are missing,
     unexpected, of the wrong shape or type, or not finite, and for a tokenizer that does not fit.
     """
-    if precision not in PRECISIONS or (precision == "fp16" and torch.device(device).type == "cpu"):
-        raise ValueError(
-            f"precision {precision!r} on {device}: expected {', '.join(PRECISIONS)}; for fp16 and int8 on a "
-            "CPU, use inference.fast.load_checkpoint"
-        )
+    device = choose_device(device, precision)
+    if precision not in PRECISIONS or (precision == "fp16" and device.type == "cpu"):
+        raise ValueError(f"precision {precision!r} on {device}: use fp32, bf16 or inference.fast")
     checkpoint = Checkpoint(path)
     found_tokenizer = check_checkpoint(checkpoint, tokenizer)
     return read_model(checkpoint, PRECISIONS[precision], device).eval(), found_tokenizer

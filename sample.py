@@ -96,11 +96,12 @@ def normalize_box(box, size: tuple[int, int]) -> tuple:
     check_box(box)
     if len(box) == 2:
         return tuple(box)
-    if max(box) < 2:
-        return clip_box(box)
-    width, height = size
+    width, height = size if max(box) >= 2 else (1, 1)
     x1, y1, x2, y2 = box
-    return clip_box((x1 / width, y1 / height, x2 / width, y2 / height))
+    try:
+        return clip_box((x1 / width, y1 / height, x2 / width, y2 / height))
+    except ValueError:
+        raise ValueError(f"box {tuple(box)} is empty, reversed or outside the {size} pixels") from None
 
 
 def decoding_options(model, tokenizer, request: Request, length: int, given: dict) -> dict:
@@ -155,9 +156,7 @@ def as_json(request: Request, answer: Answer, size: tuple[int, int]) -> dict:
     width, height = size
     entities = []
     for entity in answer.entities:
-        pixel_boxes = []
-        for x1, y1, x2, y2 in entity.boxes:
-            pixel_boxes.append([x1 * width, y1 * height, x2 * width, y2 * height])
+        pixel_boxes = [[x1 * width, y1 * height, x2 * width, y2 * height] for x1, y1, x2, y2 in entity.boxes]
         entities.append(entity._asdict() | {"pixel_boxes": pixel_boxes})
     image = list(request.images) if len(request.images) > 1 else next(iter(request.images), None)
     return {

@@ -80,7 +80,7 @@ def box_to_tokens(box: Box, grid: int = GRID) -> tuple[int, int]:
     """A box in 0..1 -> the location indices of its top-left and bottom-right cell.
 
     A bottom-right coordinate exactly on a cell boundary is assigned to the inner cell. (In the
-    original training, it was the outer one: training/data.py.)
+    original training, it was the outer one: `cells` in training/scenes.py.)
     """
     x1, y1, x2, y2 = clip_box(box)
     left = math.floor(x1 * grid)

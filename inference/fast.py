@@ -282,7 +282,8 @@ def load_checkpoint(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    on_cpu = torch.device(device).type == "cpu"
+    device = load_weights.choose_device(device, precision)
+    on_cpu = device.type == "cpu"
     if precision == "int8" and not on_cpu:
         raise ValueError("int8 is for CPUs; use bf16 or fp16 on other devices")
     checkpoint = PackableCheckpoint(path)

@@ -180,8 +180,8 @@ torch.testing.assert_close(label[2:], torch.tensor(front.box))
 #
 # We train a model with fewer layers from random weights, without the labels of patches. There are two optimizers: Muon for the
 # matrices inside the blocks, AdamW for everything else. (Muon orthogonalizes the update of each matrix: it sets all
-# singular values of the momentum to about one. It comes with PyTorch, as `torch.optim.Muon`.) What is learned first,
-# the words or the locations?
+# singular values of the momentum to about one; see `training/muon.py`.) What is learned first, the words or the
+# locations?
 
 # %%
 text = replace(model.config.text, layers=2)
@@ -201,8 +201,7 @@ print(f"{sum(p.numel() for p in student.parameters()) / 1e6:.1f} million paramet
 def train_step(step: int, steps: int) -> tuple[float, float]:
     """Update the weights; returns the mean losses of (words, locations) before the update."""
     batch = collate([lessons.row(8 * step + n) for n in range(8)])
-    with torch.autocast("cpu", torch.bfloat16):
-        losses, _ = loss_of(**batch)
+    losses, _ = loss_of(**batch)
     losses.mean().backward()
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 4e-3, warmup=10)

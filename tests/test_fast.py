@@ -174,7 +174,10 @@ def test_rows_are_independent(bits):
     )
     rows = torch.randn(30, 192) * torch.logspace(-4, 4, 30)[:, None]
     alone = torch.cat([layer(row[None]) for row in rows])
-    torch.testing.assert_close(layer(rows), alone, rtol=1e-6, atol=0)
+    # Relative to the largest output of each row. (Without AVX-512, the order of a sum depends on the
+    # number of rows.)
+    size = alone.abs().amax(dim=-1, keepdim=True)
+    torch.testing.assert_close(layer(rows) / size, alone / size, rtol=0, atol=2e-6)
 
 
 def test_quantization_of_difficult_weights():
@@ -222,8 +225,9 @@ def test_embedding_and_output_projection_share_their_weights():
 
 @pytest.mark.parametrize(("precision", "most"), [("fp16", 1e-3), ("int8", 0.05)])
 def test_packed_models(tiny, precision, most):
-    """Logits of the bundled model, in a batch and alone."""
+    """Logits of the bundled model, in a batch and alone. Inputs may have half as many steps."""
     model, tokenizer = tiny
+    most *= 127 / fast.input_steps() if precision == "int8" else 1
     packed, _ = load_checkpoint(TINY, precision)
     prompts = ["<grounding>An image of", "<grounding><phrase> a star</phrase>"]
     pixels = scene_pixels(2)
@@ -253,7 +257,7 @@ def test_packed_models_need_no_special_mode():
 
 
 def test_int8_is_for_cpus():
-    with pytest.raises(ValueError, match="for CPUs"):
+    with pytest.raises(ValueError, match="for CPUs|not available"):
         load_checkpoint(TINY, "int8", device="cuda")
 
 

@@ -38,6 +38,7 @@ from training.evaluate import (
     score_results,
     sticker_hits,
 )
+from training.muon import Muon
 from training.patches import patch_labels
 from training.scenes import (
     Scene,
@@ -217,18 +218,40 @@ def test_captions_are_counted():
 
 def test_learning_rate():
     """It rises, stays and falls; in a run shorter than the warm-up it never jumps."""
-    rates = [learning_rate(step, 1000, 1.0) for step in range(1000)]
+    rates = [learning_rate(step, 1000, 1.0, warmup=100) for step in range(1000)]
     assert rates[0] == 0.01 and rates[99:401] == [1.0] * 302 and rates[700] == pytest.approx(0.5)
-    for arguments, rate in (([], 0.01), (["--warmup", "4"], 0.25)):
+    for arguments, rate in (([], 0.01), (["--steps", "50"], 0.2), (["--warmup", "4"], 0.25)):
         args = train.parse_arguments(["--lr", "1", *arguments])
         optimizer = SimpleNamespace(param_groups=[{}])
         run = SimpleNamespace(step=0, last_step=1000, vision_steps=0, args=args, optimizers=[optimizer])
         train.Run.set_learning_rate(run)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
     for steps in (10, 70, 120):
-        rates = [learning_rate(step, steps, 1.0) for step in range(steps)]
+        rates = [learning_rate(step, steps, 1.0, warmup=100) for step in range(steps)]
         changes = [abs(b - a) for a, b in zip(rates, rates[1:], strict=False)]
         assert max(changes) <= 1 / (0.6 * steps) + 1e-9 and rates[-1] < 0.2
+
+
+def test_muon_is_that_of_pytorch():
+    """Except that PyTorch's computes in bfloat16."""
+    torch.manual_seed(0)
+    shapes = [(8, 8), (8, 8), (24, 6), (6, 24)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    optimizers = [
+        Muon(ours, 0.01),
+        torch.optim.Muon(theirs, 0.01, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+    ]
+    start = [parameter.detach().clone() for parameter in ours]
+    for _ in range(5):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for before, mine, other in zip(start, ours, theirs, strict=True):
+        moved = (other - before).norm()
+        assert moved > 0.01 and (mine - other).norm() < 0.02 * moved
 
 
 def test_patch_labels():

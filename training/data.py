@@ -32,7 +32,7 @@ MIXTURE = {
     "color": 0.3, "kind": 0.5, "where": 0.3, "relation": 0.5, "count": 0.8, "yes or no": 0.5,
     "color grounded": 0.4, "kind grounded": 0.6, "where grounded": 0.4, "relation grounded": 0.8,
     "count grounded": 0.8, "yes or no grounded": 0.6, "color of box": 0.3, "kind in box": 0.7,
-    "example of a box": 0.7, "text alone": 0.1,
+    "example of a box": 0.4, "text alone": 0.3,
 }  # fmt: skip
 
 

@@ -466,7 +466,7 @@ def draw_thing(
     side = math.sqrt(width * height)
     line = max(2, round(side * rng.uniform(0.006, 0.022)))
     pen = ImageDraw.Draw(image)
-    if thing.kind in SHAPES and not hidden and rng.random() < 0.1:  # only its outline, in its color
+    if thing.kind in SHAPES and not hidden and rng.random() < 0.15:  # only its outline, in its color
         points = polygons[0][0]
         thick = max(line, round(side * thing.size * 0.09))
         pen.line([*points, *points[:2]], fill=body, width=thick, joint="curve")

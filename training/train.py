@@ -53,6 +53,7 @@ from sample import CommandParser, report_error, run_command
 from tokenizer import Tokenizer
 from training.data import Grit, Scenes, Steps, positive_int, read_ahead
 from training.evaluate import HELD_OUT, evaluate
+from training.muon import Muon
 from training.patches import PatchHead
 from training.scenes import Scene
 from training.setup import CONFIG, carry_over, draw_curves, init_weights, train_vocabulary
@@ -105,7 +106,7 @@ def recompute_activations(model: Kosmos2) -> None:
 # ---- The run ---------------------------------------------------------------------------------------
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     """Linear warm-up, a constant rate, and over the last 60 % of the steps a linear decay to zero. In a
     short run, the decay begins before the warm-up ends: the rate is the lower of both. A run with more
     steps has the same rates until the shorter one begins to decay. To extend a run, keep a copy of
@@ -130,8 +131,13 @@ def make_optimizers(model: Kosmos2, name: str, lr: float) -> list[torch.optim.Op
     adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     if not inside:
         return [adamw]
-    muon = torch.optim.Muon(inside, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    return [muon, adamw]
+    return [Muon(inside, lr), adamw]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices; other CPUs emulate it, which is slower than float32."""
+    names = ("avx512_bf16", "amx_bf16", "sve_bf16")
+    return device.type == "cuda" or any(torch.cpu.get_capabilities().get(name) for name in names)
 
 
 def mean_losses(steps: list[dict[str, float]]) -> dict[str, float]:
@@ -154,6 +160,7 @@ class Run:
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", self.rank % torch.cuda.device_count())
+        self.autocast = has_bfloat16(self.device) and not args.fp32
         check_target(self.folder)
         self.stickers = Stickers(args.stickers) if args.stickers else None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -287,7 +294,7 @@ class Run:
             if self.world > 1 and i < len(micro_batches) - 1:
                 synchronize = self.losses.no_sync()  # gradients are averaged after the last one
             with synchronize:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=not self.args.fp32):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                     losses, patch_loss = self.losses(**batch)
                 # The processes' gradients are averaged.
                 (losses.sum() * self.world / count + patch_loss / len(micro_batches)).backward()
@@ -398,10 +405,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--accumulate", type=positive_int, default=1, metavar="N", help="split each batch into N parts")
     add("--length", type=positive_int, default=256, help="tokens per row of scenes (default: 256)")
     add("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
-    warmup_help = "steps in which the learning rate rises (default: 100)"
-    add("--warmup", type=positive_int, default=100, metavar="STEPS", help=warmup_help)
+    warmup_help = "steps in which the learning rate rises (default: a tenth of --steps, at most 100)"
+    add("--warmup", type=positive_int, metavar="STEPS", help=warmup_help)
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="default: muon")
-    add("--fp32", action="store_true", help="compute in float32 instead of bfloat16 autocast")
+    add("--fp32", action="store_true", help="compute in float32 even if the device has bfloat16")
     add("--recompute", action="store_true", help="activation checkpointing: saves memory, costs time")
     seed_help = "random seed of the initial weights and the order of the data"
     add("--seed", type=int, default=0, choices=range(10), help=seed_help)
@@ -410,6 +417,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         p.error("--steps and --vision-steps must be between 0 and 2^31")
     if not 0 < args.lr < math.inf:
         p.error("--lr must be a positive number")
+    if args.warmup is None:
+        args.warmup = min(100, max(1, args.steps // 10))
     if args.continue_from and (args.checkpoint or args.data) or args.stickers and args.data:
         p.error("--continue-from and --stickers are for scenes, without --data or another --checkpoint")
     return args
