@@ -84,7 +84,7 @@ def rename(name: str, layout: int) -> str:
 
 
 def strip_wrappers(names: list[str]) -> dict[str, str]:
-    """Each stored name -> the name without what comes before the names of a layout."""
+    """Each stored name -> the name without the prefixes of wrappers and of larger modules."""
     known = "|".join(set().union(*FIRST_WORDS))
     prefix = re.compile(rf"(?:\w+\.)*?(?=(?:{known})\.)")
     return {name: prefix.sub("", re.sub(WRAPPERS, "", name), count=1) for name in names}
@@ -240,7 +240,7 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
     except Exception as error:  # a damaged file can raise anything
         reason = str(error).strip().split("\n")[0][:100]
         raise ValueError(
-            f"{path} is no checkpoint, damaged or unsafe to read ({type(error).__name__}: {reason}); "
+            f"{path} is not a checkpoint, damaged or unsafe to read ({type(error).__name__}: {reason}); "
             "download it again, or if you trust it, re-save its state dict with a recent PyTorch"
         ) from None
     found = {}
@@ -313,7 +313,8 @@ def find_checkpoint(path: str | Path, weight_files=WEIGHT_FILES) -> tuple[Path, 
 def read_index(index: Path) -> list[Path]:
     """The shards that an index file lists."""
     try:
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        weight_map = read_json(index)["weight_map"]
+        files = sorted(set(weight_map.values()))
         shards = [index.parent / Path(name).name for name in files]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} is not a shard index; download it again") from None
@@ -468,7 +469,7 @@ def load_checkpoint(path, precision="fp32", device="cpu", tokenizer=None) -> tup
     """Load a checkpoint in any accepted format -> (model in eval mode, tokenizer).
 
     path: see the module docstring. config.json and the sentencepiece model are read from next to the
-    weights (or `tokenizer`); without a config.json, the published sizes are meant. precision: fp32,
+    weights (or `tokenizer`); without a config.json, the published sizes are assumed. precision: fp32,
     bf16, or on a GPU fp16, whatever the stored one. Faster on a CPU: inference.fast.load_checkpoint.
 
     FileNotFoundError for missing files; ValueError, with their names, for tensors that are missing,

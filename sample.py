@@ -66,7 +66,7 @@ class Answer(NamedTuple):
 
 
 def make_requests(images: tuple, task, texts, prompt, boxes) -> list[Request]:
-    """The requests about some images: one, or one for each text."""
+    """The requests about some images: one, or one for each of `texts`."""
     if prompt is not None:
         if task or texts:
             raise ValueError("a prompt replaces task and text; use one or the other")
@@ -101,7 +101,7 @@ def normalize_box(box, size: tuple[int, int]) -> tuple:
     try:
         return clip_box((x1 / width, y1 / height, x2 / width, y2 / height))
     except ValueError:
-        raise ValueError(f"box {tuple(box)} is empty, reversed or outside the {size} pixels") from None
+        raise ValueError(f"box {tuple(box)} is empty, reversed or outside the image, {size}") from None
 
 
 def decoding_options(model, tokenizer, request: Request, length: int, given: dict) -> dict:
@@ -192,7 +192,8 @@ def draw_answers(image: Image.Image, answers: list[Answer]) -> Image.Image:
     pen = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(max(13, min(width, 1600) // 40))
     labels = []
-    for i, entity in enumerate(entity for answer in answers for entity in answer.entities):
+    entities = [entity for answer in answers for entity in answer.entities]
+    for i, entity in enumerate(entities):
         color = PALETTE[i % len(PALETTE)]
         for x1, y1, x2, y2 in entity.boxes:
             corners = (x1 * width, y1 * height, x2 * width, y2 * height)
@@ -399,7 +400,7 @@ def main(argv=None) -> int:
 
 
 def report_error(name: str, error: Exception) -> int:
-    """Print an error as one line; returns the exit status 1. A closed pipe is none: see `run_command`."""
+    """Print an error as one line; returns the exit status 1. (`run_command` handles closed pipes.)"""
     if isinstance(error, BrokenPipeError):
         raise error
     print(f"{name}: {printable(str(error) or type(error).__name__, 2000)}", file=sys.stderr)

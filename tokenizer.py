@@ -33,7 +33,7 @@ TAGS = [
 ]  # fmt: skip
 CONTROL = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3
 
-# After a "<" in tagged text: no tag begins here, so "<\0s>" is the words "<s>".
+# Marks a literal "<" in tagged text: "<\0s>" is the text "<s>", not the control token.
 LITERAL = "\0"
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in 0..1 of the image
@@ -65,7 +65,7 @@ TOLERANCE = 0.01  # boxes may extend beyond the image by this much, from roundin
 
 
 def clip_box(box: Box) -> Box:
-    """A box in 0..1, clipped to the image; ValueError if it is empty, swapped or further out than that."""
+    """A box in 0..1, clipped to the image; ValueError if it is empty, reversed or further outside."""
     values = tuple(float(v) for v in box)
     x1, y1, x2, y2 = (min(max(v, 0.0), 1.0) for v in values)
     on_image = all(-TOLERANCE <= v <= 1 + TOLERANCE for v in values)  # False for NaN
@@ -192,7 +192,7 @@ TAKES_TEXT = {"ground", "refer", "vqa", "answer", "context", "text"}
 
 
 def as_words(text: str) -> str:
-    """Text to put into a prompt, where whatever looks like a tag in it is words."""
+    """Escape text for a prompt, so that tags in it are tokenized as plain text."""
     return strip_literal(text.strip()).replace("<", "<" + LITERAL)
 
 
@@ -201,22 +201,22 @@ def strip_literal(text: str) -> str:
 
 
 def task_prompts(task: str, texts: list[str], boxes: list) -> list[str]:
-    """The prompts of a task, one for each text. Texts are words only: tags in them have no effect.
+    """The prompts of a task, one for each of `texts`, which are plain text: tags in them have no effect.
 
-    ValueError for texts or boxes that the task does not take.
+    ValueError for text or boxes that the task does not take.
     """
     if task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
     if texts and task not in TAKES_TEXT:
         raise ValueError(f"task {task} takes no text")
     if task == "refer" and not texts and not boxes:
-        raise ValueError("task refer needs a box (to describe it) or a text (an expression, to find it)")
+        raise ValueError("task refer needs a box (to describe it) or text (an expression, to find it)")
     missing = not texts and task != "refer"
     texts = [as_words(text) for text in texts]
     if task in TAKES_TEXT and (missing or "" in texts):
         raise ValueError(f"task {task} needs a non-empty text")
     if texts and boxes and task in ("ground", "refer"):
-        raise ValueError(f"task {task} takes a text or a box, not both; for both, write a prompt")
+        raise ValueError(f"task {task} takes text or a box, not both; for both, write a prompt")
     if task == "text":
         return texts
     if task == "context":

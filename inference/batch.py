@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     """Answer all requests, write the results; returns the exit status."""
     jobs = read_jobs(args.requests) if args.requests else image_jobs(args)
     if args.top_boxes and not all(job.request.wants_boxes for job in jobs):
-        raise ValueError("--top-boxes requires --task ground or refer with a text in every request")
+        raise ValueError("--top-boxes requires --task ground or refer, with text in every request")
     groups = [list(group) for _, group in groupby(jobs, key=lambda job: job.request.images)]
     rank, world = torchrun_rank()
     given = given_options(args, DECODING)

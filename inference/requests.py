@@ -114,7 +114,7 @@ def read_job(row: dict, folder: Path) -> Job:
         for box in as_boxes(entry):
             check_box(box)
     if len(texts) > 1 and task != "context":
-        raise ValueError("expected one text; write one request for each")
+        raise ValueError("expected one string as text; write one request for each")
     images = []
     for name in as_list(extra.pop("image", None)):
         if not os.path.exists(absolute(name)) and os.path.exists(folder / name):
@@ -139,6 +139,6 @@ def as_list(value) -> list:
 
 
 def absolute(name: str) -> str:
-    """A file name as an absolute path, so that it means the same everywhere; addresses as they are."""
-    is_address = name.startswith(("data:", "file:", "http:", "https:"))
-    return name if is_address else os.path.abspath(name)
+    """A file name as an absolute path; URLs as they are."""
+    is_url = name.startswith(("data:", "file:", "http:", "https:"))
+    return name if is_url else os.path.abspath(name)

@@ -77,7 +77,7 @@ class Results:
 
 
 def checkpoint_name(checkpoint: str) -> str:
-    """A path that means the same everywhere, or the name of a model on the hub."""
+    """The absolute path of a checkpoint, or its hub id."""
     return str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
 
 

@@ -97,7 +97,7 @@ torch.testing.assert_close(features.norm(dim=-1), torch.ones(1, N))
 # The prompt has Q slots between `<image>` and `</image>`. The image embeddings replace the token embeddings of these
 # slots, so the ids in them are only placeholders.
 #
-# `<grounding>` at the beginning of the prompt asks for boxes: in training, only examples that began with it had boxes.
+# `<grounding>` at the beginning of the prompt makes the model write boxes: in training, only examples that began with it had boxes.
 
 # %%
 ids, image_mask = tokenizer.encode_prompt("<grounding>An image of")

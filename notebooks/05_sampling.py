@@ -466,7 +466,7 @@ for limit in (4, 5, 8, 12):
     assert len(cut) <= limit and cut[:-1] == free[: len(cut) - 1]
 
 # %% [markdown]
-# ## Beam search: keep and step
+# ## Beam search
 #
 # The most likely sequence does not have to begin with the most likely token. Beam search keeps the K best sequences so
 # far. At each step, it scores all continuations of all of them by their summed log-probability, and goes on with the K
@@ -506,7 +506,7 @@ table(rows, ("beams", "tokens", "mean log-probability"))
 # Here all three find the same sequence. On other images, more beams can find one with a higher mean, but this is not
 # guaranteed: the search may drop a sequence early that would have become the best one.
 #
-# ## A shared prefix: keep and advance
+# ## A shared prefix
 #
 # Several questions about one image have the same beginning: `<s>`, `<image>`, the slots and `</image>`. It needs to be
 # run only once. We prefill the image, copy its row for each question with `keep`, and run the rest of the questions
@@ -542,7 +542,7 @@ print(f"{before} positions, with a shared prefix {after}")
 assert after < before / 2
 
 # %% [markdown]
-# ## Drafts: another step
+# ## Speculative decoding
 #
 # Parts of grounded text are easy to predict: `</phrase>` is usually followed by `<object>`, and the second corner of
 # a box by `</object>`. So each pass can run the token just chosen together with a guess (a *draft*) of the next one;

@@ -348,8 +348,7 @@ print(f"vocabulary {tokenizer.vocab_size} -> {saved.config.text.vocab_size}, gri
 # %% [markdown]
 # The command of notebook 11, with `--checkpoint FOLDER`, would train the model further on your own boxes, with the
 # new grid. (`--data` is required: the sentences about scenes are written for a grid of 32 x 32 cells.)
-# To train from scratch with another grid, change the constant `GRID` in `tokenizer.py`, and give `CONFIG` in
-# `training/setup.py` the same number as `location_grid`.
+# To train from scratch with another grid, change the constant `GRID` in `tokenizer.py`.
 #
 # ## Changing a trained model: another layer
 #

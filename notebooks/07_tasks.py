@@ -143,8 +143,8 @@ assert ranked == sorted(ranked, reverse=True)
 
 # %% [markdown]
 # The score is the square root of the product of both probabilities, so it can be read like the score of a generated
-# box. The list is sorted by it. It does not end where the correct boxes end, and no single threshold finds that point
-# for all phrases: correct boxes share the probability of the first token, so the second cat has a lower score than the
+# box. The list is sorted by it. It continues past the correct boxes, and no single threshold separates them for
+# all phrases: correct boxes share the probability of the first token, so the second cat has a lower score than the
 # first.
 #
 # ## Few-shot prompts

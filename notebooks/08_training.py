@@ -49,21 +49,21 @@ print(len(encode_record(tokenizer, record)), "tokens")
 # The loss is the mean of -log p(next token). Only the tokens of answers contribute, not those of prompts. (In the
 # original training on GRIT, and in `Grit` of `training/data.py`, all tokens of the caption contribute.) Each row has
 # one image in front and several sequences about it that do not attend to each other, so the image is encoded only once.
-# Here is a part of a row with its targets; the code numbers the sequences in `texts`. In answers, tags and location
+# Here is a part of a row with its targets; the code numbers the sequences in `sequences`. In answers, tags and location
 # tokens count like all other tokens.
 
 # %%
 source = Scenes(tokenizer, model.config, length=256, first=5)
 row = source.row(0)
 boxed = 0
-for number, target in zip(row.texts, row.targets, strict=True):
+for number, target in zip(row.sequences, row.targets, strict=True):
     if target >= tokenizer.first_location and not boxed:
         boxed = number  # the first sequence with a box
-start = row.texts.index(boxed)
+start = row.sequences.index(boxed)
 shown = []
 for i in range(start, min(start + 22, len(row.tokens))):
     target = tokenizer.id_to_token[row.targets[i]] if row.targets[i] >= 0 else ""
-    shown.append((tokenizer.id_to_token[row.tokens[i]], row.texts[i], target))
+    shown.append((tokenizer.id_to_token[row.tokens[i]], row.sequences[i], target))
 table(shown, ("token", "sequence", "target"))
 
 # %% [markdown]
@@ -72,8 +72,8 @@ table(shown, ("token", "sequence", "target"))
 # %%
 counted = sum(y >= 0 for y in row.targets)
 assert all(y < 0 for y in row.targets[: row.prefix - 1])
-sequences = set(row.texts) - {0}  # 0 is the image
-print(f"{len(row.tokens)} tokens, {len(sequences)} sequences, {counted} targets")
+numbers = set(row.sequences) - {0}  # 0 is the image
+print(f"{len(row.tokens)} tokens, {len(numbers)} sequences, {counted} targets")
 
 # %% [markdown]
 # The attention mask: each token attends to the image, to itself and to the earlier tokens of its sequence. The position
@@ -82,10 +82,10 @@ print(f"{len(row.tokens)} tokens, {len(sequences)} sequences, {counted} targets"
 # to themselves.)
 
 # %%
-texts = torch.tensor(row.texts)
-same = texts[:, None] == texts[None, :]
-to_image = (texts[:, None] > 0) & (texts[None, :] == 0)
-mask = (same | to_image) & torch.ones(len(texts), len(texts), dtype=torch.bool).tril()
+sequences = torch.tensor(row.sequences)
+same = sequences[:, None] == sequences[None, :]
+to_image = (sequences[:, None] > 0) & (sequences[None, :] == 0)
+mask = (same | to_image) & torch.ones(len(sequences), len(sequences), dtype=torch.bool).tril()
 print(f"{mask.float().mean():.0%} of all pairs of positions")
 
 # %% [markdown]
@@ -241,7 +241,7 @@ for seed in (1, 2):
     print("model:", parse(tokenizer.decode(new))[0])
 
 # %% [markdown]
-# These look like captions, but they do not fit the scenes. Do they depend on the image at all? We give each row of a
+# These are well-formed captions, but they do not fit the scenes. Do they depend on the image at all? We give each row of a
 # batch the image of another row, and compare the losses.
 
 # %%

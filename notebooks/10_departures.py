@@ -91,7 +91,7 @@ table(rows(unchanged, inputs), header)
 assert certain(unchanged.named, inputs["nothing scaled"].named)
 
 # %% [markdown]
-# Without the factor, the positions outweigh the tokens, and the model no longer works.
+# Without the factor on the tokens, the positions outweigh the tokens, and the model no longer works.
 #
 # ## Inside the blocks
 
@@ -104,7 +104,7 @@ assert logit_change(unchanged, blocks["tanh GELU in the decoder"]) < 0.05
 # %% [markdown]
 # Without sub-LN, captions and boxes get worse: the output projections were trained on normalized inputs.
 #
-# ## Some changes go unnoticed
+# ## Departures without a measurable cost
 #
 # How many departures have no star in either column?
 

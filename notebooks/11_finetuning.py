@@ -57,8 +57,8 @@ show_image(ladder, "A drawing of a brown ladder.")
 # caption (the end is exclusive), its box (x1, y1, x2, y2) in 0..1, and a score (boxes with a score below 0.65 are
 # dropped, as in the original training).
 #
-# Training teaches the model to write exactly these captions. So they must begin as the prompt does with which you will
-# ask, here "An image of". After captions such as "A ladder.", the answer to that prompt would be "An image of A ladder.".
+# Training teaches the model to write exactly these captions. So they must begin with the prompt that you will use,
+# here "An image of". After captions such as "A ladder.", the answer to that prompt would be "An image of A ladder.".
 
 
 # %%

@@ -192,7 +192,7 @@ def test_captions_state_relations():
 
 
 def test_only_the_right_answer_scores():
-    """Every task occurs; its right answer scores 1 and nonsense scores 0."""
+    """Every task occurs; its correct answer scores 1 and nonsense scores 0."""
     seen = set()
     for seed in range(60):
         scene = Scene.random(seed)
@@ -382,22 +382,25 @@ def test_accuracy_on_stickers(tiny, stickers):
 # ---- Training --------------------------------------------------------------------------------------
 
 
-def test_texts_in_one_row_do_not_see_each_other(source):
-    """The losses of a row equal those of its texts, each run alone with its images."""
+def test_sequences_in_one_row_do_not_see_each_other(source):
+    """The losses of a row equal those of its sequences, each run alone with its images."""
     model = rough(Kosmos2(SMALL), seed=2).eval()
     made = [source.row(n) for n in range(40)]
-    rows = [next(row for row in made if len(row.pixels) > 1), next(row for row in made if min(row.texts) < 0)]
-    assert all(max(row.texts) > 5 for row in rows)
+    rows = [
+        next(row for row in made if len(row.pixels) > 1),
+        next(row for row in made if min(row.sequences) < 0),
+    ]
+    assert all(max(row.sequences) > 5 for row in rows)
     alone = []
     with torch.no_grad():
         losses, _ = Losses(model)(**collate(rows))
         for row in rows:
-            tokens, image_mask, targets, texts = map(
-                torch.tensor, (row.tokens, row.image_mask, row.targets, row.texts)
+            tokens, image_mask, targets, sequences = map(
+                torch.tensor, (row.tokens, row.image_mask, row.targets, row.sequences)
             )
             seconds = iter(row.pixels[1:])
-            for number in texts[texts != 0].unique_consecutive():
-                mine = texts == number
+            for number in sequences[sequences != 0].unique_consecutive():
+                mine = sequences == number
                 P = 0 if number < 0 else row.prefix
                 pixels = [row.pixels[0]] * bool(P)
                 if image_mask[mine].any():
@@ -417,13 +420,13 @@ def test_texts_in_one_row_do_not_see_each_other(source):
 
 def test_only_answers_carry_loss(source):
     row = source.row(7)
-    tokens, texts, targets = map(torch.tensor, (row.tokens, row.texts, row.targets))
-    assert (targets[texts == 0] == -100).all()
-    for number in texts[texts > 0].unique():
-        answer = targets[texts == number]
+    tokens, sequences, targets = map(torch.tensor, (row.tokens, row.sequences, row.targets))
+    assert (targets[sequences == 0] == -100).all()
+    for number in sequences[sequences > 0].unique():
+        answer = targets[sequences == number]
         assert answer[-2] == EOS and answer[-1] == -100 and answer[0] == -100
         has_loss = answer != -100
-        following = torch.cat([tokens[texts == number][1:], torch.tensor([-1])])
+        following = torch.cat([tokens[sequences == number][1:], torch.tensor([-1])])
         assert torch.equal(answer[has_loss], following[has_loss])
 
 

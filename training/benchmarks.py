@@ -9,7 +9,7 @@ ANNOTATIONS are the files that MDETR published in COCO's format: finetune_refcoc
 relatives for RefCOCO, RefCOCO+ and RefCOCOg, final_flickr_separateGT_val.json for Flickr30k
 Entities. IMAGES is the folder with the images (COCO train2014, flickr30k-images). The prompts are
 those of the original evaluation, and every request carries its truth: "phrase" and "target", the
-right boxes in 0..1.
+correct boxes in 0..1.
 """
 
 import json

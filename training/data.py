@@ -1,8 +1,8 @@
-"""Training data: images and texts about them, turned into rows of tokens with the answers marked.
+"""Training data: images and sequences about them, turned into rows of tokens with the answers marked.
 
-A row is `<s> <image> slots </image>` followed by one or more texts. Each text attends to the image
-and to itself, and its positions continue from the image as if it were the only text, so one encoded
-image can teach many sentences. A text may contain a second image. `Scenes` makes rows from the
+A row is `<s> <image> slots </image>` followed by one or more sequences. Each sequence attends to the
+image and to itself, and its positions continue from the image as if it were the only sequence, so one
+encoded image can teach many sentences. A sequence may contain a second image. `Scenes` makes rows from the
 small world of scenes.py, `Grit` from a GRIT-format file.
 """
 
@@ -170,7 +170,7 @@ def insert_tags(tokenizer: Tokenizer, caption: str, tags: list[tuple[int, str]])
 
 def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tagged text -> the ids a model emits for it, without <s> and </s>. Unlike in prompts
-    (`Tokenizer.encode`), the words are tokenized as one text: "</object>." ends in the plain period."""
+    (`Tokenizer.encode`), the words are tokenized as one string: "</object>." ends in the plain period."""
     caption = ""
     tags = []
     for part in tokenizer.special_pattern.split(text):
@@ -200,12 +200,12 @@ def grit_to_text(record: dict, key: str = "ref_exps", grid: int = GRID) -> str:
 
 # ---- Rows ------------------------------------------------------------------------------------------
 
-# A row numbers its texts: 0 is the image, 1, 2, ... are texts about it, -1, -2, ... texts without an image.
+# A row numbers its sequences: 0 is the image, 1, 2, ... are about it, -1, -2, ... have no image.
 PADDING = -1_000_000  # the number of positions that fill up a row
 
 
 class Row:
-    """One row of a batch: tokens, position ids, text numbers and targets. targets[t] is the token that
+    """One row of a batch: tokens, position ids, sequence numbers and targets. targets[t] is the token that
     position t should predict, or -100 for no loss."""
 
     def __init__(self, tokenizer: Tokenizer, pixels: torch.Tensor):
@@ -214,11 +214,11 @@ class Row:
         self.tokens, self.image_mask = tokenizer.encode_prompt("", 1)
         self.prefix = len(self.tokens)
         self.positions = list(range(self.prefix))
-        self.texts = [0] * self.prefix
+        self.sequences = [0] * self.prefix
         self.targets = [-100] * self.prefix
 
     def add(self, prompt: list[int], answer: list[int], number: int, image_mask=(), pixels=()) -> None:
-        """Add a text about the image, or without it if its number is negative; only the answer carries
+        """Add a sequence about the image, or without it if its number is negative; only the answer carries
         loss. image_mask and pixels are those of further images in the prompt."""
         text = prompt + answer
         first = 0 if number < 0 else self.prefix
@@ -226,7 +226,7 @@ class Row:
         self.tokens += text
         self.image_mask += [*image_mask] + [False] * (len(text) - len(image_mask))
         self.positions += range(first, first + len(text))
-        self.texts += [number] * len(text)
+        self.sequences += [number] * len(text)
         if prompt:
             self.targets += [-100] * (len(prompt) - 1) + answer + [-100]
         else:  # </image> predicts the first token
@@ -250,7 +250,7 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
         "image_mask": stack("image_mask", False),
         "tokens": stack("tokens", PAD),
         "positions": stack("positions", 0) + FIRST_POSITION,
-        "texts": stack("texts", PADDING),
+        "sequences": stack("sequences", PADDING),
         "targets": stack("targets", -100),
     }
     patch_labels = [labels for row in rows for labels in row.patch_labels]
@@ -260,19 +260,19 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
 
 
 def check_grid(tokenizer: Tokenizer) -> None:
-    """ValueError unless the tokenizer has the grid that the texts about scenes are written for."""
+    """ValueError unless the tokenizer has the grid that the examples of scenes.py are written for."""
     if tokenizer.grid != GRID:
         grid = tokenizer.grid
-        expected = f"texts about scenes are written for a grid of {GRID} x {GRID} cells"
+        expected = f"examples of scenes are written for a grid of {GRID} x {GRID} cells"
         raise ValueError(f"{expected}, this tokenizer has {grid} x {grid}")
 
 
 class Scenes:
-    """Row n: the scene of seed first + n, with as many texts as fit into `length` tokens. The first
-    `without_texts` rows have none: their only targets are the labels of the patches."""
+    """Row n: the scene of seed first + n, with as many sequences as fit into `length` tokens.
+    The first `image_rows` rows have none: their only targets are the labels of the patches."""
 
     def __init__(
-        self, tokenizer, config: Kosmos2Config, length: int, first: int, without_texts=0, stickers=None
+        self, tokenizer, config: Kosmos2Config, length: int, first: int, image_rows=0, stickers=None
     ):
         check_grid(tokenizer)
         self.tokenizer = tokenizer
@@ -280,7 +280,7 @@ class Scenes:
         self.grid = config.vision.grid
         self.length = length
         self.first = first
-        self.without_texts = without_texts
+        self.image_rows = image_rows
         self.stickers = stickers
 
     def row(self, n: int) -> Row:
@@ -288,7 +288,7 @@ class Scenes:
         rng = random.Random(self.first + n)
         row = Row(self.tokenizer, preprocess_image(scene.draw(), self.image_size))
         row.patch_labels.append(patch_labels(scene, self.grid))
-        if n < self.without_texts:
+        if n < self.image_rows:
             return row
         for number, example in enumerate(choose(tasks(scene, rng), rng), start=1):
             prompt, image_mask = encode_example(self.tokenizer, example)
@@ -328,8 +328,8 @@ class Grit:
     """Row n of an endless, reshuffled reading of a GRIT-format file.
 
     The file has one JSON record per line: "image" (a path, relative to the file), "caption",
-    "noun_chunks", "ref_exps". As in the original training, all tokens of the text carry loss and
-    the text follows the image directly. Records without a caption are skipped. At the start,
+    "noun_chunks", "ref_exps". As in the original training, all tokens of the caption carry loss, and
+    it follows the image directly. Records whose caption is empty or null are skipped. At the start,
     ValueError names the line of a bad record and of an image that is missing or no image. The pixels
     are read during training only: an image that turns out to be damaged is reported once and replaced
     by the next one, so row n is the same in every run."""
@@ -376,7 +376,7 @@ class Grit:
         ids = encode_record(self.tokenizer, record, self.box_counts)
         room = self.config.text.max_positions - self.config.latent_query_num - 4  # with the four tags
         if len(ids) > room:
-            raise ValueError(f"the text has {len(ids)} tokens; there is room for {room}")
+            raise ValueError(f"the caption has {len(ids)} tokens; there is room for {room}")
         image = self.path.parent / name
         check_image(image)
         if self.box_counts["kept"] == kept:
@@ -474,7 +474,7 @@ class Steps(torch.utils.data.Dataset):
 
 def read_ahead(steps: Steps) -> torch.utils.data.DataLoader:
     """The items of `steps`, made two in advance by another process, as arrays: they come through a pipe.
-    (Tensors would come through /dev/shm. Containers have 64 MB of it, and a full one is a hang.)"""
+    (Tensors would come through /dev/shm. Containers limit it to 64 MB, and the loader hangs when it is full.)"""
     options = {"batch_size": None, "num_workers": 1, "prefetch_factor": 2, "collate_fn": as_arrays}
     return torch.utils.data.DataLoader(steps, **options)
 

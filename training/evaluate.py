@@ -3,19 +3,19 @@
 Grounding and referring expression comprehension have the metric of the paper.
 
     python -m training.evaluate [--checkpoint tiny] [--scenes 500] [--calibration PNG]
-    python -m training.evaluate --stickers DIR            things by others, by style and kind
+    python -m training.evaluate --stickers DIR            stickers by style and by kind
     python -m training.evaluate --precision int8          compare fp32 with a lower precision
     python -m training.evaluate --results FILE            score a results file (benchmarks.py)
 
 | task                      | a hit is                                                                       |
 |---------------------------|--------------------------------------------------------------------------------|
-| grounding, referring      | the first box of the phrase has IoU >= 0.5 with the right one (paper, 4.1)     |
-| ranked boxes              | the right box is among the k most probable boxes of the phrase, by IoU 0.5     |
-| several boxes             | a thing that some box of the phrase overlaps with IoU >= 0.5                   |
-| grounded captions         | a thing that a phrase names and links to a box with IoU >= 0.5                 |
-| plain captions            | a thing that the caption names                                                 |
-| box to words              | an expression that the rules of scenes.py resolve to the same thing            |
-| questions, in context     | exactly the right answer                                                       |
+| grounding, referring      | the first box of the phrase has IoU >= 0.5 with the correct one (paper, 4.1)   |
+| ranked boxes              | the correct box is among the k most probable boxes of the phrase, by IoU 0.5   |
+| several boxes             | an object that some box of the phrase overlaps with IoU >= 0.5                 |
+| grounded captions         | an object that a phrase names and links to a box with IoU >= 0.5               |
+| plain captions            | an object that the caption names                                               |
+| box to words              | an expression that the rules of scenes.py resolve to the same object           |
+| questions, in context     | exactly the correct answer                                                     |
 | text alone                | an ending that completes a valid caption                                       |
 """
 
@@ -45,12 +45,12 @@ HELD_OUT = 1_000_000_000  # scenes from this seed on are never trained on
 
 # The rows of the table: their titles, and the tasks of scenes.py they are made of.
 TABLE = {
-    "grounded caption: things named and boxed": ["caption"],
-    "detailed caption: things named and boxed": ["detail"],
-    "plain caption: things named": ["plain caption", "plain detail"],
+    "grounded caption: objects named and boxed": ["caption"],
+    "detailed caption: objects named and boxed": ["detail"],
+    "plain caption: objects named": ["plain caption", "plain detail"],
     "phrase grounding, accuracy at IoU 0.5": ["ground"],
     "phrase grounding, several boxes": ["ground several"],
-    "referring expression comprehension, by looks": ["refer"],
+    "referring expression comprehension, by appearance": ["refer"],
     "referring expression comprehension, by relation": ["refer relation"],
     "referring expression generation": ["describe box"],
     "questions: color": ["color"],
@@ -85,7 +85,7 @@ def name_of(phrase: str, stickers: Stickers | None = None) -> tuple[str, int] | 
 
 
 def named(caption: str, stickers: Stickers | None = None) -> Counter:
-    """How often a caption names each thing: "two red cups" counts twice."""
+    """How often a caption names each object: "two red cups" counts twice."""
     found: Counter = Counter()
     for phrase in world.listed(caption):
         name = name_of(phrase, stickers)
@@ -95,7 +95,7 @@ def named(caption: str, stickers: Stickers | None = None) -> Counter:
 
 
 def caption_hits(entities: list[Entity], scene: Scene) -> list[float]:
-    """For each thing, whether some phrase names it and has a box on it. A box counts for one thing only."""
+    """For each object, whether some phrase names it and has a box on it. A box counts for one object only."""
     boxes = defaultdict(list)
     for entity in entities:
         name = name_of(entity.phrase, scene.stickers)
@@ -112,7 +112,7 @@ def caption_hits(entities: list[Entity], scene: Scene) -> list[float]:
 
 
 def found_all(boxes: list[Box], things) -> list[float]:
-    """For each thing, whether some box overlaps it with IoU >= 0.5."""
+    """For each object, whether some box overlaps it with IoU >= 0.5."""
     return [float(any(iou(box, thing.box) >= 0.5 for box in boxes)) for thing in things]
 
 
@@ -135,9 +135,9 @@ def score(example: Example, answer: str, scene: Scene) -> list[float]:
     if task in ("plain caption", "plain detail"):
         if not scene.things:
             return [float(caption == parse(example.answer)[0])]
-        right = Counter(thing.name for thing in scene.things)
-        hits = (named(caption, scene.stickers) & right).total()
-        return [1.0] * hits + [0.0] * (right.total() - hits)
+        truth = Counter(thing.name for thing in scene.things)
+        hits = (named(caption, scene.stickers) & truth).total()
+        return [1.0] * hits + [0.0] * (truth.total() - hits)
     if task == "ground several":
         return found_all(asked_boxes(example, answer), example.targets)
     if task in ("ground", "refer", "refer relation"):
@@ -245,8 +245,8 @@ def boxes_kept(tokenizer, chosen: Chosen, results: list[Row], others: list[Row])
 
 @torch.inference_mode()
 def ranked_accuracy(model: Kosmos2, tokenizer: Tokenizer, chosen: Chosen, counts=(1, 5)) -> dict[int, float]:
-    """{k: share of phrases for which one of the k most probable boxes has IoU >= 0.5 with the right
-    one}. Boxes are ranked by a beam search. (R@k in the paper takes the first k boxes of one greedy
+    """{k: share of phrases for which one of the k most probable boxes has IoU >= 0.5 with the
+    correct one}. Boxes are ranked by a beam search. (R@k in the paper takes the first k boxes of one greedy
     answer instead.)"""
     hits: Counter = Counter()
     for scene, example in chosen:
@@ -276,17 +276,17 @@ def first_scores(tokenizer: Tokenizer, chosen: Chosen, results: list[Row]) -> di
 
 
 def scored_boxes(model, tokenizer, chosen: Chosen) -> list[tuple[float, float, bool]]:
-    """(score, best IoU with a right box, whether both corners are right) of every generated box."""
+    """(score, best IoU with a correct box, whether both corners are correct) of every generated box."""
     found = []
     for (scene, example), result in zip(chosen, answers(model, tokenizer, chosen), strict=True):
         for entity in generated_boxes(tokenizer, example, result):
-            right = [thing.box for thing in example.targets]
-            if example.task == "caption":  # the things that the phrase names
+            boxes = [thing.box for thing in example.targets]
+            if example.task == "caption":  # the objects that the phrase names
                 name = name_of(entity.phrase, scene.stickers)
-                right = [thing.box for thing in scene.things if name and thing.name == name[0]]
-            exact = [tokens_to_box(*world.cells(box)) for box in right]
+                boxes = [thing.box for thing in scene.things if name and thing.name == name[0]]
+            exact = [tokens_to_box(*world.cells(box)) for box in boxes]
             for box, score in zip(entity.boxes, entity.scores, strict=True):
-                best = max((iou(box, truth) for truth in right), default=0.0)
+                best = max((iou(box, truth) for truth in boxes), default=0.0)
                 found.append((score, best, box in exact))
     return found
 
@@ -294,7 +294,7 @@ def scored_boxes(model, tokenizer, chosen: Chosen) -> list[tuple[float, float, b
 def plot_calibration(found: list[tuple[float, float, bool]], path: Path, bins: int = 10) -> None:
     """Plot how good boxes are against their score, in `bins` groups of equal size. A score is sqrt(p(top
     left) p(bottom right)). If the probabilities are calibrated, a share of s² of the boxes with score s
-    has both corners in the right cells."""
+    has both corners in the correct cells."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -306,7 +306,7 @@ def plot_calibration(found: list[tuple[float, float, bool]], path: Path, bins: i
     for label, column, least, color in (
         ("IoU at least 0.5", 1, 0.5, "#1565c0"),
         ("IoU at least 0.75", 1, 0.75, "#8e24aa"),
-        ("both cells right", 2, 1, "#c62828"),
+        ("both cells correct", 2, 1, "#c62828"),
     ):
         shares = [(group[:, column] >= least).float().mean().item() for group in groups]
         axes.plot(scores, shares, color=color, marker="o", markersize=4, label=label)
@@ -370,8 +370,8 @@ def print_comparison(args, tokenizer, chosen: Chosen, results: list[Row], title:
 
 
 def score_results(file: Path, counts=(1, 5, 10)) -> tuple[dict[int, float], int]:
-    """({k: share of requests for which one of the first k boxes is right}, number of requests). A box is
-    right if its IoU with any target is at least 0.5. ValueError if no line has "phrase" and "target"."""
+    """({k: share of requests for which one of the first k boxes is correct}, number of requests). A box is
+    correct if its IoU with any target is at least 0.5. ValueError if no line has "phrase" and "target"."""
     hits = {k: [] for k in counts}
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
@@ -381,12 +381,12 @@ def score_results(file: Path, counts=(1, 5, 10)) -> tuple[dict[int, float], int]
             if "target" not in row:
                 continue
             boxes = boxes_of_phrase(row["entities"], row["phrase"])
-            right = [any(iou(box, target) >= 0.5 for target in row["target"]) for box in boxes]
+            hit = [any(iou(box, target) >= 0.5 for target in row["target"]) for box in boxes]
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{file}, line {number}: not a result ({reason})") from None
         for k in counts:
-            hits[k].append(any(right[:k]))
+            hits[k].append(any(hit[:k]))
     total = len(hits[counts[0]])
     if not total:
         raise ValueError(f'{file} has no results with "phrase" and "target"; see training/benchmarks.py')
@@ -394,8 +394,8 @@ def score_results(file: Path, counts=(1, 5, 10)) -> tuple[dict[int, float], int]
 
 
 def boxes_of_phrase(entities: list[dict], phrase: str) -> list[Box]:
-    """The boxes of the entity with this phrase. Answers are normalized (NFKC), as the training texts of
-    the vocabulary were."""
+    """The boxes of the entity with this phrase. Answers are normalized (NFKC), like the training
+    data of the vocabulary."""
     asked = " ".join(unicodedata.normalize("NFKC", phrase).split())
     for entity in entities:
         if entity["phrase"] == asked:
@@ -410,7 +410,7 @@ def print_results(model, tokenizer, chosen: Chosen, results: list[Row], title: s
         print(f"| {task} | {share:.3f} | {count} |")
     phrases = [pair for pair in chosen if pair[1].task in ("ground", "refer", "refer relation")]
     for k, share in ranked_accuracy(model, tokenizer, phrases).items():
-        print(f"| ranked boxes of a phrase: one of the top {k} is right | {share:.3f} | {len(phrases)} |")
+        print(f"| ranked boxes of a phrase: one of the top {k} is correct | {share:.3f} | {len(phrases)} |")
     for task, scores in first_scores(tokenizer, chosen, results).items():
         if not scores:
             continue

@@ -3,8 +3,8 @@
 The official Kosmos-2 starts from CLIP's vision tower, trained on hundreds of millions of images.
 The bundled model starts from labels instead: for each patch, the kind and the color of the thing
 that covers it, and the box of that thing. Such labels are dense (one for each patch), so the ViT
-learns much faster from them than from texts. When train.py trains from scratch, the first steps
-have nothing but patch labels, and afterwards their loss is added to that of the texts.
+learns much faster from them than from captions. When train.py trains from scratch, the first steps
+have nothing but patch labels, and afterwards their loss is added to that of the tokens.
 """
 
 import numpy as np

@@ -442,8 +442,8 @@ def draw_thing(
     width, height = image.size
     if thing.sticker is not None:
         x1, y1, x2, y2 = (round(v * n) for v, n in zip(thing.box, (width, height) * 2, strict=True))
-        picture = sticker_image(thing.sticker, thing.look).resize((max(x2 - x1, 1), max(y2 - y1, 1)))
-        image.paste(picture, (x1, y1), picture)
+        cutout = sticker_image(thing.sticker, thing.look).resize((max(x2 - x1, 1), max(y2 - y1, 1)))
+        image.paste(cutout, (x1, y1), cutout)
         return
     body = drawn.BROWN
     if thing.color is not None:
@@ -565,7 +565,7 @@ def resolve(expression: str, scene: Scene) -> list[Thing] | None:
 
 
 def names(target: Thing, scene: Scene) -> list[str]:
-    """What identifies a thing by its looks, shortest first: "the star", "the small red star"."""
+    """What identifies a thing by its appearance, shortest first: "the star", "the small red star"."""
     words = [target.kind]
     if target.color is not None:
         words.append(target.name)
@@ -605,7 +605,7 @@ class Example:
     answer: str
     targets: tuple[Thing, ...] = ()  # the things that the boxes of the answer, or of the prompt, belong to
     second: "Scene | None" = None  # the other image, shown where the prompt has <image>
-    alone: bool = False  # a text without an image
+    alone: bool = False  # a sequence without an image
 
 
 def cells(box: Box, grid: int = GRID) -> tuple[int, int]:
@@ -699,12 +699,12 @@ def referring(scene: Scene, rng: random.Random) -> list[Example]:
     """Referring expressions to boxes (comprehension), and boxes to expressions (generation)."""
     found = []
     for thing in scene.things:
-        by_looks = names(thing, scene)
+        by_appearance = names(thing, scene)
         by_position = list(islice(relations(thing, scene, rng), 2))
-        for task, expressions in (("refer", by_looks), ("refer relation", by_position)):
+        for task, expressions in (("refer", by_appearance), ("refer relation", by_position)):
             for words in expressions:
                 found.append(Example(task, ground_prompt(words), objects([thing]), (thing,)))
-        full_names = [words for words in by_looks if thing.name in words]
+        full_names = [words for words in by_appearance if thing.name in words]
         for words in (full_names or by_position)[:1]:
             prompt = f"<grounding>{link('It', [thing])} is"
             found.append(Example("describe box", prompt, f" {words}.", (thing,)))
@@ -786,8 +786,8 @@ def counting(scene: Scene, rng: random.Random) -> list[Example]:
 
 
 def in_context(scene: Scene, rng: random.Random) -> list[Example]:
-    """Two images in one prompt: what is said about a box of the first shows what to say about a box of
-    the second. It is the color, the kind or the place of the thing in the box."""
+    """Two images in one prompt: the sentence about a box of the first shows what to say about a box of
+    the second: the color, the kind or the place of the thing in the box."""
     second = Scene.random(scene.seed + SECOND, scene.stickers)
     if not scene.things or not second.things:
         return []
@@ -804,7 +804,7 @@ def in_context(scene: Scene, rng: random.Random) -> list[Example]:
 
 def unseen(scene: Scene) -> Example:
     """Text alone: the beginning of the caption, without the image. Any ending that makes a caption is
-    right."""
+    correct."""
     words = scene.record()["caption"].split(" ")
     cut = 3 + scene.seed % (len(words) - 3)
     return Example("text alone", " ".join(words[:cut]), " " + " ".join(words[cut:]), alone=True)
@@ -842,7 +842,7 @@ def is_caption(text: str, stickers: Stickers | None = None) -> bool:
 
 
 def tasks(scene: Scene, rng: random.Random) -> list[Example]:
-    """Everything that can be asked about a scene, and what can be said without it."""
+    """All examples of a scene, including the one without an image."""
     found = captions(scene)
     for make in (grounding, referring, questions, counting, in_context):
         found += make(scene, rng)

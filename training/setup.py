@@ -30,7 +30,7 @@ CONFIG = Kosmos2Config(
 
 
 def train_vocabulary(model_file: Path, stickers: Stickers | None = None, scenes: int = 5000) -> None:
-    """Train a sentencepiece model on texts about scenes; it covers all printable ASCII characters."""
+    """Train a sentencepiece model on prompts and answers about scenes; it covers all printable ASCII characters."""
     import sentencepiece
 
     texts = []

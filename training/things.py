@@ -399,7 +399,7 @@ COLORED = {
 DRAWINGS = SHAPES | UNCOLORED | COLORED
 AIRBORNE = {"sun", "cloud", "moon", "bird", "balloon", "kite", "rocket", "butterfly"}  # above the horizon
 
-# The bundled model also knows these, from stickers (stickers.py).
+# Kinds that only stickers have (stickers.py).
 OTHER_KINDS = [
     "airplane", "anchor", "banana", "bee", "bell", "bicycle", "book", "bus", "cactus", "cake", "camera", "candle",
     "carrot", "castle", "chicken", "clock", "cow", "crab", "crown", "doughnut", "drum", "elephant", "ghost", "gift",

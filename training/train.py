@@ -2,22 +2,23 @@
 
     python -m training.train --out runs/tiny    from scratch, on scenes; about five hours on two cores
     python -m training.train --out runs/short --vision-steps 20 --steps 50    to see that it works
-    python -m training.train --out mine --checkpoint WEIGHTS --data grit.jsonl --optimizer adamw --lr 1e-4 --steps 300
+    python -m training.train --out mine --checkpoint WEIGHTS --data grit.jsonl --optimizer adamw --lr 1e-4 --steps 300 \
+        --train resampler decoder
     python -m training.train --out more --stickers DIR --continue-from tiny    also on stickers by others
     torchrun --nproc-per-node 8 -m training.train ...     the same on many processes
 
 Writes checkpoint.pt (a run resumes from it) and at the end the model in the published layout,
-log.jsonl and loss.png. The data of a step follows from its number: a resumed run sees the same
-data, on any number of processes.
+log.jsonl and loss.png. The data of each step depends only on its number: a resumed run sees
+the same data, on any number of processes.
 
 What makes so small a model learn to see in a few hours (tiny/README.md has measurements):
 - `init_weights`: ViT features have unit length, so the resampler's `dense` starts near std 1,
   otherwise the latents outweigh the image; the ViT starts with 2-D sinusoids as position embeddings;
   location tokens start as smooth functions of their position, so neighboring cells have similar
   embeddings.
-- Rows of one image and many texts (data.py): encoding an image costs as much as several texts.
+- Rows of one image and many sequences (data.py): encoding an image costs as much as several of them.
 - Muon for the matrices inside the blocks (`make_optimizers`).
-- First the ViT alone, on labels for every patch (patches.py); their loss is then added to that of the texts.
+- First the ViT alone, on labels for every patch (patches.py); their loss is then added to that of the tokens.
 """
 
 import argparse
@@ -69,15 +70,15 @@ PARTS = ["vision", "resampler", "decoder"]
 
 class Losses(nn.Module):
     """The losses of a batch from data.py: those of the next tokens, one per target, and with a PatchHead
-    that of the patches' labels. The attention mask lets each text attend to the image (text 0) and to
-    itself."""
+    that of the patches' labels. The attention mask lets each sequence attend to the image (number
+    0) and to itself."""
 
     def __init__(self, model: Kosmos2, patch_head: PatchHead | None = None):
         super().__init__()
         self.model = model
         self.patch_head = patch_head
 
-    def forward(self, pixels, image_mask, tokens, positions, texts, targets, patch_labels=None):
+    def forward(self, pixels, image_mask, tokens, positions, sequences, targets, patch_labels=None):
         model = self.model
         T = tokens.shape[1]
         features = model.vision(pixels)  # (I, N, E)
@@ -85,11 +86,11 @@ class Losses(nn.Module):
         if self.patch_head is not None:
             patch_loss = self.patch_head(features, patch_labels)
         has_target = targets != -100
-        if not has_target.any():  # images without texts
+        if not has_target.any():  # images without sequences
             return features.new_zeros(0), patch_loss
         x = model.embed(tokens, image_embeds=model.resampler(features), image_mask=image_mask)  # (B, T, D)
-        same = texts[:, :, None] == texts[:, None, :]  # (B, T, T)
-        image = (texts[:, :, None] > 0) & (texts[:, None, :] == 0)
+        same = sequences[:, :, None] == sequences[:, None, :]  # (B, T, T)
+        image = (sequences[:, :, None] > 0) & (sequences[:, None, :] == 0)
         mask = (same | image) & torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
         x = model.decoder(x, positions, mask[:, None])
         logits = model.decoder.unembed(x[has_target]).float()  # (targets, V)
@@ -107,9 +108,9 @@ def recompute_activations(model: Kosmos2) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, a constant rate, and over the last 60 % of the steps a linear decay to zero. In a
-    short run, the decay begins before the warm-up ends: the rate is the lower of both. A run with more
-    steps has the same rates until the shorter one begins to decay. To extend a run, keep a copy of
+    """Linear warm-up, a constant rate, and over the last 60 % of the steps a linear decay to zero (the lower
+    rate, if the decay begins before the warm-up ends). With the same warm-up, a run with more steps has
+    the same rates until the shorter one begins to decay. To extend a run, keep a copy of
     checkpoint.pt from before the decay, and rerun from it with more steps."""
     rising = (step + 1) / warmup
     falling = (steps - step) / (0.6 * steps)
@@ -187,9 +188,9 @@ class Run:
             self.say(self.source.summary())
         else:
             first = args.seed * 100_000_000
-            without_texts = self.vision_steps * args.batch
+            image_rows = self.vision_steps * args.batch
             self.source = Scenes(
-                self.tokenizer, config, args.length, first, without_texts, stickers=self.stickers
+                self.tokenizer, config, args.length, first, image_rows, stickers=self.stickers
             )
         self.step = 0
         self.minutes = 0.0
@@ -397,7 +398,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--save-every", type=positive_int, default=250, metavar="STEPS", help=save_help)
     add("--scenes", type=positive_int, default=40, help="held-out scenes to measure on (default: 40)")
     add = p.add_argument_group("optimization").add_argument
-    vision_help = "steps that train only the ViT, before --steps (only from scratch; default: 2500)"
+    vision_help = "steps that train only the ViT, before --steps (scenes without --checkpoint; default: 2500)"
     add("--vision-steps", type=int, default=2500, help=vision_help)
     add("--steps", type=int, default=6000, help="steps of the whole model (default: 6000)")
     batch_help = "images per step, over all processes (default: 32)"
