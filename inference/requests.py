@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,12 +70,24 @@ def image_jobs(args) -> list[Job]:
 
 def read_jobs(source: str) -> list[Job]:
     """The requests in a JSONL file, or in stdin for "-"; ValueError names the line."""
+    jobs = []
+    for where, row in read_objects(source):
+        try:
+            jobs.append(read_job(row, Path(source).parent))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{where}: {error}") from None
+    if not jobs:
+        raise ValueError(f"{'stdin' if source == '-' else source} has no requests")
+    return jobs
+
+
+def read_objects(source: str | Path) -> Iterator[tuple[str, dict]]:
+    """The objects of a JSONL file (stdin for "-"), each with its file and line; ValueError for other lines."""
     name = "stdin" if source == "-" else source
     try:
         text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text ({error}); expected one JSON object per line") from None
-    jobs = []
     for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
         if not line.strip():
             continue
@@ -84,13 +97,7 @@ def read_jobs(source: str) -> list[Job]:
             row = None
         if not isinstance(row, dict):
             raise ValueError(f"{name}, line {number}: expected one JSON object per line, got {line[:60]!r}")
-        try:
-            jobs.append(read_job(row, Path(source).parent))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{name}, line {number}: {error}") from None
-    if not jobs:
-        raise ValueError(f"{name} has no requests")
-    return jobs
+        yield f"{name}, line {number}", row
 
 
 def read_job(row: dict, folder: Path) -> Job:

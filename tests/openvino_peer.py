@@ -22,10 +22,12 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from model_card import boxes_kept  # noqa: E402
+
 from kosmos2 import EOS, FIRST_POSITION, Kosmos2, Row, preprocess_image  # noqa: E402
 from load_weights import load_checkpoint  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from training.evaluate import HELD_OUT, answers, boxes_kept, choose_examples, encode_example  # noqa: E402
+from training.evaluate import HELD_OUT, answers, choose_examples, encode_example  # noqa: E402
 
 TRACED_TOKENS = 20
 

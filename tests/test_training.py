@@ -451,7 +451,7 @@ def test_phrases_of_a_record_are_tagged_from_end_to_end(small_tokenizer):
 def test_grit_rows(tmp_path, small_tokenizer):
     """All tokens of the text carry loss, the first one at </image>; each record is used once per
     epoch."""
-    source = Grit(write_grit(tmp_path), small_tokenizer, SMALL, seed=0)
+    source = Grit([write_grit(tmp_path)], small_tokenizer, SMALL, seed=0)
     row = source.row(0)
     assert row.targets[: row.prefix] == [-100] * (row.prefix - 1) + [
         small_tokenizer.special_ids["<grounding>"]
@@ -670,7 +670,7 @@ def test_rows_of_odd_numbers(tmp_path, small_tokenizer, row):
     path = write_grit(tmp_path)
     path.write_text(json.dumps(record) + "\n")
     with pytest.raises(ValueError, match="line 1: expected"):
-        Grit(path, small_tokenizer, SMALL, seed=0)
+        Grit([path], small_tokenizer, SMALL, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -701,10 +701,8 @@ def test_training_with_damaged_images(tmp_path, small_folder):
         truncate(tmp_path / "data" / name)
     messages = finish(start_training(tmp_path / "run", 6, *base)).splitlines()
     skipped = [line for line in messages if line.startswith("skipped")]
-    assert len(skipped) == 2 and {line.split(" of ")[0] for line in skipped} == {
-        "skipped line 3",
-        "skipped line 5",
-    }
+    found = {line.split(": ")[0] for line in skipped}
+    assert len(skipped) == 2 and found == {f"skipped {data}, line 3", f"skipped {data}, line 5"}
     assert messages[0].startswith(f"{data}: records: 6 read")
     for seed in range(6):
         truncate(tmp_path / "data" / f"{seed}.png")
@@ -859,7 +857,7 @@ def read_grit(tmp_path, small_tokenizer):
     def read(*lines: str | bytes) -> Grit:
         lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
         (tmp_path / "grit.jsonl").write_bytes(b"\n".join(lines))
-        return Grit(tmp_path / "grit.jsonl", small_tokenizer, SMALL, seed=0)
+        return Grit([tmp_path / "grit.jsonl"], small_tokenizer, SMALL, seed=0)
 
     return read
 
@@ -872,7 +870,6 @@ def with_box(*box: float) -> str:
     ("line", "words"),
     [
         (json.dumps(RECORD | {"image": "none.png"}), "no image at .*none.png"),
-        (json.dumps(RECORD | {"image": "bad.png"}), "cannot read image .*bad.png"),
         (json.dumps({"caption": "a dog", "ref_exps": []}), "no 'image'"),
         (json.dumps({"image": "good.png", "ref_exps": []}), "no 'caption'"),
         (json.dumps(RECORD | {"image": None}), "image: expected a path, got null"),
@@ -882,7 +879,7 @@ def with_box(*box: float) -> str:
         (json.dumps(RECORD | {"ref_exps": {}}), "ref_exps: expected a list, got {}"),
         (json.dumps(RECORD | {"ref_exps": None}), "not a GRIT record: expected ref_exps or noun_chunks"),
         (json.dumps(RECORD | {"caption": "a"}), "span 0:5 is outside the caption"),
-        (json.dumps(RECORD | {"caption": "a dog " * 9999}), "the text has .* tokens; there is room for"),
+        (json.dumps(RECORD | {"caption": "a dog " * 9999}), "the caption has .* tokens; there is room for"),
         (with_box(10, 20, 300, 400), "box .*; divide pixels by the size"),
         (with_box(0.5, 0.5, 0.2, 0.2), "box .* x1 < x2"),
         (with_box(0.7, 0.1, 0.2, 0.3), "box .* x, y, width, height are not corners"),
@@ -903,7 +900,7 @@ def test_bad_records_are_named_by_line(read_grit, line, words):
     [(b"PAR1....", "parquet"), (b"\xff\xfe{}", "UTF-8"), (b"", "no records"), (b"\n\n", "no records")],
 )
 def test_files_of_other_kinds_are_refused(read_grit, content, words):
-    with pytest.raises(ValueError, match=f"grit.jsonl .*{words}"):
+    with pytest.raises(ValueError, match=f"(grit.jsonl.*{words}|{words}.*grit.jsonl)"):
         read_grit(content)
 
 
@@ -985,16 +982,16 @@ def test_rows_with_damaged_images(tmp_path, small_tokenizer, capsys):
     """A row whose image is truncated has the next image; row n is the same from the start and resumed."""
     path = write_grit(tmp_path)
     truncate(tmp_path / "3.png")
-    source = Grit(path, small_tokenizer, SMALL, seed=0)
+    source = Grit([path], small_tokenizer, SMALL, seed=0)
     rows = [source.row(n) for n in range(12)]
     errors = capsys.readouterr().err
-    assert errors.startswith(f"skipped line 4 of {path}: cannot read ") and errors.count("\n") == 1
+    assert errors.startswith(f"skipped {path}, line 4: cannot read ") and errors.count("\n") == 1
     assert "3.png" in errors and "(1 unreadable so far)" in errors
-    complete = Grit(write_grit(tmp_path / "complete"), small_tokenizer, SMALL, seed=0)
+    complete = Grit([write_grit(tmp_path / "complete")], small_tokenizer, SMALL, seed=0)
     changed = [n for n, row in enumerate(rows) if row.tokens != complete.row(n).tokens]
     assert len(changed) == 2  # once in each epoch
     for n in reversed(range(12)):
-        again = Grit(path, small_tokenizer, SMALL, seed=0).row(n)
+        again = Grit([path], small_tokenizer, SMALL, seed=0).row(n)
         assert again.tokens == rows[n].tokens and torch.equal(again.pixels[0], rows[n].pixels[0])
 
 

@@ -19,19 +19,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sample import CommandParser, report_error, run_command
-
-Box = tuple[float, float, float, float]
+from tokenizer import Box
 
 
 def normalize(bbox: list[float], image: dict) -> Box:
     """COCO's (x, y, width, height) in pixels -> (x1, y1, x2, y2) in 0..1."""
     x, y, width, height = bbox
-    return (
-        x / image["width"],
-        y / image["height"],
-        (x + width) / image["width"],
-        (y + height) / image["height"],
-    )
+    x_scale = 1 / image["width"]
+    y_scale = 1 / image["height"]
+    return x * x_scale, y * y_scale, (x + width) * x_scale, (y + height) * y_scale
 
 
 def refcoco_requests(images: list[dict], annotations: dict[int, list[dict]]) -> Iterator[dict]:

@@ -6,7 +6,6 @@ encoded image can teach many sentences. A sequence may contain a second image. `
 small world of scenes.py, `Grit` from a GRIT-format file.
 """
 
-import argparse
 import json
 import math
 import os
@@ -17,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from inference.progress import Progress
+from inference.requests import read_objects
 from kosmos2 import EOS, FIRST_POSITION, PAD, Kosmos2Config, open_image, preprocess_image
 from tokenizer import GRID, Box, Tokenizer, clip_box, printable
 from training.patches import patch_labels
@@ -49,12 +48,12 @@ class Span(NamedTuple):
     boxes: list[Box]
 
 
-def read_spans(record: dict, key: str = "ref_exps", counts: Counter | None = None) -> list[Span]:
+def read_spans(record: dict, counts: Counter | None = None) -> list[Span]:
     """The phrases of a GRIT record, in order, as the original data loader selects them.
 
     record: "caption", and "ref_exps" or "noun_chunks" as lists of [start, end, x1, y1, x2, y2, score],
-    with start and end in characters of the caption and the box in 0..1. `key` is the list to read; where
-    it is missing or empty, the other one is read. Boxes scored below MIN_SCORE and expressions inside
+    with start and end in characters of the caption and the box in 0..1. "noun_chunks" are read only if
+    "ref_exps" are missing or empty. Boxes scored below MIN_SCORE and expressions inside
     others are dropped; of two crossing expressions, the first is kept; several boxes of one expression
     are listed together, each once. `counts` counts what becomes of the boxes.
 
@@ -66,7 +65,7 @@ def read_spans(record: dict, key: str = "ref_exps", counts: Counter | None = Non
         raise ValueError(f"caption: expected text, got {printable(json.dumps(caption))}")
     counts = Counter() if counts is None else counts
     spans: dict[tuple[int, int], list[Box]] = {}
-    for row in box_rows(record, key):
+    for row in box_rows(record):
         start, end, box, score = read_row(row, caption)
         boxes = spans.setdefault((start, end), []) if score >= MIN_SCORE else []
         if score < MIN_SCORE:
@@ -88,15 +87,15 @@ def read_spans(record: dict, key: str = "ref_exps", counts: Counter | None = Non
     return outer
 
 
-def box_rows(record: dict, key: str) -> list:
-    """The rows of the first of `key`, "ref_exps" and "noun_chunks" that has any."""
-    found = [name for name in (key, "ref_exps", "noun_chunks") if record.get(name) is not None]
+def box_rows(record: dict) -> list:
+    """The rows of "ref_exps", or if there are none, those of "noun_chunks"."""
+    found = {name: record[name] for name in ("ref_exps", "noun_chunks") if record.get(name) is not None}
     if not found:
         raise ValueError("not a GRIT record: expected ref_exps or noun_chunks, lists of boxes")
-    for name in found:
-        if not isinstance(record[name], list):
-            raise ValueError(f"{name}: expected a list, got {printable(json.dumps(record[name]))}")
-    return next((record[name] for name in found if record[name]), [])
+    for name, rows in found.items():
+        if not isinstance(rows, list):
+            raise ValueError(f"{name}: expected a list, got {printable(json.dumps(rows))}")
+    return next((rows for rows in found.values() if rows), [])
 
 
 def read_row(row, caption: str) -> tuple[int, int, Box, float]:
@@ -127,7 +126,7 @@ def encode_record(tokenizer: Tokenizer, record: dict, counts: Counter | None = N
     "a 50% sale" the span "a 50" takes the piece "50%". Tags that stand literally in the caption are
     ordinary text. `counts` counts what becomes of the boxes."""
     counts = Counter() if counts is None else counts
-    spans = read_spans(record, counts=counts)
+    spans = read_spans(record, counts)
     caption = record["caption"]
     tags = []
     done = 0
@@ -181,9 +180,9 @@ def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
     return insert_tags(tokenizer, caption, tags)
 
 
-def grit_to_text(record: dict, key: str = "ref_exps", grid: int = GRID) -> str:
+def grit_to_text(record: dict, grid: int = GRID) -> str:
     """A GRIT record -> tagged text, for display. Without boxes, the caption as it is, without <grounding>."""
-    spans = read_spans(record, key)
+    spans = read_spans(record)
     caption = record["caption"]
     text = "<grounding>" if spans else ""
     done = 0
@@ -271,9 +270,7 @@ class Scenes:
     """Row n: the scene of seed first + n, with as many sequences as fit into `length` tokens.
     The first `image_rows` rows have none: their only targets are the labels of the patches."""
 
-    def __init__(
-        self, tokenizer, config: Kosmos2Config, length: int, first: int, image_rows=0, stickers=None
-    ):
+    def __init__(self, tokenizer, config, length: int, first: int, image_rows=0, stickers=None):
         check_grid(tokenizer)
         self.tokenizer = tokenizer
         self.image_size = config.vision.image_size
@@ -325,45 +322,42 @@ def choose(examples: list[Example], rng: random.Random) -> list[Example]:
 
 
 class Grit:
-    """Row n of an endless, reshuffled reading of a GRIT-format file.
+    """Row n of an endless, reshuffled reading of GRIT-format files.
 
-    The file has one JSON record per line: "image" (a path, relative to the file), "caption",
+    A file has one JSON record per line: "image" (a path, relative to the file), "caption",
     "noun_chunks", "ref_exps". As in the original training, all tokens of the caption carry loss, and
     it follows the image directly. Records whose caption is empty or null are skipped. At the start,
-    ValueError names the line of a bad record and of an image that is missing or no image. The pixels
-    are read during training only: an image that turns out to be damaged is reported once and replaced
-    by the next one, so row n is the same in every run."""
+    ValueError names the line of a bad record or a missing image. Images are read during training only: one
+    that cannot be read is reported once and replaced by the next one, so row n is the same in every run."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, config: Kosmos2Config, seed: int):
-        self.path = path
+    def __init__(self, paths: list[Path], tokenizer: Tokenizer, config: Kosmos2Config, seed: int):
+        self.paths = paths
         self.tokenizer = tokenizer
         self.config = config
         self.seed = seed
-        self.records: list[tuple[int, Path, list[int]]] = []  # (line, image, ids)
+        self.records: list[tuple[str, Path, list[int]]] = []  # (file and line, image, ids)
         self.counts: Counter = Counter()  # of records
         self.box_counts: Counter = Counter(kept=0)  # what became of the boxes
-        for number, line in enumerate(read_lines(path), start=1):
-            if not line.strip():
-                continue
-            try:
-                self.add(number, json.loads(line))
-            except json.JSONDecodeError as error:
-                reason = f"expected one JSON record per line ({error})"
-                raise ValueError(f"{path}, line {number}: {reason}") from None
-            except KeyError as error:
-                raise ValueError(f"{path}, line {number}: no {error} in the record") from None
-            except (ValueError, TypeError, OSError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
+        for path in paths:
+            for where, record in read_objects(path):
+                try:
+                    self.add(where, record, path.parent)
+                except KeyError as error:
+                    raise ValueError(f"{where}: no {error} in the record") from None
+                except (ValueError, TypeError, OSError, RecursionError) as error:
+                    raise ValueError(f"{where}: {error}") from None
         if not self.records:
-            raise ValueError(f"{path} has no records with a caption")
+            raise ValueError(f"no records with a caption in {self.names}")
         self.epoch = -1
         self.order: list[int] = []
         self.unreadable: set[int] = set()  # indices of records
 
-    def add(self, number: int, record: dict) -> None:
+    @property
+    def names(self) -> str:
+        return ", ".join(map(str, self.paths))
+
+    def add(self, where: str, record: dict, folder: Path) -> None:
         """Check one record and keep its image and ids."""
-        if not isinstance(record, dict):
-            raise ValueError(f"expected a JSON object, got {type(record).__name__}")
         self.counts["read"] += 1
         name = record["image"]
         if not isinstance(name, str) or not name:
@@ -377,18 +371,19 @@ class Grit:
         room = self.config.text.max_positions - self.config.latent_query_num - 4  # with the four tags
         if len(ids) > room:
             raise ValueError(f"the caption has {len(ids)} tokens; there is room for {room}")
-        image = self.path.parent / name
-        check_image(image)
+        image = folder / name
+        if not os.path.isfile(image):  # (Path.is_file raises an error if the name is too long)
+            raise FileNotFoundError(f"no image at {printable(str(image))}")
         if self.box_counts["kept"] == kept:
             self.counts["without boxes"] += 1
-        self.records.append((number, image, ids))
+        self.records.append((where, image, ids))
 
     def summary(self) -> str:
         """One line about the records and boxes."""
         parts = []
         for counts in (self.counts, self.box_counts):
             parts.append(", ".join(f"{count} {what}" for what, count in counts.items()))
-        return f"{self.path}: records: {parts[0]}; boxes: {parts[1]}"
+        return f"{self.names}: records: {parts[0]}; boxes: {parts[1]}"
 
     def row(self, n: int) -> Row:
         epoch, at = divmod(n, len(self.records))
@@ -400,50 +395,19 @@ class Grit:
             index = self.order[i % len(self.order)]
             if index in self.unreadable:
                 continue
-            number, image, ids = self.records[index]
+            where, image, ids = self.records[index]
             try:
                 pixels = preprocess_image(open_image(image), self.config.vision.image_size)
             except (OSError, ValueError) as error:
                 self.unreadable.add(index)
                 count = len(self.unreadable)
-                message = f"skipped line {number} of {self.path}: {error} ({count} unreadable so far)"
+                message = f"skipped {where}: {error} ({count} unreadable so far)"
                 Progress(1).message(message)
                 continue
             row = Row(self.tokenizer, pixels)
             row.add([], [*ids, EOS], 1)
             return row
-        raise ValueError(f"no image of {self.path} can be read")
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a JSONL file; ValueError for files of other kinds."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no training data at {path}")
-    content = path.read_bytes()
-    if content.startswith(b"PAR1"):
-        raise ValueError(f"{path} is a parquet file; convert it to JSON lines first")
-    try:
-        return content.decode("utf-8-sig").split("\n")  # splitlines() would split at U+2028
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); expected one JSON record per line") from None
-
-
-def positive_int(text: str) -> int:
-    """The type of command-line options that count something."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
-    return value
-
-
-def check_image(path: Path) -> None:
-    """Raise unless this is an image that Pillow knows. (Reads only its header: there may be millions.)"""
-    if not os.path.isfile(path):  # (Path.is_file raises an error if the name is too long)
-        raise FileNotFoundError(f"no image at {printable(str(path))}")
-    try:
-        Image.open(path).close()
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise ValueError(f"cannot read image {printable(str(path))} ({error})") from None
+        raise ValueError(f"no image of {self.names} can be read")
 
 
 class Steps(torch.utils.data.Dataset):

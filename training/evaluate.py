@@ -1,10 +1,7 @@
 """Score a model on scenes it never saw, task by task.
 
-Grounding and referring expression comprehension have the metric of the paper.
-
-    python -m training.evaluate [--checkpoint tiny] [--scenes 500] [--calibration PNG]
+    python -m training.evaluate [--checkpoint tiny] [--scenes 500]
     python -m training.evaluate --stickers DIR            stickers by style and by kind
-    python -m training.evaluate --precision int8          compare fp32 with a lower precision
     python -m training.evaluate --results FILE            score a results file (benchmarks.py)
 
 | task                      | a hit is                                                                       |
@@ -20,7 +17,6 @@ Grounding and referring expression comprehension have the metric of the paper.
 """
 
 import argparse
-import json
 import random
 import sys
 import unicodedata
@@ -31,11 +27,12 @@ import torch
 
 from inference.beam import rank_boxes
 from inference.fast import load_checkpoint
+from inference.requests import read_objects
 from kosmos2 import Kosmos2, Row, finish, pad_left, preprocess_image
 from sample import CommandParser, report_error, run_command
 from tokenizer import Box, Entity, Tokenizer, box_score, iou, parse, strip_tags, tokens_to_box
 from training import scenes as world
-from training.data import check_grid, encode_example, positive_int
+from training.data import check_grid, encode_example
 from training.scenes import MOST, Example, Scene, Thing
 from training.stickers import Stickers
 
@@ -198,9 +195,7 @@ def choose_examples(scenes: int, first_seed: int, only=None, stickers: Stickers 
     return chosen
 
 
-def evaluate(
-    model, tokenizer, scenes: int, first_seed: int, only=None, stickers: Stickers | None = None
-) -> dict[str, tuple[float, int]]:
+def evaluate(model, tokenizer, scenes: int, first_seed: int, only=None, stickers=None) -> dict[str, tuple]:
     """{task: (share of hits, number of hits and misses)} over `choose_examples`."""
     chosen = choose_examples(scenes, first_seed, only, stickers)
     return accuracies(tokenizer, chosen, answers(model, tokenizer, chosen))
@@ -225,24 +220,6 @@ def table_rows(found: dict[str, tuple[float, int]]) -> dict[str, tuple[float, in
     return rows
 
 
-def generated_boxes(tokenizer: Tokenizer, example: Example, result: Row) -> list[Entity]:
-    """The entities of an answer whose boxes the model generated, with their scores."""
-    prompt = encode_example(tokenizer, example)[0]
-    _, entities = tokenizer.parse_output(prompt, result.ids, result.probabilities)
-    return [entity for entity in entities if entity.scores[0] is not None]
-
-
-def boxes_kept(tokenizer, chosen: Chosen, results: list[Row], others: list[Row]) -> tuple[float, int]:
-    """The share of boxes in `results` that have IoU >= 0.9 with a box in `others`, and their number."""
-    kept = []
-    for (_, example), result, other in zip(chosen, results, others, strict=True):
-        other_boxes = [box for entity in generated_boxes(tokenizer, example, other) for box in entity.boxes]
-        for entity in generated_boxes(tokenizer, example, result):
-            for box in entity.boxes:
-                kept.append(any(iou(box, candidate) >= 0.9 for candidate in other_boxes))
-    return sum(kept) / max(len(kept), 1), len(kept)
-
-
 @torch.inference_mode()
 def ranked_accuracy(model: Kosmos2, tokenizer: Tokenizer, chosen: Chosen, counts=(1, 5)) -> dict[int, float]:
     """{k: share of phrases for which one of the k most probable boxes has IoU >= 0.5 with the
@@ -263,60 +240,13 @@ def ranked_accuracy(model: Kosmos2, tokenizer: Tokenizer, chosen: Chosen, counts
 
 def first_scores(tokenizer: Tokenizer, chosen: Chosen, results: list[Row]) -> dict[str, list[float]]:
     """The score of the first box of every grounding answer, for present and for absent phrases."""
-    scores: dict[str, list[float]] = {"ground": [], "ground absent": []}
+    scores = defaultdict(list)
     for (_, example), result in zip(chosen, results, strict=True):
-        if example.task in scores:
+        if example.task in ("ground", "ground absent"):
             pairs = zip(result.ids, result.probabilities, strict=True)
             locations = [p for i, p in pairs if tokenizer.location_index(i) is not None]
             scores[example.task].append(box_score(locations[:2]) or 0.0)
     return scores
-
-
-# ---- Calibration -----------------------------------------------------------------------------------
-
-
-def scored_boxes(model, tokenizer, chosen: Chosen) -> list[tuple[float, float, bool]]:
-    """(score, best IoU with a correct box, whether both corners are correct) of every generated box."""
-    found = []
-    for (scene, example), result in zip(chosen, answers(model, tokenizer, chosen), strict=True):
-        for entity in generated_boxes(tokenizer, example, result):
-            boxes = [thing.box for thing in example.targets]
-            if example.task == "caption":  # the objects that the phrase names
-                name = name_of(entity.phrase, scene.stickers)
-                boxes = [thing.box for thing in scene.things if name and thing.name == name[0]]
-            exact = [tokens_to_box(*world.cells(box)) for box in boxes]
-            for box, score in zip(entity.boxes, entity.scores, strict=True):
-                best = max((iou(box, truth) for truth in boxes), default=0.0)
-                found.append((score, best, box in exact))
-    return found
-
-
-def plot_calibration(found: list[tuple[float, float, bool]], path: Path, bins: int = 10) -> None:
-    """Plot how good boxes are against their score, in `bins` groups of equal size. A score is sqrt(p(top
-    left) p(bottom right)). If the probabilities are calibrated, a share of s² of the boxes with score s
-    has both corners in the correct cells."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    groups = torch.tensor(sorted(found)).tensor_split(bins)  # each (boxes, 3)
-    scores = [group[:, 0].mean().item() for group in groups]
-    fig, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
-    for label, column, least, color in (
-        ("IoU at least 0.5", 1, 0.5, "#1565c0"),
-        ("IoU at least 0.75", 1, 0.75, "#8e24aa"),
-        ("both cells correct", 2, 1, "#c62828"),
-    ):
-        shares = [(group[:, column] >= least).float().mean().item() for group in groups]
-        axes.plot(scores, shares, color=color, marker="o", markersize=4, label=label)
-    line = torch.linspace(0, 1, 50)
-    axes.plot(line, line**2, color="#777777", linestyle="--", label="score², if calibrated")
-    axes.set_title(f"{len(found):,} boxes in {bins} groups by score")
-    axes.set(xlabel="mean score", ylabel="share of boxes", xlim=(0, 1), ylim=(0, 1.02))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower right", fontsize=9)
-    fig.savefig(path, dpi=110)
 
 
 # ---- Stickers --------------------------------------------------------------------------------------
@@ -349,23 +279,6 @@ def print_stickers(found: dict[Thing, list[float]]) -> None:
         print(f"| {name} | {means[name][0]:.3f} | {means[name][1]:.3f} | {len(groups[name])} |")
 
 
-# ---- The command -----------------------------------------------------------------------------------
-
-
-def print_comparison(args, tokenizer, chosen: Chosen, results: list[Row], title: str) -> None:
-    """A table of fp32 next to another precision."""
-    others = answers(load_checkpoint(args.checkpoint, args.precision)[0], tokenizer, chosen)
-    rows = table_rows(accuracies(tokenizer, chosen, results))
-    other_rows = table_rows(accuracies(tokenizer, chosen, others))
-    print(f"| {title} | fp32 | {args.precision} | of |\n|---|---|---|---|")
-    for task, (share, count) in rows.items():
-        print(f"| {task} | {share:.3f} | {other_rows[task][0]:.3f} | {count} |")
-    same = sum(a.ids == b.ids for a, b in zip(results, others, strict=True))
-    kept, boxes = boxes_kept(tokenizer, chosen, results, others)
-    print(f"| answers with the same ids | | {same / len(chosen):.4f} | {len(chosen)} |")
-    print(f"| boxes that keep IoU 0.9 with those of fp32 | | {kept:.4f} | {boxes} |")
-
-
 # ---- Results files with truth (benchmarks.py) ------------------------------------------------------
 
 
@@ -373,18 +286,14 @@ def score_results(file: Path, counts=(1, 5, 10)) -> tuple[dict[int, float], int]
     """({k: share of requests for which one of the first k boxes is correct}, number of requests). A box is
     correct if its IoU with any target is at least 0.5. ValueError if no line has "phrase" and "target"."""
     hits = {k: [] for k in counts}
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
+    for where, row in read_objects(file):
+        if "target" not in row:
             continue
         try:
-            row = json.loads(line)
-            if "target" not in row:
-                continue
             boxes = boxes_of_phrase(row["entities"], row["phrase"])
             hit = [any(iou(box, target) >= 0.5 for target in row["target"]) for box in boxes]
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{file}, line {number}: not a result ({reason})") from None
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{where}: not a result ({type(error).__name__}: {error})") from None
         for k in counts:
             hits[k].append(any(hit[:k]))
     total = len(hits[counts[0]])
@@ -403,6 +312,9 @@ def boxes_of_phrase(entities: list[dict], phrase: str) -> list[Box]:
     return []
 
 
+# ---- The command -----------------------------------------------------------------------------------
+
+
 def print_results(model, tokenizer, chosen: Chosen, results: list[Row], title: str) -> None:
     """The table of the model card: accuracies, ranked boxes and scores."""
     print(f"| {title} | accuracy | of |\n|---|---|---|")
@@ -412,8 +324,6 @@ def print_results(model, tokenizer, chosen: Chosen, results: list[Row], title: s
     for k, share in ranked_accuracy(model, tokenizer, phrases).items():
         print(f"| ranked boxes of a phrase: one of the top {k} is correct | {share:.3f} | {len(phrases)} |")
     for task, scores in first_scores(tokenizer, chosen, results).items():
-        if not scores:
-            continue
         low, middle, high = (torch.tensor(scores).quantile(q).item() for q in (0.1, 0.5, 0.9))
         where = "not in the image" if task == "ground absent" else "in the image"
         print(
@@ -434,28 +344,20 @@ def run(args: argparse.Namespace) -> None:
         return
     chosen = choose_examples(args.scenes, HELD_OUT)
     results = answers(model, tokenizer, chosen)
-    title = f"task ({args.scenes} held-out scenes of up to {MOST} things)"
-    if args.precision:
-        print_comparison(args, tokenizer, chosen, results, title)
-        return
+    title = f"task ({args.scenes} held-out scenes of up to {MOST} objects)"
     print_results(model, tokenizer, chosen, results, title)
-    if args.calibration:
-        tasks_with_boxes = {"caption", "ground", "refer relation"}
-        chosen = choose_examples(args.scenes, HELD_OUT, tasks_with_boxes)
-        plot_calibration(scored_boxes(model, tokenizer, chosen), args.calibration)
-        print(f"wrote {args.calibration}", file=sys.stderr)
 
 
 def main(argv=None) -> int:
     parser = CommandParser("training.evaluate", __doc__)
     add = parser.add_argument
     add("--checkpoint", default=str(ROOT / "tiny"))
-    add("--scenes", type=positive_int, default=500)
+    add("--scenes", type=int, default=500)
     add("--stickers", type=Path, metavar="DIR", help="measure on PNGs STYLE/KIND--NAME.png")
-    add("--precision", choices=["bf16", "fp16", "int8"], help="compare fp32 with this")
-    add("--calibration", type=Path, metavar="PNG", help="plot how good boxes are by their score")
     add("--results", type=Path, metavar="JSONL", help="score this file instead")
     args = parser.parse_args(argv)
+    if args.scenes < 1:
+        parser.error("--scenes must be at least 1")
     try:
         run(args)
     except (OSError, ValueError, RuntimeError) as error:

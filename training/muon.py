@@ -7,23 +7,21 @@ then a step of the bundled model took four times as long.
 """
 
 import math
-from collections import defaultdict
 
 import torch
 from torch import Tensor
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """(..., rows, columns): five Newton-Schulz iterations towards the nearest orthogonal matrices. Singular
+    """(rows, columns): five Newton-Schulz iterations towards the nearest orthogonal matrix. The singular
     values end between 0.7 and 1.2; more precision does not help."""
-    transposed = x.shape[-2] > x.shape[-1]
-    if transposed:
-        x = x.mT
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    if len(x) > len(x.T):
+        return orthogonalize(x.T).T
+    x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.mT
+        gram = x @ x.T
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-    return x.mT if transposed else x
+    return x
 
 
 class Muon(torch.optim.Optimizer):
@@ -36,7 +34,6 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            same_shape = defaultdict(list)  # orthogonalized together, which is faster
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -44,11 +41,6 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(average, group["momentum"])
-                same_shape[parameter.shape].append((parameter, update))
-            for shape, pairs in same_shape.items():
-                updates = orthogonalize(torch.stack([update for _, update in pairs]))
-                step_size = 0.2 * math.sqrt(max(shape)) * group["lr"]
-                for (parameter, _), update in zip(pairs, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.sub_(step_size * update)
+                update = orthogonalize(parameter.grad.lerp(average, group["momentum"]))
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.sub_(update, alpha=0.2 * math.sqrt(max(update.shape)) * group["lr"])

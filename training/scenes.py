@@ -159,9 +159,7 @@ def extent(parts: list[Part]) -> Box:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def random_thing(
-    rng: random.Random, others: list[Thing], background: str, aspect: float, stickers: Stickers | None
-) -> Thing | None:
+def random_thing(rng, others: list[Thing], background: str, aspect: float, stickers=None) -> Thing | None:
     """A thing in a free place; sometimes of the kind or color of an earlier one. None if no place was
     found."""
     kind = rng.choice(KINDS)
@@ -192,9 +190,7 @@ def random_thing(
     return None
 
 
-def try_place(
-    rng: random.Random, thing: Thing, others: list[Thing], background: str, gap: float
-) -> Thing | None:
+def try_place(rng, thing: Thing, others: list[Thing], background: str, gap: float) -> Thing | None:
     """The thing in a random place; None if that place is not free or, for a drawing, not natural."""
     x1, y1, x2, y2 = thing.box
     half_width = (x2 - x1) / 2 + 0.01
@@ -322,7 +318,7 @@ class Scene:
         return list(groups.values())
 
     def record(self, detailed: bool = False) -> dict:
-        """The scene as a GRIT record. "things" is our own addition: the truth to check against. Brief:
+        """The scene as a GRIT record. Brief:
         "An image of a snowman next to a fire." or "An image of a red cup, a tree and two blue stars."
         Detailed: one sentence with the place of every thing."""
         caption, entities = parse(linked_caption(self, detailed))
@@ -334,7 +330,6 @@ class Scene:
             "caption": caption,
             "noun_chunks": rows,
             "ref_exps": [list(row) for row in rows],
-            "things": [{"kind": thing.kind, "color": thing.color, "box": thing.box} for thing in self.things],
         }
 
 
@@ -434,9 +429,7 @@ def paint_landscape(name: str, width: int, height: int, rng: random.Random) -> P
     return image, [sky, ground]
 
 
-def draw_thing(
-    image: Image.Image, thing: Thing, background: list[Color], outlined: bool, rng: random.Random
-) -> None:
+def draw_thing(image: Image.Image, thing: Thing, background: list[Color], outlined: bool, rng) -> None:
     """Draw a thing. First the lines around all its polygons, then the polygons, so that only its
     silhouette is outlined."""
     width, height = image.size
@@ -877,24 +870,18 @@ def main(argv=None) -> int:
     parser.add_argument("--count", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stickers", type=Path, metavar="DIR", help="mix in these stickers")
-    parser.add_argument("--demo", action="store_true", help="write the images of tiny/ instead")
     args = parser.parse_args(argv)
     try:
-        if args.demo:
-            scenes = demo_scenes()
-        else:
-            stickers = Stickers(args.stickers) if args.stickers else None
-            seeds = range(args.seed, args.seed + args.count)
-            scenes = {f"{seed}.png": Scene.random(seed, stickers) for seed in seeds}
+        stickers = Stickers(args.stickers) if args.stickers else None
         args.folder.mkdir(parents=True, exist_ok=True)
-        for name, scene in scenes.items():
-            scene.draw(420 if args.demo else None).save(args.folder / name)
-        records = [json.dumps({"image": name, **scene.record()}) + "\n" for name, scene in scenes.items()]
-        if not args.demo:
-            (args.folder / "grit.jsonl").write_text("".join(records), encoding="utf-8")
+        with open(args.folder / "grit.jsonl", "w", encoding="utf-8") as lines:
+            for seed in range(args.seed, args.seed + args.count):
+                scene = Scene.random(seed, stickers)
+                scene.draw().save(args.folder / f"{seed}.png")
+                lines.write(json.dumps({"image": f"{seed}.png", **scene.record()}) + "\n")
     except (OSError, ValueError) as error:
         return report_error("scenes", error)
-    print(f"wrote {len(scenes)} scenes to {args.folder}")
+    print(f"wrote {args.count} scenes to {args.folder}")
     return 0
 
 

@@ -1,10 +1,9 @@
-"""What a training run starts with and leaves: vocabulary, initial weights, plots of its losses."""
+"""What a training run starts with: the vocabulary and the initial weights."""
 
 import io
 import math
 import random
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -74,8 +73,10 @@ def sincos_2d(rows: int, columns: int, width: int) -> torch.Tensor:
 
 @torch.no_grad()
 def init_weights(model: Kosmos2, first_location: int, seed: int = 0) -> None:
-    """Fan-in scaling, halved for the last matrix of each residual branch, and zero biases. The
-    exceptions are explained in the docstring of train.py."""
+    """Fan-in scaling, halved for the last matrix of each residual branch, and zero biases. Exceptions: ViT
+    features have unit length, so `dense` starts near std 1, otherwise the latents outweigh the image. The
+    ViT's position embeddings start as 2-D sinusoids, and location tokens as smooth functions of their
+    position, so neighboring cells have similar embeddings."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
@@ -110,35 +111,3 @@ def carry_over(model: Kosmos2, tokenizer: Tokenizer, old_model: Kosmos2, old_tok
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"cannot continue from a model of other sizes ({reason})") from None
-
-
-# ---- Curves ----------------------------------------------------------------------------------------
-
-
-def draw_curves(log: list[dict], path: Path) -> None:
-    """Plot the losses and the accuracy of some tasks over the steps; needs matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("\nmatplotlib is not installed: no loss.png", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name, color in (("locations", "#c62828"), ("words", "#1565c0"), ("patches", "#2e7d32")):
-        points = [(row["step"], row[name]) for row in log if row.get(name)]
-        if points:
-            left.plot(*zip(*points, strict=True), color=color, label=name)
-    left.set(title="Loss per token", xlabel="step", ylabel="cross-entropy, nats", yscale="log")
-    rows = [row for row in log if "accuracy" in row]
-    shown = ["ground", "ground several", "refer relation", "caption", "describe box", "kind", "count"]
-    for task in shown:
-        points = [(r["step"], r["accuracy"][task]) for r in rows if task in r["accuracy"]]
-        right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=task)
-    right.set(title="Accuracy on held-out scenes", xlabel="step", ylim=(0, 1.02))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(frameon=False)
-    fig.savefig(path, dpi=110)

@@ -7,7 +7,6 @@ mirrored, turned, stretched, in other colors, flat, as black lines on flat color
 
 import random
 import re
-from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,16 +22,16 @@ class Stickers:
     """The stickers of a folder by kind and style; ValueError names the file that is not one."""
 
     def __init__(self, folder: Path):
-        self.files: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+        self.files: dict[str, dict[str, list[Path]]] = {}
         for path in sorted(Path(folder).glob("*/*.png")):
             name = re.fullmatch(r"([a-z]+(-[a-z]+)*)--.+", path.stem)
             if name is None:
                 raise ValueError(f"{path}: expected a name such as palm-tree--tall.png (KIND--NAME.png)")
             open_sticker(path)
-            self.files[name[1].replace("-", " ")][path.parent.name].append(path)
+            styles = self.files.setdefault(name[1].replace("-", " "), {})
+            styles.setdefault(path.parent.name, []).append(path)
         if not self.files:
             raise ValueError(f"{folder} has no stickers; expected PNGs named STYLE/KIND--NAME.png")
-        self.files = {kind: dict(styles) for kind, styles in self.files.items()}  # a defaultdict grows
         self.kinds = list(self.files)
 
     def choose(self, rng: random.Random, kind: str) -> Path:

@@ -49,17 +49,6 @@ def rectangle(x1: float, y1: float, x2: float, y2: float) -> list[Point]:
     return [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
 
 
-def regular_polygon(corners: int, inner: float | None = None, turn: float = -90) -> list[Point]:
-    """A regular polygon of radius 1; with an inner radius, a star."""
-    radii = [1.0] if inner is None else [1.0, inner]
-    count = corners * len(radii)
-    angles = [math.radians(turn + 360 * i / count) for i in range(count)]
-    return [
-        (radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a))
-        for i, a in enumerate(angles)
-    ]
-
-
 # ---- Shapes ----------------------------------------------------------------------------------------
 
 
@@ -76,7 +65,13 @@ def triangle(vary: Vary) -> list[Part]:
 
 
 def star(vary: Vary) -> list[Part]:
-    return [Part(regular_polygon(5, inner=vary(0.42)))]
+    inner = vary(0.42)
+    points = []
+    for i in range(10):
+        radius = 1 if i % 2 == 0 else inner
+        angle = math.radians(36 * i - 90)
+        points.append((radius * math.cos(angle), radius * math.sin(angle)))
+    return [Part(points)]
 
 
 def heart(vary: Vary) -> list[Part]:

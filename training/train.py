@@ -7,18 +7,11 @@
     python -m training.train --out more --stickers DIR --continue-from tiny    also on stickers by others
     torchrun --nproc-per-node 8 -m training.train ...     the same on many processes
 
-Writes checkpoint.pt (a run resumes from it) and at the end the model in the published layout,
-log.jsonl and loss.png. The data of each step depends only on its number: a resumed run sees
-the same data, on any number of processes.
+Writes checkpoint.pt (a run resumes from it), and at the end the model in the published layout and
+log.jsonl. The data of each step depends only on its number: a resumed run sees the same data, on any
+number of processes.
 
-What makes so small a model learn to see in a few hours (tiny/README.md has measurements):
-- `init_weights`: ViT features have unit length, so the resampler's `dense` starts near std 1,
-  otherwise the latents outweigh the image; the ViT starts with 2-D sinusoids as position embeddings;
-  location tokens start as smooth functions of their position, so neighboring cells have similar
-  embeddings.
-- Rows of one image and many sequences (data.py): encoding an image costs as much as several of them.
-- Muon for the matrices inside the blocks (`make_optimizers`).
-- First the ViT alone, on labels for every patch (patches.py); their loss is then added to that of the tokens.
+tiny/README.md tells what makes so small a model learn to see in a few hours, with measurements.
 """
 
 import argparse
@@ -52,12 +45,12 @@ from kosmos2 import Kosmos2
 from load_weights import SENTENCEPIECE
 from sample import CommandParser, report_error, run_command
 from tokenizer import Tokenizer
-from training.data import Grit, Scenes, Steps, positive_int, read_ahead
+from training.data import Grit, Scenes, Steps, read_ahead
 from training.evaluate import HELD_OUT, evaluate
 from training.muon import Muon
 from training.patches import PatchHead
 from training.scenes import Scene
-from training.setup import CONFIG, carry_over, draw_curves, init_weights, train_vocabulary
+from training.setup import CONFIG, carry_over, init_weights, train_vocabulary
 from training.stickers import Stickers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,18 +101,15 @@ def recompute_activations(model: Kosmos2) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, a constant rate, and over the last 60 % of the steps a linear decay to zero (the lower
-    rate, if the decay begins before the warm-up ends). With the same warm-up, a run with more steps has
-    the same rates until the shorter one begins to decay. To extend a run, keep a copy of
-    checkpoint.pt from before the decay, and rerun from it with more steps."""
+    """Linear warm-up, a constant rate, and over the last 60 % of the steps a linear decay to zero. To extend
+    a run, keep a copy of checkpoint.pt from before the decay, and rerun from it with more steps."""
     rising = (step + 1) / warmup
     falling = (steps - step) / (0.6 * steps)
     return peak * min(rising, 1.0, falling)
 
 
 def make_optimizers(model: Kosmos2, name: str, lr: float) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon for the matrices inside the blocks and AdamW for the rest. Both use one learning
-    rate."""
+    """AdamW; or Muon for the matrices inside the blocks and AdamW for the rest, with one learning rate."""
     inside = []  # matrices inside the blocks
     others = []
     for parameter_name, parameter in model.named_parameters():
@@ -189,9 +179,7 @@ class Run:
         else:
             first = args.seed * 100_000_000
             image_rows = self.vision_steps * args.batch
-            self.source = Scenes(
-                self.tokenizer, config, args.length, first, image_rows, stickers=self.stickers
-            )
+            self.source = Scenes(self.tokenizer, config, args.length, first, image_rows, self.stickers)
         self.step = 0
         self.minutes = 0.0
         self.log: list[dict] = []
@@ -244,11 +232,12 @@ class Run:
 
     def settings(self) -> dict:
         """The options that may not change when a run is resumed."""
-        names = ("checkpoint", "data", "train", "seed", "batch", "length", "vision_steps", "optimizer")
-        paths = ("checkpoint", "data", "stickers", "continue_from")
-        values = {name: getattr(self.args, name) for name in dict.fromkeys(names + paths)}
-        values["train"] = sorted(values["train"])
-        for name in paths:
+        names = ("seed", "batch", "length", "vision_steps", "optimizer")
+        values = {name: getattr(self.args, name) for name in names}
+        values["train"] = sorted(self.args.train)
+        values["data"] = [os.path.realpath(path) for path in self.args.data or []]
+        for name in ("checkpoint", "stickers", "continue_from"):
+            values[name] = getattr(self.args, name)
             if values[name] is not None and os.path.exists(values[name]):
                 values[name] = os.path.realpath(values[name])
         return values
@@ -374,12 +363,11 @@ class Run:
             self.output.message(bar, end="" if self.output.in_place else "\n")
 
     def finish(self) -> None:
-        """Write the model in the published layout, the log and its plot."""
+        """Write the model in the published layout and the log."""
         if self.rank == 0:
             save_checkpoint(self.model, self.tokenizer.model_file, self.folder)
             with open(self.folder / "log.jsonl", "w", encoding="utf-8") as lines:
                 lines.writelines(json.dumps(row) + "\n" for row in self.log)
-            draw_curves(self.log, self.folder / "loss.png")
             self.say(f"wrote {self.folder}")
 
 
@@ -388,38 +376,51 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = p.add_argument
     add("--out", type=Path, default=ROOT / "runs" / "tiny", help="folder of the run")
     add("--checkpoint", help="fine-tune these weights (anything that load_weights.py reads)")
-    add("--data", type=Path, metavar="JSONL", help="GRIT-format records (default: scenes)")
+    add(
+        "--data", type=Path, nargs="+", metavar="JSONL", help="files of GRIT-format records (default: scenes)"
+    )
     add("--stickers", type=Path, metavar="DIR", help="PNGs STYLE/KIND--NAME.png to mix into scenes")
     add("--continue-from", metavar="DIR", help="initial weights; the vocabulary is a new one")
     train_help = f"what to train, of {', '.join(PARTS)} (default: all)"
     add("--train", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=train_help)
-    add("--log-every", type=positive_int, default=20, metavar="STEPS", help="log the losses (default: 20)")
+    add("--log-every", type=int, default=20, metavar="STEPS", help="log the losses (default: 20)")
     save_help = "write checkpoint.pt (default: 250); every fourth time, also measure accuracy on scenes"
-    add("--save-every", type=positive_int, default=250, metavar="STEPS", help=save_help)
-    add("--scenes", type=positive_int, default=40, help="held-out scenes to measure on (default: 40)")
+    add("--save-every", type=int, default=250, metavar="STEPS", help=save_help)
+    add("--scenes", type=int, default=40, help="held-out scenes to measure on (default: 40)")
     add = p.add_argument_group("optimization").add_argument
     vision_help = "steps that train only the ViT, before --steps (scenes without --checkpoint; default: 2500)"
     add("--vision-steps", type=int, default=2500, help=vision_help)
     add("--steps", type=int, default=6000, help="steps of the whole model (default: 6000)")
     batch_help = "images per step, over all processes (default: 32)"
-    add("--batch", type=positive_int, default=32, help=batch_help)
-    add("--accumulate", type=positive_int, default=1, metavar="N", help="split each batch into N parts")
-    add("--length", type=positive_int, default=256, help="tokens per row of scenes (default: 256)")
+    add("--batch", type=int, default=32, help=batch_help)
+    add("--accumulate", type=int, default=1, metavar="N", help="split each batch into N parts")
+    add("--length", type=int, default=256, help="tokens per row of scenes (default: 256)")
     add("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
     warmup_help = "steps in which the learning rate rises (default: a tenth of --steps, at most 100)"
-    add("--warmup", type=positive_int, metavar="STEPS", help=warmup_help)
+    add("--warmup", type=int, metavar="STEPS", help=warmup_help)
     add("--optimizer", choices=["muon", "adamw"], default="muon", help="default: muon")
     add("--fp32", action="store_true", help="compute in float32 even if the device has bfloat16")
     add("--recompute", action="store_true", help="activation checkpointing: saves memory, costs time")
     seed_help = "random seed of the initial weights and the order of the data"
     add("--seed", type=int, default=0, choices=range(10), help=seed_help)
     args = p.parse_args(argv)
-    if not 0 <= args.steps < 2**31 or not 0 <= args.vision_steps < 2**31:
-        p.error("--steps and --vision-steps must be between 0 and 2^31")
-    if not 0 < args.lr < math.inf:
-        p.error("--lr must be a positive number")
     if args.warmup is None:
         args.warmup = min(100, max(1, args.steps // 10))
+    if not 0 <= args.steps < 2**31 or not 0 <= args.vision_steps < 2**31:
+        p.error("--steps and --vision-steps must be between 0 and 2^31")
+    counts = (
+        args.batch,
+        args.accumulate,
+        args.length,
+        args.warmup,
+        args.log_every,
+        args.save_every,
+        args.scenes,
+    )
+    if min(counts) < 1:
+        p.error("numbers of images, tokens, scenes and steps must be at least 1")
+    if not 0 < args.lr < math.inf:
+        p.error("--lr must be a positive number")
     if args.continue_from and (args.checkpoint or args.data) or args.stickers and args.data:
         p.error("--continue-from and --stickers are for scenes, without --data or another --checkpoint")
     return args
