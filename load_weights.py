@@ -7,7 +7,6 @@ model.safetensors or shards with an index), a .safetensors file, a Hugging Face 
 the original kosmos-2.pt of fairseq, a saved state dict, or a hub id (microsoft/kosmos-2-patch14-224).
 """
 
-import argparse
 import json
 import math
 import os
@@ -56,7 +55,7 @@ NAMES = [
 # fmt: on
 OURS, HUGGING_FACE, FAIRSEQ = 0, 1, 2  # the columns of NAMES
 LAYOUTS = ["kosmos2.py", "the published (Hugging Face)", "the original (fairseq)"]
-FIRST_WORDS = [{row[column].split(".")[0] for row in NAMES} for column in (OURS, HUGGING_FACE, FAIRSEQ)]
+FIRST_WORDS = [{row[column].split(".")[0] for row in NAMES} for column in range(3)]
 
 EMBEDDING = "decoder.embed_tokens.weight"
 OUTPUT_PROJECTIONS = {
@@ -422,7 +421,8 @@ class Checkpoint:
         stored = self.stored[self.names[ours]]
         tensor = stored.read().to(device=device, dtype=dtype, copy=copy)
         # NaN and infinity survive a sum, which needs no memory of the tensor's size.
-        if not math.isfinite(float(tensor.sum(dtype=torch.float32))) and not torch.isfinite(tensor).all():
+        total = float(tensor.sum(dtype=torch.float32))
+        if not math.isfinite(total) and not torch.isfinite(tensor).all():
             where = f"{self.names[ours]} in {self.folder}"
             if torch.isfinite(stored.read()).all():
                 raise ValueError(f"{where} has values too large for {dtype}; load it as fp32 or bf16")
@@ -477,7 +477,7 @@ def load_checkpoint(path, precision="fp32", device="cpu", tokenizer=None) -> tup
     """
     device = choose_device(device, precision)
     if precision not in PRECISIONS or (precision == "fp16" and device.type == "cpu"):
-        raise ValueError(f"precision {precision!r} on {device}: use fp32, bf16 or inference.fast")
+        raise ValueError(f"precision {precision!r} is not supported here: use fp32, bf16 or inference.fast")
     checkpoint = Checkpoint(path)
     found_tokenizer = check_checkpoint(checkpoint, tokenizer)
     return read_model(checkpoint, PRECISIONS[precision], device).eval(), found_tokenizer
@@ -541,12 +541,12 @@ def report(checkpoint: Checkpoint) -> str:
     return "\n".join(lines + checkpoint.notes())
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="Show what is in a Kosmos-2 checkpoint.")
-    parser.add_argument("checkpoint", help="folder, .safetensors, .bin, .pt or hub id")
-    args = parser.parse_args(argv)
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print("usage: python load_weights.py CHECKPOINT (a folder, file or hub id)", file=sys.stderr)
+        return 2
     try:
-        checkpoint = Checkpoint(args.checkpoint)
+        checkpoint = Checkpoint(arguments[0])
         print(report(checkpoint))
         problems = checkpoint.problems()
         print("NOT complete: " + "; ".join(problems) if problems else "complete")
@@ -557,4 +557,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

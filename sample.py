@@ -100,8 +100,8 @@ def normalize_box(box, size: tuple[int, int]) -> tuple:
     x1, y1, x2, y2 = box
     try:
         return clip_box((x1 / width, y1 / height, x2 / width, y2 / height))
-    except ValueError:
-        raise ValueError(f"box {tuple(box)} is empty, reversed or outside the image, {size}") from None
+    except (ValueError, OverflowError):
+        raise ValueError(f"box {box} is empty, reversed or outside the image, {size}") from None
 
 
 def decoding_options(model, tokenizer, request: Request, length: int, given: dict) -> dict:

@@ -108,12 +108,15 @@ def read_job(row: dict, folder: Path) -> Job:
     for key in ("image", "task", "text", "prompt"):
         value = row.get(key)
         values = as_list(value) if key in ("image", "text") else [value]
-        if value is not None and not all(isinstance(one, str) for one in values):
+        wrong = [one for one in values if not isinstance(one, str) or key == "image" and not one]
+        if value is not None and wrong:
             raise ValueError(f"{key}: expected a string, got {value!r}")
     extra = dict(row)
     task = extra.pop("task", None)
     prompt = extra.pop("prompt", None)
     texts = as_list(extra.pop("text", None))
+    if "box" in extra and "boxes" in extra:
+        raise ValueError("box, boxes: expected one of them")
     boxes = as_list(extra.pop("boxes", extra.pop("box", None)))
     if boxes and isinstance(boxes[0], (int, float)):
         boxes = [boxes]
@@ -146,6 +149,8 @@ def as_list(value) -> list:
 
 
 def absolute(name: str) -> str:
-    """A file name as an absolute path; URLs as they are."""
-    is_url = name.startswith(("data:", "file:", "http:", "https:"))
-    return name if is_url else os.path.abspath(name)
+    """A file name as an absolute path, in its real folder; URLs as they are."""
+    if name.startswith(("data:", "file:", "http:", "https:")):
+        return name
+    folder, file = os.path.split(name)
+    return os.path.join(os.path.realpath(folder), file)

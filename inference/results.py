@@ -27,17 +27,19 @@ class Results:
     def __init__(self, path: Path, checkpoint: str, jobs: list[Job], resume: bool, rank: int, world: int):
         self.checkpoint = checkpoint_name(checkpoint)
         self.path = path.with_suffix(f".{rank}{path.suffix}") if world > 1 else path
-        for file in (path, self.path):
-            if file.exists() and file.stat().st_size > 0 and not resume:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Of the files that other processes wrote in earlier runs, each process takes its share.
+        mine = {file for file, number in existing_files(path) if number % world == rank} | {self.path}
+        for file in mine:
+            if not resume and file.exists() and file.stat().st_size > 0:
                 raise ValueError(f"{file} already exists; pass --resume to continue it, or another name")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-        lock(self.file, self.path)
+        self.locked = {file: lock(file) for file in mine}
+        self.file = self.locked[self.path]
         prompts = {strip_literal(job.request.prompt) for job in jobs}
         self.done: Counter = Counter()
-        for file in existing_files(path):
+        for file, _ in existing_files(path) if resume else []:
             length = self.count(file, prompts)
-            if file == self.path:
+            if file in mine:
                 os.truncate(file, length)  # drops a line that was cut off
 
     def count(self, file: Path, prompts: set[str]) -> int:
@@ -46,14 +48,9 @@ class Results:
         for row, line in read_lines(file):
             length += len(line)
             if row["prompt"] not in prompts:
-                raise ValueError(
-                    f"{file} has answers to a different prompt, {row['prompt']!r}; use another --results file"
-                )
+                raise ValueError(f"{file} has answers to {row['prompt']!r}; use another --results file")
             if row["checkpoint"] != self.checkpoint:
-                raise ValueError(
-                    f"{file} has answers of a different checkpoint, {row['checkpoint']}; "
-                    "use another --results file"
-                )
+                raise ValueError(f"{file} has answers of {row['checkpoint']}; use another --results file")
             self.done[row_key(row)] += 1
         return length
 
@@ -81,16 +78,18 @@ def checkpoint_name(checkpoint: str) -> str:
     return str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
 
 
-def lock(file, path: Path) -> None:
-    """ValueError if another run has locked this file. (Not on Windows.)"""
+def lock(path: Path):
+    """Open a file and lock it; ValueError if another run has locked it. (No lock on Windows.)"""
+    file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     try:
         import fcntl
-    except ImportError:
-        return
-    try:
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
     except OSError:
         raise ValueError(f"{path} is being written by another run") from None
+    return file
 
 
 def read_lines(file: Path) -> Iterator[tuple[dict, bytes]]:
@@ -119,10 +118,11 @@ def is_result(row) -> bool:
     )
 
 
-def existing_files(path: Path) -> list[Path]:
-    """A results file and those of the torchrun processes, as far as they exist."""
-    pattern = re.compile(re.escape(path.stem) + r"(\.\d+)?" + re.escape(path.suffix))
-    return sorted(file for file in path.parent.iterdir() if pattern.fullmatch(file.name))
+def existing_files(path: Path) -> list[tuple[Path, int]]:
+    """A results file and those of the torchrun processes, as far as they exist, and the process of each."""
+    pattern = re.compile(re.escape(path.stem) + r"(?:\.(\d+))?" + re.escape(path.suffix))
+    matches = [(file, pattern.fullmatch(file.name)) for file in sorted(path.parent.iterdir())]
+    return [(file, int(match[1] or 0)) for file, match in matches if match]
 
 
 def job_key(job: Job) -> tuple:

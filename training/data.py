@@ -363,7 +363,7 @@ class Grit:
         if not isinstance(name, str) or not name:
             raise ValueError(f"image: expected a path, got {printable(json.dumps(name))}")
         caption = record["caption"]
-        if caption is None or isinstance(caption, str) and not caption.strip():
+        if caption is None or isinstance(caption, str) and not self.tokenizer.encode_words(caption):
             self.counts["without caption (skipped)"] += 1
             return
         kept = self.box_counts["kept"]
