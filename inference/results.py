@@ -48,9 +48,9 @@ class Results:
         for row, line in read_lines(file):
             length += len(line)
             if row["prompt"] not in prompts:
-                raise ValueError(f"{file} has answers to {row['prompt']!r}; use another --results file")
+                raise ValueError(f"{file} answers a different prompt, {row['prompt']!r}; use another file")
             if row["checkpoint"] != self.checkpoint:
-                raise ValueError(f"{file} has answers of {row['checkpoint']}; use another --results file")
+                raise ValueError(f"{file} is of a different checkpoint, {row['checkpoint']}; use another")
             self.done[row_key(row)] += 1
         return length
 

@@ -1,6 +1,7 @@
 """inference.batch: many requests, results, resuming, several processes."""
 
 import base64
+import fcntl
 import io
 import json
 import math
@@ -96,7 +97,9 @@ def test_data_addresses(capsys):
     ("line", "words"),
     [
         ("[1]", "one JSON object per line"), ("{", "one JSON object per line"), ("image,task", "one JSON object per line"),
-        ('{"image": 3}', "image: expected a string"), ('{"image": "a.png", "x": NaN}', "x: NaN"),
+        ('{"image": 3}', "image: expected a string"), ('{"image": ""}', "image: expected a string"),
+        ('{"image": "a.png", "task": "refer", "box": [0, 0, 1, 1], "boxes": [[0, 0, 1, 1]]}', "box, boxes: "),
+        ('{"image": "a.png", "x": NaN}', "x: NaN"),
         ('{"image": "a.png", "boxes": [[1, 2, 3]]}', "box"), ('{"task": "caption"}', "needs an image"),
         ('{"image": "a.png", "prompt": "a", "task": "vqa"}', "prompt"), ('{"image": "a.png", "task": "dance"}', "dance"),
     ],
@@ -491,6 +494,33 @@ def test_a_second_process_is_refused(capsys):
         other.communicate(b"\n")
     assert status == 1 and "another run" in err and err.count("\n") == 1
     assert Path("r.jsonl").read_bytes() == before
+
+
+def test_files_of_earlier_processes(capsys):
+    """They count as results, are completed on resuming, and may not be written meanwhile."""
+    assert ask(capsys, SCENE, TINY / "busy.png", "--results", "r.jsonl")[0] == 0
+    first, second = Path("r.jsonl").read_bytes().splitlines(keepends=True)
+    Path("r.jsonl").unlink()
+    Path("r.3.jsonl").write_bytes(first + second[:50])  # a process that was killed while it wrote
+    status, _, err = ask(capsys, SCENE, "--results", "r.jsonl")
+    assert status == 1 and "r.3.jsonl already exists" in err and not Path("r.jsonl").exists()
+    with open("r.3.jsonl", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        status, _, err = ask(capsys, SCENE, "--results", "r.jsonl", "--resume")
+        assert status == 1 and "r.3.jsonl is being written by another run" in err
+    assert ask(capsys, SCENE, TINY / "busy.png", "--results", "r.jsonl", "--resume")[0] == 0
+    assert Path("r.3.jsonl").read_bytes() + Path("r.jsonl").read_bytes() == first + second
+
+
+def test_links_to_folders(capsys, images):
+    """A folder has one name; '..' after a link is the parent of its target."""
+    Path("far/deep").mkdir(parents=True)
+    Path("link").symlink_to("far/deep")
+    Path("far/a.png").write_bytes(Path("b.png").read_bytes())
+    for name in ("far/a.png", "link/../a.png"):
+        assert ask(capsys, name, "--results", "r.jsonl", "--resume")[0] == 0
+    (row,) = rows(Path("r.jsonl").read_text())
+    assert row["image"] == str(Path("far/a.png").resolve())
 
 
 # ---- Failures --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, SMALL, TINY, copy, needs_transformers
 from safetensors.torch import load_file, save_file
 
+import load_weights
 from kosmos2 import Kosmos2, Kosmos2Config
 from load_weights import (
     EMBEDDING,
@@ -472,6 +473,12 @@ def test_command_reports_what_is_missing(small_folder, tmp_path):
         [sys.executable, ROOT / "load_weights.py", tmp_path / "x.pt"], capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["a", "b"]])
+def test_usage_errors_are_one_line(capsys, arguments):
+    assert load_weights.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("usage: ")
 
 
 # ------------------------------------------------------------------- files of fine-tuning runs and other programs

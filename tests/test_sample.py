@@ -292,7 +292,7 @@ def test_ngram_blocking_comes_from_the_checkpoint(capsys, tmp_path):
     assert raws[0] != raws[1]
 
 
-@pytest.mark.parametrize("box", ["100,20,30,40", "0.25,0.5,0.75,0.4", "9000,1,9001,2"])
+@pytest.mark.parametrize("box", ["100,20,30,40", "0.25,0.5,0.75,0.4", "9000,1,9001,2", "0,0,1," + "9" * 400])
 def test_boxes_that_do_not_fit(capsys, box):
     status, out, err = run(capsys, SCENE, "--task", "refer", "--box", box)
     errors = [line for line in err.splitlines() if line.startswith("sample: ")]

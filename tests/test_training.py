@@ -909,6 +909,15 @@ def test_files_of_other_kinds_are_refused(read_grit, content, words):
         read_grit(content)
 
 
+def test_several_files(tmp_path, small_tokenizer):
+    """Their records are mixed; image names are relative to their own file."""
+    files = [write_grit(tmp_path / "one"), write_grit(tmp_path / "two", count=3)]
+    grit = Grit(files, small_tokenizer, SMALL, seed=0)
+    assert len(grit.records) == 9 and "9 read" in grit.summary() and "two" in grit.summary()
+    assert {path.parent.name for _, path, _ in grit.records} == {"one", "two"}
+    assert len({grit.row(n).pixels[0].sum().item() for n in range(9)}) >= 6
+
+
 def test_boxes_of_grit_data_are_counted(read_grit):
     rows = [
         [0, 5, 0.1, 0.1, 0.5, 0.5, 1.0],
