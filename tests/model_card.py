@@ -167,7 +167,7 @@ def plot_losses(path: Path, log: list[dict]) -> None:
 def save_grid(images: list[tuple[Image.Image, str]], path: Path) -> None:
     """Images in rows of COLUMNS, each with a caption below (none: "")."""
     font = ImageFont.load_default(13)
-    lines = 4 if any(caption for _, caption in images) else 0
+    lines = 2 if any(caption for _, caption in images) else 0
     height = SIDE + 18 * lines + 8
     rows = -(-len(images) // COLUMNS)
     grid = Image.new("RGB", (COLUMNS * (SIDE + 8), rows * height), "white")
