@@ -152,18 +152,19 @@ def test_packed_weights(bits):
     x = steps * torch.logspace(-5, 1, 20)[:, None]  # rows of very different size
     packed, scale = quantize(weight) if bits == 8 else (weight.half(), None)
     with_kernel = PackedLinear(packed, bias, scale)
-    if with_kernel.packed is None or (bits == 8 and input_steps() != 127):
-        pytest.skip("this PyTorch or CPU has no such kernel")
+    if with_kernel.packed is None:
+        pytest.skip("this PyTorch has no such kernel")
     with pytest.MonkeyPatch.context() as elsewhere:
         elsewhere.setattr(fast, "INT8_KERNEL", "none of that name")
         without = PackedLinear(packed, bias, scale)
     assert without.packed is None
     expected = F.linear(x, weight, bias)
-    most = {8: 0.015, 16: 5e-4}[bits]
+    same_rounding = bits == 16 or input_steps() == 127  # without VNNI, the kernel has half of the steps
+    most = {8: 0.015 if same_rounding else 0.03, 16: 5e-4}[bits]
     for row in range(20):
         assert error(with_kernel(x)[:, row], expected[:, row]) < most
         assert error(without(x)[:, row], expected[:, row]) < most
-        assert error(with_kernel(x)[:, row], without(x)[:, row]) < 1e-5
+        assert error(with_kernel(x)[:, row], without(x)[:, row]) < (1e-5 if same_rounding else most)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
