@@ -3,7 +3,7 @@
 The step of SGD with Nesterov momentum is replaced by the nearest orthogonal matrix, so all directions
 of the matrix learn at the same rate. The algorithm is that of torch.optim.Muon with
 `adjust_lr_fn="match_rms_adamw"`, which always computes in bfloat16: many CPUs emulate it, and
-then a step of the bundled model took four times as long.
+then a training step of the bundled model takes three times as long.
 """
 
 import math
