@@ -101,7 +101,7 @@ def normalize_box(box, size: tuple[int, int]) -> tuple:
     try:
         return clip_box((x1 / width, y1 / height, x2 / width, y2 / height))
     except (ValueError, OverflowError):
-        raise ValueError(f"box {box} is empty, reversed or outside the image, {size}") from None
+        raise ValueError(f"box {box} is empty, reversed or outside the image; its size is {size}") from None
 
 
 def decoding_options(model, tokenizer, request: Request, length: int, given: dict) -> dict:

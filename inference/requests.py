@@ -108,8 +108,7 @@ def read_job(row: dict, folder: Path) -> Job:
     for key in ("image", "task", "text", "prompt"):
         value = row.get(key)
         values = as_list(value) if key in ("image", "text") else [value]
-        wrong = [one for one in values if not isinstance(one, str) or key == "image" and not one]
-        if value is not None and wrong:
+        if value is not None and not all(isinstance(one, str) and (one or key != "image") for one in values):
             raise ValueError(f"{key}: expected a string, got {value!r}")
     extra = dict(row)
     task = extra.pop("task", None)

@@ -1,4 +1,4 @@
-"""Shared by the notebooks: paths, figures with alt texts, tables, the reference."""
+"""Shared by the notebooks: paths, figures with alternative text, tables, the reference."""
 
 import io
 import sys

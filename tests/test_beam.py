@@ -85,7 +85,7 @@ def test_padding_is_never_generated(small):
 
 
 def test_beams_keep_to_a_constraint(small):
-    """With one allowed text there is nothing to search, and no step is spent on texts that broke
+    """With one allowed sequence there is nothing to search, and no step is spent on sequences that broke
     the rule."""
     path, seen = [10, 11, 12, EOS], []
 

@@ -32,16 +32,16 @@ def train_vocabulary(model_file: Path, stickers: Stickers | None = None, scenes:
     """Train a sentencepiece model on prompts and answers about scenes; it covers all printable ASCII characters."""
     import sentencepiece
 
-    texts = []
+    sentences = []
     for seed in range(scenes):
         for example in tasks(Scene.random(seed, stickers), random.Random(seed)):
-            texts.append(strip_tags(example.prompt + " " + example.answer))
+            sentences.append(strip_tags(example.prompt + " " + example.answer))
     # The trainer only considers pieces that at least two different words share.
-    for word in sorted(set(re.findall(r"\w+", " ".join(texts)))):
-        texts += [f"{word}.", f"{word},"]
+    for word in sorted(set(re.findall(r"\w+", " ".join(sentences)))):
+        sentences += [f"{word}.", f"{word},"]
     content = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
+        sentence_iterator=iter(sentences),
         model_writer=content,  # a file name would be stored in the model
         vocab_size=480,
         hard_vocab_limit=False,

@@ -2,8 +2,7 @@
 
     python -m training.train --out runs/tiny    from scratch, on scenes; about five hours on two cores
     python -m training.train --out runs/short --vision-steps 20 --steps 50    to see that it works
-    python -m training.train --out mine --checkpoint WEIGHTS --data grit.jsonl --optimizer adamw --lr 1e-4 --steps 300 \
-        --train resampler decoder
+    python -m training.train --out mine --checkpoint WEIGHTS --data grit.jsonl    fine-tuning: see README.md
     python -m training.train --out more --stickers DIR --continue-from tiny    also on stickers by others
     torchrun --nproc-per-node 8 -m training.train ...     the same on many processes
 
@@ -376,9 +375,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = p.add_argument
     add("--out", type=Path, default=ROOT / "runs" / "tiny", help="folder of the run")
     add("--checkpoint", help="fine-tune these weights (anything that load_weights.py reads)")
-    add(
-        "--data", type=Path, nargs="+", metavar="JSONL", help="files of GRIT-format records (default: scenes)"
-    )
+    data_help = "files of GRIT-format records (default: scenes)"
+    add("--data", type=Path, nargs="+", metavar="JSONL", help=data_help)
     add("--stickers", type=Path, metavar="DIR", help="PNGs STYLE/KIND--NAME.png to mix into scenes")
     add("--continue-from", metavar="DIR", help="initial weights; the vocabulary is a new one")
     train_help = f"what to train, of {', '.join(PARTS)} (default: all)"
@@ -408,17 +406,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         args.warmup = min(100, max(1, args.steps // 10))
     if not 0 <= args.steps < 2**31 or not 0 <= args.vision_steps < 2**31:
         p.error("--steps and --vision-steps must be between 0 and 2^31")
-    counts = (
-        args.batch,
-        args.accumulate,
-        args.length,
-        args.warmup,
-        args.log_every,
-        args.save_every,
-        args.scenes,
-    )
-    if min(counts) < 1:
-        p.error("numbers of images, tokens, scenes and steps must be at least 1")
+    for name in ("batch", "accumulate", "length", "warmup", "log_every", "save_every", "scenes"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be at least 1")
     if not 0 < args.lr < math.inf:
         p.error("--lr must be a positive number")
     if args.continue_from and (args.checkpoint or args.data) or args.stickers and args.data:
