@@ -152,7 +152,7 @@ def read_answer(tokenizer, request: Request, row) -> Answer:
 
 
 def as_json(request: Request, answer: Answer, size: tuple[int, int]) -> dict:
-    """A line of --json. Boxes are in 0..1, and in pixels of the upright image (the last one)."""
+    """One line of --json output. Boxes are in 0..1, and in pixels of the last image (after EXIF rotation)."""
     width, height = size
     entities = []
     for entity in answer.entities:
@@ -170,7 +170,7 @@ def as_json(request: Request, answer: Answer, size: tuple[int, int]) -> dict:
 
 
 def box_lines(request: Request, answer: Answer, size: tuple[int, int]) -> list[str]:
-    """Where boxes are the answer: a line for each, with its score and corners in pixels."""
+    """If the answer is boxes: one line per box, with its score and its corners in pixels."""
     lines = []
     for entity in as_json(request, answer, size)["entities"] if request.wants_boxes else []:
         for box, score in zip(entity["pixel_boxes"], entity["scores"], strict=True):
@@ -233,7 +233,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     """The options about the question, decoding and the model."""
     add = p.add_argument_group("what to ask").add_argument
     add("--task", choices=TASKS, help="use the published prompt of this task (default: caption)")
-    add("--text", action="append", default=[], help="phrase, referring expression or question; repeatable")
+    add("--text", action="append", default=[], help="the {text} of the task; repeatable")
     add("--prompt", help="your own prompt instead of a task; <image> marks where images go")
     box_help = "box of the next <phrase> in the prompt: 0..1, pixels or two location indices; repeatable"
     add("--box", action="append", default=[], type=parse_box, metavar="X1,Y1,X2,Y2", help=box_help)

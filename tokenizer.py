@@ -345,7 +345,7 @@ class Tokenizer:
         return strip_literal(self.decode_literal(ids))
 
     def decode_literal(self, ids: Sequence[int]) -> str:
-        """`decode`, with LITERAL after each "<" that belongs to words: a model may spell a tag in letters."""
+        """`decode`, with LITERAL after each "<" that belongs to words: a model may spell out a tag."""
         ids = [int(i) for i in ids]
         opening = self.special_ids[IMAGE_OPEN]
         closing = self.special_ids[IMAGE_CLOSE]

@@ -55,12 +55,12 @@ def make_parser() -> CommandParser:
     p.add_argument("--top-boxes", type=int, metavar="K", help=top_help)
     add = p.add_argument_group("more decoding options").add_argument
     add("--min-new-tokens", type=int, metavar="N", help="do not end before this many tokens")
-    ngram_help = "forbid repeated n-grams (default: the checkpoint's; off for --task context)"
+    ngram_help = "forbid repeated n-grams; 0: off (default: the checkpoint's; off for --task context)"
     add("--no-repeat-ngram-size", type=int, metavar="N", help=ngram_help)
     add("--num-beams", type=int, default=1, metavar="N", help="above 1: beam search")
     p.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests per batch (default: 8)")
     add = p.add_argument_group("output").add_argument
-    results_help = "append the results to this file, after each batch (default: stdout)"
+    results_help = "write the results to this file, after each batch (default: stdout)"
     add("--results", type=Path, metavar="JSONL", help=results_help)
     resume_help = "continue a --results file: skip the requests it already answers"
     add("--resume", action="store_true", help=resume_help)

@@ -1,6 +1,6 @@
 """Beam search, for captions and for boxes, on the decoding state of kosmos2.py.
 
-Both are made of the same four steps as `kosmos2.decode`: mask the logits, choose, keep, step.
+Like `kosmos2.decode`, both choose tokens, `keep` the chosen rows and `step`.
 """
 
 import math

@@ -102,8 +102,8 @@ class PackedLinear(nn.Module):
 
     In int8, the weights of output n are scale[n] * q[n] with q in -127..127. Each row of x is
     rounded the same way, to 127 steps (63 on CPUs without VNNI: see `input_steps`), with a scale of
-    its own, so rows are independent of each other; sums are exact. Uses PyTorch's fbgemm kernels
-    where they are available. Elsewhere (ARM), plain arithmetic saves memory but not time.
+    its own, so rows are independent of each other. Uses PyTorch's fbgemm kernels, whose sums are
+    exact, where they are available. Elsewhere (ARM), plain arithmetic saves memory but not time.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None):

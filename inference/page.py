@@ -135,8 +135,8 @@ def to_markdown(tagged_text: str) -> str:
 def group_lines(files: list[Path]) -> list[tuple[int, str | None, list[dict]]]:
     """(number of the first line, image, lines) of each image, in the order of the lines.
 
-    An image is known by its name; of several images in one prompt, the last one is shown. Lines
-    without an image stand alone.
+    Images are identified by name; of several images in one prompt, the last one is shown. Each line
+    without an image is a group of its own.
     """
     groups: dict = {}
     number = 0

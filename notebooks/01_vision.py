@@ -4,7 +4,7 @@
 # The vision tower of Kosmos-2 is CLIP's ViT: it cuts the image into patches, treats each patch as a token, and runs a
 # transformer over them. We write each step by hand in a few lines and compare it with the module in `kosmos2.py` and
 # with transformers. `Scene` and `HELD_OUT`, needed for one measurement at the end, come from `training/`: random
-# scenes whose objects and boxes are known, from seed `HELD_OUT` on not used in training. (Reading time: 30 minutes.)
+# scenes with known objects and boxes; seeds from `HELD_OUT` on were not used in training. (Reading time: 30 minutes.)
 
 # %%
 from figures import ROOT, overlay, plt, reference, show, table  # isort: skip
@@ -223,7 +223,7 @@ assert share.mean() > 0.5
 # ## Images of another size
 #
 # Everything in the ViT works for any number of patches, except the table of position embeddings: it has one row for
-# each patch of a `grid` x `grid` image. `kosmos2.py` therefore accepts images of one size only. transformers can also
+# each patch of a `grid` x `grid` image. `Kosmos2` therefore accepts pixels of one size only. transformers can also
 # interpolate the table: it treats the embeddings of the patches as an image with E channels and resizes it. [CLS] is
 # not part of the grid, so its embedding stays the same.
 

@@ -236,7 +236,7 @@ assert not torch.allclose(logits[-1], expected, atol=1)
 
 # %% [markdown]
 # The last column of the shorter row holds a padding token. The logits of its prompt are further to the left, at its
-# last token, and they are correct there. So `forward`, which training uses, accepts padding on either side.
+# last token, and they are correct there. So `forward`, which returns all logits, accepts padding on either side.
 # Generation continues from the last column, so `generate` raises an error:
 
 # %%

@@ -373,7 +373,7 @@ print(sum(p.numel() for p in TwoLayers(model.config).x_attn2.parameters()), "new
 
 # %% [markdown]
 # You would write this into `kosmos2.py`; in this notebook, `patch` does it for a few lines. With the changed code, the
-# trained checkpoint is no longer complete. Which step refuses it? Not `load_state_dict`: `Checkpoint.problems` compares
+# trained checkpoint is no longer complete. Which step rejects it? Not `load_state_dict`: `Checkpoint.problems` compares
 # the names in the file with those of the model before any weight is read.
 
 # %%

@@ -309,4 +309,4 @@ show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on
 # 3. Give location tokens random initial embeddings instead of smooth ones (`init_weights`). What would a near miss
 #    then teach the model about the neighboring cell?
 # 4. Train only the resampler of the bundled model: `python -m training.train --checkpoint tiny --out NEW --train
-#    resampler --optimizer adamw --lr 3e-4 --steps 100`. How many parameters move?
+#    resampler --optimizer adamw --lr 3e-4 --steps 100`. How many parameters are updated?

@@ -119,9 +119,9 @@ show(fig, "Time of a layer against the number of rows, predicted and measured; a
 # The prediction is flat up to the ridge and then proportional to the number of rows. The measured times need not lie
 # above it: a matmul may read memory faster than the sum that measured the bandwidth. And they have no sharp
 # bend at the ridge. Between a few rows and the ridge, real kernels are slower than predicted, because with so few rows
-# they reach neither the bandwidth nor the peak of the arithmetic, so each further row costs something long before the
-# ridge. What holds on every machine: 16 rows take less than 16 times as long as one, and with many rows the time
-# grows with their number.
+# they reach neither the bandwidth nor the peak of the arithmetic, so each additional row takes extra time well before
+# the ridge. On every machine, 16 rows take less than 16 times as long as one, and with many rows the time grows with
+# their number.
 
 # %%
 assert measured[3] < 16 * measured[0]

@@ -1,9 +1,9 @@
 """Training data: images and sequences about them, turned into rows of tokens with the answers marked.
 
-A row is `<s> <image> slots </image>` followed by one or more sequences. Each sequence attends to the
-image and to itself, and its positions continue from the image as if it were the only sequence, so one
-encoded image can teach many sentences. A sequence may contain a second image. `Scenes` makes rows from the
-small world of scenes.py, `Grit` from a GRIT-format file.
+A row is `<s> <image> slots </image>` followed by one or more sequences. Each sequence attends to itself
+and (unless it is text alone) to the image, and its positions continue from the image as if it were the
+only sequence, so one encoded image can teach many sentences. A sequence may contain a second image.
+`Scenes` makes rows from the small world of scenes.py, `Grit` from a GRIT-format file.
 """
 
 import json
@@ -123,8 +123,8 @@ def encode_record(tokenizer: Tokenizer, record: dict, counts: Counter | None = N
 
     The caption is tokenized once, as a whole. The boundaries of a phrase are found by counting the
     pieces of the text before its start and before its end, so a phrase consists of whole pieces: in
-    "a 50% sale" the span "a 50" takes the piece "50%". Tags that stand literally in the caption are
-    ordinary text. `counts` counts what becomes of the boxes."""
+    "a 50% sale" the span "a 50" takes the piece "50%". Tags that appear literally in the caption are
+    treated as plain text. `counts` counts what becomes of the boxes."""
     counts = Counter() if counts is None else counts
     spans = read_spans(record, counts)
     caption = record["caption"]
@@ -217,8 +217,8 @@ class Row:
         self.targets = [-100] * self.prefix
 
     def add(self, prompt: list[int], answer: list[int], number: int, image_mask=(), pixels=()) -> None:
-        """Add a sequence about the image, or without it if its number is negative; only the answer carries
-        loss. image_mask and pixels are those of further images in the prompt."""
+        """Add a sequence about the image, or without it if its number is negative; only the answer
+        contributes to the loss. image_mask and pixels are those of further images in the prompt."""
         text = prompt + answer
         first = 0 if number < 0 else self.prefix
         self.pixels += pixels
@@ -325,7 +325,7 @@ class Grit:
     """Row n of an endless, reshuffled reading of GRIT-format files.
 
     A file has one JSON record per line: "image" (a path, relative to the file), "caption",
-    "noun_chunks", "ref_exps". As in the original training, all tokens of the caption carry loss, and
+    "noun_chunks", "ref_exps". As in the original training, all tokens of the caption contribute to the loss, and
     it follows the image directly. Records whose caption is empty or null are skipped. At the start,
     ValueError names the line of a bad record or a missing image. Images are read during training only: one
     that cannot be read is reported once and replaced by the next one, so row n is the same in every run."""

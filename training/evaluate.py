@@ -1,4 +1,4 @@
-"""Score a model on scenes it never saw, task by task.
+"""Measure a model's accuracy on held-out scenes, by task.
 
     python -m training.evaluate [--checkpoint tiny] [--scenes 500]
     python -m training.evaluate --stickers DIR            stickers by style and by kind
@@ -12,7 +12,7 @@
 | grounded captions         | an object that a phrase names and links to a box with IoU >= 0.5               |
 | plain captions            | an object that the caption names                                               |
 | box to words              | an expression that the rules of scenes.py resolve to the same object           |
-| questions, in context     | exactly the correct answer                                                     |
+| questions, in context     | exactly the correct answer; grounded: and a box on each object (IoU >= 0.5)    |
 | text alone                | an ending that completes a valid caption                                       |
 """
 

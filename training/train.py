@@ -10,7 +10,7 @@ Writes checkpoint.pt (a run resumes from it), and at the end the model in the pu
 log.jsonl. The data of each step depends only on its number: a resumed run sees the same data, on any
 number of processes.
 
-tiny/README.md tells what makes so small a model learn to see in a few hours, with measurements.
+tiny/README.md explains, with measurements, how such a small model can be trained in a few hours.
 """
 
 import argparse
@@ -62,8 +62,8 @@ PARTS = ["vision", "resampler", "decoder"]
 
 class Losses(nn.Module):
     """The losses of a batch from data.py: those of the next tokens, one per target, and with a PatchHead
-    that of the patches' labels. The attention mask lets each sequence attend to the image (number
-    0) and to itself."""
+    that of the patches' labels. The attention mask lets each sequence attend to itself and, unless its
+    number is negative, to the image (number 0)."""
 
     def __init__(self, model: Kosmos2, patch_head: PatchHead | None = None):
         super().__init__()
@@ -382,7 +382,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     train_help = f"what to train, of {', '.join(PARTS)} (default: all)"
     add("--train", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=train_help)
     add("--log-every", type=int, default=20, metavar="STEPS", help="log the losses (default: 20)")
-    save_help = "write checkpoint.pt (default: 250); every fourth time, also measure accuracy on scenes"
+    save_help = "write checkpoint.pt (default: 250); on scenes, every fourth time also measure accuracy"
     add("--save-every", type=int, default=250, metavar="STEPS", help=save_help)
     add("--scenes", type=int, default=40, help="held-out scenes to measure on (default: 40)")
     add = p.add_argument_group("optimization").add_argument
