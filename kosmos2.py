@@ -277,7 +277,7 @@ PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 def preprocess_image(image: Image.Image, image_size: int) -> Tensor:
     """An image of any size and mode -> pixels (3, image_size, image_size), float32.
 
-    The whole image is squashed to a square, so coordinates in 0..1 stay the same. Errors: `to_rgb`.
+    The whole image is squashed to a square, so coordinates in 0..1 stay the same. Raises the errors of `to_rgb`.
     """
     image = to_rgb(image).resize((image_size, image_size), Image.Resampling.BICUBIC)
     pixels = np.asarray(image, dtype=np.float32) / 255  # (image_size, image_size, 3)
@@ -473,7 +473,7 @@ class Decoder(nn.Module):
         """Embeddings x (B, T, D) and position ids (B, T) -> x (B, T, D) after the last norm.
 
         The factor sqrt(D) brings token embeddings, which have lengths near one, to the scale of the
-        position encodings. Image embeddings are already in place, and treated like any token.
+        position encodings. Image embeddings are already in place and are treated like token embeddings.
         """
         D = x.shape[-1]
         x = x * math.sqrt(D) + sinusoidal_positions(positions, D).to(x.dtype)
@@ -702,7 +702,7 @@ class DecodeState:
         self.caches = [KVCache(B, heads, capacity, D // heads, like) for _ in model.decoder.layers]
         self.next_position = torch.full((B, 1), FIRST_POSITION, device=like.device)  # (B, 1)
         self.pad_mask = torch.zeros(B, 0, dtype=torch.bool, device=like.device)  # (B, S)
-        self.logits = like.new_empty(B, 0)  # (B, V) after the first `advance`
+        self.logits = like.new_empty(B, 0)  # (B, V), set by `prefill` and `step`
 
     def advance(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         """Run the next T positions of all running rows: embeddings x (B, T, D) -> x (B, T, D)."""
@@ -742,7 +742,7 @@ class DecodeState:
 
 @torch.inference_mode()
 def decode(state: DecodeState) -> Iterator[list[Row]]:
-    """The decoding loop, once for each state; yields the rows of all prompts after each step."""
+    """The decoding loop; yields the rows of all prompts after each step. A state is decoded only once."""
     if any(row.ids for row in state.rows):
         return
     options = state.options

@@ -317,7 +317,7 @@ def drawing_name(image: str) -> str:
 
 
 def load_model(args):
-    """The model and tokenizer of the command line. (PyTorch is imported here: --help must not wait.)"""
+    """The model and tokenizer of the command line. (PyTorch is imported here, so that --help is fast.)"""
     import load_weights
     from inference.fast import load_checkpoint
 

@@ -461,7 +461,7 @@ def parse(tagged_text: str, grid: int = GRID, probabilities=()) -> tuple[str, li
     probabilities: of the location tokens in the text, in order, None for those of the prompt.
     Equal to the published post-processing on well-formed text. Malformed links and boxes off the
     grid are left out. A box without a phrase becomes an entity with an empty span, whose phrase is
-    its two tokens.
+    made of its location indices.
     """
     text = tagged_text.rsplit(IMAGE_CLOSE, 1)[-1]  # what precedes the last image is not part of the caption
     offset = len(tagged_text) - len(text)

@@ -102,8 +102,8 @@ class PackedLinear(nn.Module):
 
     In int8, the weights of output n are scale[n] * q[n] with q in -127..127. Each row of x is
     rounded the same way, to 127 steps (63 on CPUs without VNNI: see `input_steps`), with a scale of
-    its own, so rows are independent of each other. Uses PyTorch's fbgemm kernels, whose sums are
-    exact, where they are available. Elsewhere (ARM), plain arithmetic saves memory but not time.
+    its own, so rows are independent of each other. Uses PyTorch's fbgemm kernels (in int8, their sums
+    are exact) where they are available. Elsewhere (ARM), plain arithmetic saves memory but not time.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None):
@@ -274,7 +274,7 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     tokenizer: str | Path | None = None,
 ) -> tuple[Kosmos2, Tokenizer]:
-    """`load_weights.load_checkpoint` with the layers of this file on a CPU, plain ones elsewhere.
+    """`load_weights.load_checkpoint` with the layers of this file on a CPU (not for bf16), plain ones elsewhere.
 
     precision: fp32 (exact, the default), bf16 (half the memory), fp16 (on a CPU for the large
     matrices only), int8 (for CPUs, the fastest there; also rounds the inputs of the large matrices);

@@ -1,7 +1,7 @@
 """The results file: one JSON line for each answer, appended after each batch.
 
-A line is what `sample.as_json` gives, plus the checkpoint and the other keys of the request. It is
-the one format that the stages of inference/ and training/ exchange.
+A line is what `sample.as_json` gives, plus the checkpoint and the other keys of the request. Pages and
+training/evaluate.py read it.
 """
 
 import json

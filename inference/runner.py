@@ -1,4 +1,4 @@
-"""From requests to answers, a batch at a time: what inference/batch.py runs."""
+"""Answers requests in batches, for inference/batch.py."""
 
 import argparse
 import time

@@ -1,4 +1,4 @@
-"""Two ways to run fewer passes through the decoder, with the same result.
+"""Two ways to run less through the decoder, with the same result.
 
 - Several questions about one image share the prefill of the image: `prefill_image`, `prefill_after`.
 - Guesses of the next tokens are run together with the last one: `with_drafts`. Decoding is
@@ -77,7 +77,7 @@ def likely_next(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 def with_drafts(state: DecodeState, tokenizer: Tokenizer) -> DecodeState:
     """A state to decode instead of this one; faster if it has one row.
 
-    (The rows of a batch would guess different numbers of ids.)
+    (In a batch, the drafts of the rows would have different lengths.)
     """
     if len(state.running) != 1 or state.pad_mask.any():
         return state

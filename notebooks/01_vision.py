@@ -262,7 +262,7 @@ torch.testing.assert_close(features_of(larger), expected, rtol=1e-4, atol=1e-4)
 print(f"{15 * P} x {15 * P} pixels: features", tuple(features_of(larger).shape))
 
 # %% [markdown]
-# Does it work, that is, can the model use such features? It was trained on one size only. We ask it for the boxes of
+# Can the model use such features? It was trained on one size only. We ask it for the boxes of
 # 60 objects in unseen scenes, one object with a unique name from each, at several sizes. The resampler and the
 # decoder need no change, because the resampler accepts any number of features.
 

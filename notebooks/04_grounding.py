@@ -5,7 +5,7 @@
 # of tokens like any other. So grounding is next-token prediction: boxes have probabilities, can be sampled, and can be
 # part of a prompt. This notebook explains the format. (Reading time: 25 minutes.)
 #
-# `grit_to_text` and `encode_record` from `training/data.py` prepare training captions, and `demo_scenes` from
+# `grit_to_text` and `encode_record` from `training/data.py` write training captions as text and as ids, and `demo_scenes` from
 # `training/scenes.py` has the exact boxes of the objects in the bundled images.
 
 # %%
@@ -132,8 +132,8 @@ print([tokenizer.id_to_token[i] for i in tokenizer.encode(text, add_bos=False)])
 
 # %% [markdown]
 # `parse` returns the caption without tags, and for each link its phrase, the span of the phrase in the caption, and
-# its boxes. It leaves out malformed links instead of raising an error. (A box without a phrase is named by the
-# numbers of its tokens, as in transformers.)
+# its boxes. It leaves out malformed links instead of raising an error. (A box without a phrase is named by its
+# location indices, as in transformers.)
 
 # %%
 examples = [
@@ -210,7 +210,7 @@ print(f"score of the box: sqrt({p1:.2f} · {p2:.2f}) = {(p1 * p2).sqrt():.2f}")
 #
 # GRIT is the data set of the paper: web images whose captions were linked to boxes automatically. Its records have a
 # caption, and boxes for ranges of its characters: for phrases (`noun_chunks`) and for longer expressions around them
-# (`ref_exps`); the original training used the latter. Nested expressions are dropped. `grit_to_text` writes a record
+# (`ref_exps`); the original training used the latter, or the former if there are none. Nested expressions are dropped. `grit_to_text` writes a record
 # as tagged text, and `encode_record` as token ids.
 
 # %%

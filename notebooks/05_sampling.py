@@ -175,7 +175,7 @@ print(inspect.getsource(decode.__wrapped__))
 # Its three parts: choose a token for each row, append it with its probability, run it. (`mask_logits`, `sample` and
 # `cut_markup` are explained below.) `finish` runs the loop to the end, and `generate` is `prefill` and `finish`.
 #
-# Rows that have ended leave the batch, by `keep`. Here are three questions about the image, answered together:
+# `keep` removes finished rows from the batch. Here are three questions about the image, answered together:
 
 # %%
 questions = ("Is there a fire?", "Where is the snowman?", "How many snowmen are there?")

@@ -67,7 +67,7 @@ for i in range(start, min(start + 22, len(row.tokens))):
 table(shown, ("token", "sequence", "target"))
 
 # %% [markdown]
-# How many tokens of the row are targets? The image is not one:
+# How many tokens of the row are targets? No position of the image is one:
 
 # %%
 counted = sum(y >= 0 for y in row.targets)
@@ -79,7 +79,7 @@ print(f"{len(row.tokens)} tokens, {len(numbers)} sequences, {counted} targets")
 # The attention mask: each token attends to the image, to itself and to the earlier tokens of its sequence. The position
 # ids of each sequence continue from the image, as if it were the only one. (There are two exceptions: a few-shot
 # sequence brings a second image among its own tokens, and sequences without an image, numbered -1, -2, ..., attend only
-# to themselves.)
+# to themselves and have positions of their own.)
 
 # %%
 sequences = torch.tensor(row.sequences)

@@ -131,7 +131,7 @@ print(f"256 rows take {measured[-1] / measured[3]:.1f} times as long as 16")
 
 # %% [markdown]
 # For one sequence, a decoding step is limited by memory. Speculative decoding (notebook 5) and decoding in batches
-# make use of the rows that are cheaper than the first. In a prefill, arithmetic is the limit.
+# benefit, because additional rows cost less than the first. In a prefill, arithmetic is the limit.
 #
 # ## A prediction for the published model
 #

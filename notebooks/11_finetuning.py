@@ -203,8 +203,8 @@ show_image(open_image(folder / "answer.png"), "The image with the boxes of its c
 # %% [markdown]
 # ## The official size
 #
-# [`training/README.md`](../training/README.md) has the command; compared with this one, it has a lower learning rate
-# and `--train resampler decoder`. How much memory does it take? Weights and gradients take 4 bytes per parameter
+# [`training/README.md`](../training/README.md) has the command; compared with this one, it has a lower learning rate,
+# more steps, larger batches and `--train resampler decoder`. How much memory does it take? Weights and gradients take 4 bytes per parameter
 # each, AdamW's two moments 8 more. Frozen parts need only their weights.
 
 # %%

@@ -357,6 +357,6 @@ assert round((3 * 0.2 / 0.01) ** 2) == 3600
 # the token embeddings and the order of the tokens belong to the decoder, which is frozen.
 # 11.2 Run `python sample.py IMAGE --checkpoint RUN --task ground --text "a ladder"`: captions taught it the word and
 # what a ladder looks like, and grounding needs nothing else.
-# 11.3 Whatever is not in the data is forgotten bit by bit. Mix some of the old tasks into the new data.
+# 11.3 The model gradually forgets tasks that are not in the data. Mix some of the old tasks into the new data.
 
 print("all answers are correct")

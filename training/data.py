@@ -437,8 +437,8 @@ class Steps(torch.utils.data.Dataset):
 
 
 def read_ahead(steps: Steps) -> torch.utils.data.DataLoader:
-    """The items of `steps`, made two in advance by another process, as arrays: they come through a pipe.
-    (Tensors would come through /dev/shm. Containers limit it to 64 MB, and the loader hangs when it is full.)"""
+    """The items of `steps`, prepared two steps ahead by another process and sent as arrays through a pipe.
+    (Tensors would be sent through /dev/shm. Containers limit it to 64 MB, and the loader hangs when it is full.)"""
     options = {"batch_size": None, "num_workers": 1, "prefetch_factor": 2, "collate_fn": as_arrays}
     return torch.utils.data.DataLoader(steps, **options)
 

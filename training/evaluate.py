@@ -114,7 +114,7 @@ def found_all(boxes: list[Box], things) -> list[float]:
 
 
 def asked_boxes(example: Example, answer: str) -> list[Box]:
-    """The boxes of the phrase in the prompt. Not those of other phrases that the answer may go on to name."""
+    """The boxes of the phrase in the prompt; boxes of other phrases in the answer are ignored."""
     prompt_phrase = strip_tags(example.prompt).strip()
     _, entities = parse(example.prompt + answer)
     return next((entity.boxes for entity in entities if entity.phrase == prompt_phrase), [])
@@ -351,8 +351,8 @@ def run(args: argparse.Namespace) -> None:
 def main(argv=None) -> int:
     parser = CommandParser("training.evaluate", __doc__)
     add = parser.add_argument
-    add("--checkpoint", default=str(ROOT / "tiny"))
-    add("--scenes", type=int, default=500)
+    add("--checkpoint", default=str(ROOT / "tiny"), help="default: tiny")
+    add("--scenes", type=int, default=500, help="number of held-out scenes (default: 500)")
     add("--stickers", type=Path, metavar="DIR", help="measure on PNGs STYLE/KIND--NAME.png")
     add("--results", type=Path, metavar="JSONL", help="score this file instead")
     args = parser.parse_args(argv)

@@ -2,8 +2,8 @@
 
 The step of SGD with Nesterov momentum is replaced by the nearest orthogonal matrix, so all directions
 of the matrix learn at the same rate. The algorithm is that of torch.optim.Muon with
-`adjust_lr_fn="match_rms_adamw"`, which always computes in bfloat16: many CPUs emulate it, and
-then a training step of the bundled model takes three times as long.
+`adjust_lr_fn="match_rms_adamw"`. PyTorch's version always computes in bfloat16, which many CPUs only
+emulate: a training step of the bundled model then takes three times as long.
 """
 
 import math

@@ -207,7 +207,7 @@ def try_place(rng, thing: Thing, others: list[Thing], background: str, gap: floa
 
 
 def random_sticker(rng: random.Random, thing: Thing, others: list[Thing], stickers: Stickers) -> Thing:
-    """A drawing, or a sticker in its place; more often than without stickers named as an earlier thing.
+    """A drawing, or a sticker in its place. One in four repeats the kind and color of an earlier thing.
     The things of one kind are all drawings or all stickers, so that "the cat" is not a red cat."""
     path = None
     if others and rng.random() < 0.25:
@@ -866,9 +866,9 @@ def demo_scenes() -> dict[str, Scene]:
 
 def main(argv=None) -> int:
     parser = CommandParser("training.scenes", "Write random scenes and their GRIT records, to look at.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--count", type=int, default=9)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("folder", type=Path, help="where to write the PNGs and grit.jsonl")
+    parser.add_argument("--count", type=int, default=9, help="number of scenes (default: 9)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first scene (default: 0)")
     parser.add_argument("--stickers", type=Path, metavar="DIR", help="mix in these stickers")
     args = parser.parse_args(argv)
     try:

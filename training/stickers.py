@@ -1,4 +1,4 @@
-"""Stickers: transparent PNGs of objects by any artist, for scenes to mix with our own drawings.
+"""Stickers: transparent PNGs of objects by other artists, mixed into scenes with our own drawings.
 
 A folder has them as STYLE/KIND--NAME.png (`noto/palm-tree--tall.png` is a palm tree); a kind is a
 singular noun. A sticker in a scene is changed at random, so a model learns kinds rather than styles:
