@@ -97,7 +97,8 @@ torch.testing.assert_close(features.norm(dim=-1), torch.ones(1, N))
 # The prompt has Q slots between `<image>` and `</image>`. The image embeddings replace the token embeddings of these
 # slots, so the ids in them are only placeholders.
 #
-# `<grounding>` at the beginning of the prompt makes the model write boxes: in training, only examples that began with it had boxes.
+# `<grounding>` at the beginning of the prompt makes the model write boxes: in training, only examples that began with
+# it had boxes.
 
 # %%
 ids, image_mask = tokenizer.encode_prompt("<grounding>An image of")
@@ -147,8 +148,8 @@ assert tokenizer.id_to_token[best.indices[0]] == "<phrase>" and best.values[0] >
 #
 # ## Token by token
 #
-# `prefill` runs the prompt through the decoder. `finish` then appends one token at a time until `</s>` or the limit: the
-# most likely one, unless the options ask for sampling (notebook 5). `generate` does both in one call.
+# `prefill` runs the prompt through the decoder. `finish` then appends one token at a time until `</s>` or the limit:
+# the most likely one, unless the options ask for sampling (notebook 5). `generate` does both in one call.
 
 # %%
 state = model.prefill(tokens, image_embeds=image_embeds, image_mask=mask, max_new_tokens=100)

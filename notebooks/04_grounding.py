@@ -5,8 +5,8 @@
 # of tokens like any other. So grounding is next-token prediction: boxes have probabilities, can be sampled, and can be
 # part of a prompt. This notebook explains the format. (Reading time: 25 minutes.)
 #
-# `grit_to_text` and `encode_record` from `training/data.py` write training captions as text and as ids, and `demo_scenes` from
-# `training/scenes.py` has the exact boxes of the objects in the bundled images.
+# `grit_to_text` and `encode_record` from `training/data.py` write training captions as text and as ids, and
+# `demo_scenes` from `training/scenes.py` has the exact boxes of the objects in the bundled images.
 
 # %%
 from figures import COLORS, ROOT, plt, show, table  # isort: skip
@@ -210,8 +210,8 @@ print(f"score of the box: sqrt({p1:.2f} · {p2:.2f}) = {(p1 * p2).sqrt():.2f}")
 #
 # GRIT is the data set of the paper: web images whose captions were linked to boxes automatically. Its records have a
 # caption, and boxes for ranges of its characters: for phrases (`noun_chunks`) and for longer expressions around them
-# (`ref_exps`); the original training used the latter, or the former if there are none. Nested expressions are dropped. `grit_to_text` writes a record
-# as tagged text, and `encode_record` as token ids.
+# (`ref_exps`); the original training used the latter, or the former if there are none. Nested expressions are
+# dropped. `grit_to_text` writes a record as tagged text, and `encode_record` as token ids.
 
 # %%
 caption = "A dog in a field of flowers"

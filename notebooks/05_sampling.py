@@ -403,10 +403,10 @@ print("instead:  ", tokenizer.id_to_token[blocked[first_change]])
 assert ",," in tokenizer.decode(blocked)
 
 # %% [markdown]
-# Both captions are the same up to the first repeated 3-gram. There the rule forces another token, and everything after
-# it depends on that token. Here, a comma is doubled, and the rest of the caption is worse than before. The config of the
-# bundled model turns the rule off; `sample.py` uses the checkpoint's setting, except for `--task context`, where the
-# rule is off because the prompt repeats itself.
+# Both captions are the same up to the first repeated 3-gram. There the rule forces another token, and everything
+# after it depends on that token. Here, a comma is doubled, and the rest of the caption is worse than before. The
+# config of the bundled model turns the rule off; `sample.py` uses the checkpoint's setting, except for `--task
+# context`, where the rule is off because the prompt repeats itself.
 #
 # ## Complete boxes
 #
@@ -453,8 +453,8 @@ table(rows, ("seed", "", "<object>", "</object>", "boxes parsed"))
 # ## The length limit
 #
 # A limit of new tokens could cut a box in half. With a constraint, it does not: if the chosen token is markup that no
-# longer fits, `cut_markup` replaces it by `</s>`, or by the tag that closes what is open. Everything before it stays the
-# same, so the limit only truncates.
+# longer fits, `cut_markup` replaces it by `</s>`, or by the tag that closes what is open. Everything before it stays
+# the same, so the limit only truncates.
 
 # %%
 free = generate()

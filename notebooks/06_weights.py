@@ -237,8 +237,8 @@ shutil.rmtree(folder)
 # %% [markdown]
 # ## Incomplete checkpoints
 #
-# A model with a missing tensor would still generate captions, only worse. So the loader checks every tensor and raises an
-# error that lists what is missing, unexpected or of the wrong shape.
+# A model with a missing tensor would still generate captions, only worse. So the loader checks every tensor and
+# raises an error that lists what is missing, unexpected or of the wrong shape.
 
 # %%
 checkpoint = Checkpoint(ROOT / "tiny")

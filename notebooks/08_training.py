@@ -178,10 +178,10 @@ torch.testing.assert_close(label[2:], torch.tensor(front.box))
 # %% [markdown]
 # ## Training for 60 steps
 #
-# We train a model with fewer layers from random weights, without the labels of patches. There are two optimizers: Muon for the
-# matrices inside the blocks, AdamW for everything else. (Muon orthogonalizes the update of each matrix: it sets all
-# singular values of the momentum to about one; see `training/muon.py`.) What is learned first, the words or the
-# locations?
+# We train a model with fewer layers from random weights, without the labels of patches. There are two optimizers:
+# Muon for the matrices inside the blocks, AdamW for everything else. (Muon orthogonalizes the update of each matrix:
+# it sets all singular values of the momentum to about one; see `training/muon.py`.) What is learned first, the words
+# or the locations?
 
 # %%
 text = replace(model.config.text, layers=2)
@@ -241,8 +241,8 @@ for seed in (1, 2):
     print("model:", parse(tokenizer.decode(new))[0])
 
 # %% [markdown]
-# These are well-formed captions, but they do not fit the scenes. Do they depend on the image at all? We give each row of a
-# batch the image of another row, and compare the losses.
+# These are well-formed captions, but they do not fit the scenes. Do they depend on the image at all? We give each row
+# of a batch the image of another row, and compare the losses.
 
 # %%
 batch = collate([lessons.row(1000 + n) for n in range(8)])
@@ -299,8 +299,8 @@ show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on
 
 # %% [markdown]
 # Every loss ends below its first value. The losses rise at step 3,000: the run was extended there, and a longer
-# schedule means a higher learning rate at the same step. `training/train.py` draws new scenes in each step, so these are also
-# losses on unseen data. The accuracy is measured on a few scenes only, so its curves are noisy.
+# schedule means a higher learning rate at the same step. `training/train.py` draws new scenes in each step, so these
+# are also losses on unseen data. The accuracy is measured on a few scenes only, so its curves are noisy.
 #
 # ## Exercises
 #

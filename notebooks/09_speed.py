@@ -249,8 +249,8 @@ assert errors["one scale for all"] > 5 * errors["one scale for each row"]
 # %% [markdown]
 # ## The cost on the bundled model
 #
-# By how much do the logits change, and does the caption change? (`python tests/model_card.py precision int8`
-# compares many answers.) In fp16, only the weights are 16-bit (on a CPU). The large matrices of the bundled model are stored
+# By how much do the logits change, and does the caption change? (`python tests/model_card.py precision int8` compares
+# many answers.) In fp16, only the weights are 16-bit (on a CPU). The large matrices of the bundled model are stored
 # in fp16, so only the order of sums changes there.
 
 # %%

@@ -4,8 +4,8 @@
 # A model can learn a new kind of object from a file of images, captions and boxes. Here we teach the bundled model to
 # recognize ladders. For the official weights, the recipe is similar. (Reading time: 15 minutes.)
 #
-# `Scene`, `Thing` (an object in a scene), `article` and `overlap` come from `training/scenes.py`, which draws the images
-# that the bundled model was trained on.
+# `Scene`, `Thing` (an object in a scene), `article` and `overlap` come from `training/scenes.py`, which draws the
+# images that the bundled model was trained on.
 
 # %%
 from figures import ROOT, show_image, table  # isort: skip
@@ -204,8 +204,8 @@ show_image(open_image(folder / "answer.png"), "The image with the boxes of its c
 # ## The official size
 #
 # [`training/README.md`](../training/README.md) has the command; compared with this one, it has a lower learning rate,
-# more steps, larger batches and `--train resampler decoder`. How much memory does it take? Weights and gradients take 4 bytes per parameter
-# each, AdamW's two moments 8 more. Frozen parts need only their weights.
+# more steps, larger batches and `--train resampler decoder`. How much memory does it take? Weights and gradients take
+# 4 bytes per parameter each, AdamW's two moments 8 more. Frozen parts need only their weights.
 
 # %%
 with torch.device("meta"):
