@@ -33,6 +33,7 @@ from training.evaluate import (
     choose_examples,
     evaluate,
     first_scores,
+    groups_named,
     named,
     score,
     score_results,
@@ -214,6 +215,14 @@ def test_only_the_boxes_of_the_asked_phrase_count():
 def test_captions_are_counted():
     found = named("An image of two red circles, a tree and an orange moon.")
     assert found == {"red circle": 2, "tree": 1, "orange moon": 1}
+
+
+def test_groups_are_named_in_one_phrase():
+    cats = [Thing("cat", "red", (x, 0.5), 0.2) for x in (0.2, 0.8)]
+    scene = Scene((cats[0], Thing("sun", None, (0.5, 0.2), 0.2), cats[1]), "white", 0)
+    assert groups_named(" two red cats and a sun.", scene) == [1.0]
+    assert groups_named(" a red cat, a sun and a red cat.", scene) == [0.0]
+    assert groups_named(" a sun.", Scene(scene.things[1:2], "white", 0)) == []
 
 
 def test_learning_rate():

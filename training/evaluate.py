@@ -11,6 +11,7 @@
 | several boxes             | an object that some box of the phrase overlaps with IoU >= 0.5                 |
 | grounded captions         | an object that a phrase names and links to a box with IoU >= 0.5               |
 | plain captions            | an object that the caption names                                               |
+| equal objects             | a group that one phrase of the caption names ("two red cups")                  |
 | box to words              | an expression that the rules of scenes.py resolve to the same object           |
 | questions, in context     | exactly the correct answer; grounded: and a box on each object (IoU >= 0.5)    |
 | text alone                | an ending that completes a valid caption                                       |
@@ -45,6 +46,7 @@ TABLE = {
     "grounded caption: objects named and boxed": ["caption"],
     "detailed caption: objects named and boxed": ["detail"],
     "plain caption: objects named": ["plain caption", "plain detail"],
+    "grounded caption: equal objects named in one phrase": ["groups"],
     "phrase grounding, accuracy at IoU 0.5": ["ground"],
     "phrase grounding, several boxes": ["ground several"],
     "referring expression comprehension, by appearance": ["refer"],
@@ -106,6 +108,12 @@ def caption_hits(entities: list[Entity], scene: Scene) -> list[float]:
             boxes[thing.name].remove(best)
         hits.append(float(hit))
     return hits
+
+
+def groups_named(caption: str, scene: Scene) -> list[float]:
+    """For each group of equal objects, whether one phrase of the caption names all of them ("two red cups")."""
+    phrases = world.listed(caption)
+    return [float(world.counted(group) in phrases) for group in scene.groups() if len(group) > 1]
 
 
 def found_all(boxes: list[Box], things) -> list[float]:
@@ -204,9 +212,12 @@ def evaluate(model, tokenizer, scenes: int, first_seed: int, only=None, stickers
 def accuracies(tokenizer: Tokenizer, chosen: Chosen, results: list[Row]) -> dict[str, tuple[float, int]]:
     hits = defaultdict(list)
     for (scene, example), result in zip(chosen, results, strict=True):
+        text = tokenizer.decode(result.ids)
         if example.task != "ground absent":
-            hits[example.task] += score(example, tokenizer.decode(result.ids), scene)
-    return {task: (sum(h) / len(h), len(h)) for task, h in hits.items()}
+            hits[example.task] += score(example, text, scene)
+        if example.task == "caption":
+            hits["groups"] += groups_named(parse(text)[0], scene)
+    return {task: (sum(h) / len(h), len(h)) for task, h in hits.items() if h}
 
 
 def table_rows(found: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
