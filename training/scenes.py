@@ -247,14 +247,14 @@ class Scene:
 
     @classmethod
     def random(cls, seed: int, stickers: Stickers | None = None) -> "Scene":
-        """The scene of this seed, of up to MOST things; one in thirty is empty. With stickers, four
-        scenes in five may have them."""
+        """The scene of this seed, of up to MOST things; one in thirty is empty. With stickers, seven
+        scenes in ten may have them."""
         rng = random.Random(seed)
         background = rng.choices(list(BACKGROUNDS), list(BACKGROUNDS.values()))[0]
         aspect = rng.choice([1.0, 2 ** rng.uniform(-1, 1)])
         count = 0 if rng.random() < 1 / 30 else rng.randint(1, MOST)
         things: list[Thing] = []
-        used = stickers if stickers is not None and rng.random() < 0.8 else None
+        used = stickers if stickers is not None and rng.random() < 0.7 else None
         for _ in range(count):
             thing = random_thing(rng, things, background, aspect, used)
             if thing is not None:
