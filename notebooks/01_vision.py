@@ -301,13 +301,14 @@ for patches in (G // 2, 3 * G // 4, G, 5 * G // 4, 3 * G // 2, 2 * G):
 table(rows, ("pixels per side", "patches", "boxes found"))
 
 # %% [markdown]
-# From three quarters to twice the trained size, nearly all boxes are found, although the model was trained on one size
-# only; half the size costs a quarter of them. Larger images bring no gain here, and the ViT's attention grows with the
-# square of the number of patches.
+# Up to twice the trained size, nearly all boxes are found, although the model was trained on one size only. Smaller
+# images cost some: a tenth of the boxes at three quarters of the size, and more than a quarter at half. Larger images
+# bring no gain here, and the ViT's attention grows with the square of the number of patches.
 
 # %%
 assert accuracy[G] >= 0.95
-assert all(accuracy[patches] >= accuracy[G] - 0.08 for patches in accuracy if patches > G // 2)
+assert all(accuracy[patches] >= accuracy[G] - 0.03 for patches in accuracy if patches > G)
+assert accuracy[3 * G // 4] >= accuracy[G] - 0.15
 assert accuracy[G // 2] < accuracy[G] - 0.1
 
 # %% [markdown]

@@ -214,7 +214,7 @@ assert accuracy["ground"] > 0.5 and accuracy["kind in box"] > 0.3
 assert accuracy["color of box"] >= accuracy["kind in box"]
 
 # %% [markdown]
-# A random guess among 30 kinds is correct about 3% of the time. The color of an object is recognized at least as
+# A random guess among 30 kinds of drawings is correct about 3% of the time. The color of an object is recognized at least as
 # often as its kind, because kinds differ only in details of the outline. (With so few examples per row, small
 # differences mean nothing.)
 #

@@ -298,8 +298,8 @@ for axis in axes:
 show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on held-out scenes.")
 
 # %% [markdown]
-# Every loss ends below its first value. The losses rise at step 3,000: the run was extended there, and a longer
-# schedule means a higher learning rate at the same step. `training/train.py` draws new scenes in each step, so these
+# Every loss ends below its first value. This run continued from the weights of an earlier one, so the losses of words
+# and locations start low. They fall most when the learning rate decays, over the last 60% of the steps. `training/train.py` draws new scenes in each step, so these
 # are also losses on unseen data. The accuracy is measured on a few scenes only, so its curves are noisy.
 #
 # ## Exercises

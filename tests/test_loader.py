@@ -281,10 +281,10 @@ def test_damaged_files(small, small_folder, tmp_path, name, damage):
         torch.save(fairseq_state(small) if name.endswith("pt") else published(folder), folder / name)
         (folder / "model.safetensors").unlink()
     content = (folder / name).read_bytes()
-    middle = len(content) // 2
+    middle = len(content) // 2  # 80 bytes: more than the padding between two tensors
     (folder / name).write_bytes(
         {"truncated": content[:middle], "empty": b"", "text": b"<html>not found</html>",
-         "flipped": content[: middle] + bytes(255 - b for b in content[middle : middle + 4]) + content[middle + 4 :]}[damage]
+         "flipped": content[: middle] + bytes(255 - b for b in content[middle : middle + 80]) + content[middle + 80 :]}[damage]
     )  # fmt: skip
     if damage == "flipped" and name == "model.safetensors":
         return  # the format has no checksum; a flipped bit of a weight cannot be told from a weight
