@@ -849,7 +849,11 @@ def test_drawings_fit_their_boxes():
 def test_evaluate_counts_misses():
     blind = Kosmos2(replace(SMALL, vision=replace(SMALL.vision, image_size=28))).eval()
     found = evaluate(blind, Tokenizer(TINY / SENTENCEPIECE, 5), 2, HELD_OUT, only={"caption", "ground"})
-    assert {task: share for task, (share, _) in found.items()} == {"caption": 0.0, "ground": 0.0, "groups": 0.0}
+    assert {task: share for task, (share, _) in found.items()} == {
+        "caption": 0.0,
+        "ground": 0.0,
+        "groups": 0.0,
+    }
 
 
 # ---- Bad GRIT data ---------------------------------------------------------------------------------
