@@ -277,7 +277,7 @@ PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 def preprocess_image(image: Image.Image, image_size: int) -> Tensor:
     """An image of any size and mode -> pixels (3, image_size, image_size), float32.
 
-    The whole image is squashed to a square, so coordinates in 0..1 stay the same. Raises the errors of `to_rgb`.
+    The whole image is squashed to a square, so coordinates in 0..1 stay the same. Errors: see `to_rgb`.
     """
     image = to_rgb(image).resize((image_size, image_size), Image.Resampling.BICUBIC)
     pixels = np.asarray(image, dtype=np.float32) / 255  # (image_size, image_size, 3)

@@ -152,7 +152,7 @@ def read_answer(tokenizer, request: Request, row) -> Answer:
 
 
 def as_json(request: Request, answer: Answer, size: tuple[int, int]) -> dict:
-    """One line of --json output. Boxes are in 0..1, and in pixels of the last image (after EXIF rotation)."""
+    """One line of --json output. Boxes are in 0..1, and in pixels of the last image, upright."""
     width, height = size
     entities = []
     for entity in answer.entities:
