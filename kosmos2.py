@@ -815,7 +815,7 @@ def mask_logits(scores: Tensor, state: DecodeState) -> Tensor:
 def cut_markup(constraint: Constraint | None, ids: list[int], token: int, remaining: int) -> int:
     """The token, or a replacement if it is markup that no longer fits into the length limit.
 
-    The replacement is </s> or the tag that closes what is open, so the limit only truncates.
+    The replacement is </s> or the tag that closes what is open, so the limit only shortens the answer.
     """
     if constraint is None:
         return token

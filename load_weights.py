@@ -1,6 +1,6 @@
 """Load a Kosmos-2 checkpoint in any published format, checking every tensor.
 
-    python load_weights.py CHECKPOINT    report what is in it and whether it is complete
+    python load_weights.py CHECKPOINT    report what is in it and which tensors are missing
 
 CHECKPOINT is a folder in the published layout (config.json, sentencepiece.bpe.model, and
 model.safetensors or shards with an index), a .safetensors file, a Hugging Face pytorch_model.bin,
@@ -223,7 +223,7 @@ def inert_dict(*args) -> dict:
 def read_torch(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a file written by torch.save; ValueError if it is damaged or cannot be read safely.
 
-    A pickle can call any function, so weights_only=True, and every other class is replaced by `Inert`.
+    A pickle can call any function, so weights_only=True; classes that it forbids become `Inert`.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -239,7 +239,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     add("--box", action="append", default=[], type=parse_box, metavar="X1,Y1,X2,Y2", help=box_help)
     add = p.add_argument_group("decoding").add_argument
     add("--max-new-tokens", type=int, metavar="N", help=f"upper limit (default: {DEFAULT_NEW_TOKENS})")
-    add("--temperature", type=float, metavar="T", help="0 (default): the most likely token; 1: sample")
+    add("--temperature", type=float, metavar="T", help="0 (default): the most likely token; above 0: sample")
     add("--top-k", type=int, metavar="K", help="sample among the k most likely tokens")
     add("--top-p", type=float, metavar="P", help="sample among the top tokens that reach probability p")
     add("--seed", type=int, metavar="N", help="make sampling repeatable")

@@ -314,8 +314,8 @@ class Tokenizer:
 
         Each `<image>` in the prompt becomes <image>, the slots, </image>; without any, a single
         image goes in front. The slots hold the ids 4, 5, 6, ..., which the image embeddings
-        replace. They are all different, so they are not caught by n-gram blocking. ValueError for a
-        prompt that does not fit.
+        replace; n-gram blocking counts these ids, too. A misspelled tag is plain text. ValueError
+        for a prompt that does not fit.
         """
         if IMAGE_CLOSE in prompt:
             raise ValueError(f"write {IMAGE_OPEN} where an image belongs, without {IMAGE_CLOSE}")

@@ -1,4 +1,4 @@
-"""Make one HTML page, or drawings, of results files.
+"""Make one HTML page, or drawings, from results files.
 
     python -m inference.page captions.jsonl page.html      images, captions and boxes that highlight each other
     python -m inference.page captions.jsonl drawings       a folder with a drawing of each image

@@ -113,7 +113,7 @@ assert len(ids) == 3 + Q + len(tokenizer.encode("<grounding>An image of", add_bo
 # %% [markdown]
 # ## One step of the decoder
 #
-# The decoder processes all positions at once and returns, for each, the logits of the next token. To continue the
+# The decoder processes all positions at once and returns the logits of the next token at each of them. To continue the
 # prompt, only the last position matters. The ViT and the resampler use no mask; in the decoder, each position attends
 # to itself and to earlier ones only.
 #
@@ -149,7 +149,8 @@ assert tokenizer.id_to_token[best.indices[0]] == "<phrase>" and best.values[0] >
 # ## Token by token
 #
 # `prefill` runs the prompt through the decoder. `finish` then appends one token at a time until `</s>` or the limit:
-# the most likely one, unless the options ask for sampling (notebook 5). `generate` does both in one call.
+# the most likely one, unless the options ask for sampling (notebook 5). `generate` does both in one call. Here are the
+# first 14 steps:
 
 # %%
 state = model.prefill(tokens, image_embeds=image_embeds, image_mask=mask, max_new_tokens=100)

@@ -165,7 +165,7 @@ torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
 
 # %% [markdown]
 # `record` kept the output of the last block, so we can compare the lengths before and after the division. (A
-# LayerNorm whose weights are all one returns vectors of length √E.)
+# LayerNorm whose weights are one and whose biases are zero returns vectors of length √E.)
 
 # %%
 last = vit.post_layernorm(seen[f"vision.layers.{config.layers - 1}"][0])
@@ -210,7 +210,8 @@ alt = "Copies of the image, one per head and query, red where the attention weig
 show(fig, alt)
 
 # %% [markdown]
-# Each panel has a few red spots. What share of the attention on the patches goes to the top tenth of them?
+# In most panels, the weight is concentrated on a few patches. What share of the attention on the patches goes to the
+# top tenth of the patches?
 
 # %%
 query_rows = [1 + row * G + col for row, col in queries.values()]
@@ -301,9 +302,9 @@ for patches in (G // 2, 3 * G // 4, G, 5 * G // 4, 3 * G // 2, 2 * G):
 table(rows, ("pixels per side", "patches", "boxes found"))
 
 # %% [markdown]
-# Up to twice the trained size, nearly all boxes are found, although the model was trained on one size only. Smaller
-# images cost some: a tenth of the boxes at three quarters of the size, and more than a quarter at half. Larger images
-# bring no gain here, and the ViT's attention grows with the square of the number of patches.
+# Up to twice the trained size, nearly all boxes are found, although the model was trained on one size only. With
+# smaller images, some boxes are lost, most at half the size. Larger images bring no gain here, and the cost of the
+# ViT's attention grows with the square of the number of patches.
 
 # %%
 assert accuracy[G] >= 0.95

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 2. The resampler: from patches to a few latents
 #
-# The 256 patches of the published model would take 256 positions of the prompt, and the decoder's cost grows with
-# each. The resampler condenses them into Q vectors with Q learned queries, 64 in the published model. It is a single
+# The 256 patches of the published model would take 256 positions of the prompt, and each one adds to the decoder's
+# cost. The resampler condenses them into Q vectors with Q learned queries, 64 in the published model. It is a single
 # attention layer without LayerNorm, residual or MLP, and its queries are also among its keys. (Reading time: 25
 # minutes.)
 #
@@ -123,7 +123,7 @@ def print_caption(name, image_embeds):
     state = model.prefill(tokens, None, image_embeds, mask, max_new_tokens=100)
     row = finish(state)[0]
     caption, entities = tokenizer.parse_output(ids, row.ids, row.probabilities)
-    print(f"{name}: {caption}  scores: {[round(e.scores[0], 2) for e in entities]}")
+    print(f"{name}: {caption}  scores: {[[round(s, 2) for s in e.scores] for e in entities]}")
     return caption
 
 
@@ -131,7 +131,7 @@ for name, embeds in (("with their own keys", by_hand), ("without them", without)
     print_caption(name, embeds)
 
 # %% [markdown]
-# Here the caption stays the same; notebook 10 measures the effect on 40 scenes. [CLS] is among the keys, too. How
+# The caption hardly changes, if at all; notebook 10 measures the effect on 40 scenes. [CLS] is among the keys, too. How
 # much attention does it get?
 
 # %%
@@ -140,7 +140,7 @@ print(f"of the attention on the image, [CLS] gets {share:.3f}; an equal share wo
 assert share < 0.1 / N
 
 # %% [markdown]
-# Almost none.
+# Far less than an equal share.
 #
 # Reordering the keys, together with their values, changes nothing: attention is a weighted sum. So spatial
 # information reaches the latents only through the position embeddings of the ViT (notebook 1).
@@ -195,7 +195,7 @@ assert min(spreads[0.02, 0.02], spreads[1, 0.02]) > 0.7 * spreads[1, 1]
 # starts both with standard deviation one (`init_weights` in `training/setup.py`).
 #
 # What does a model write if it ignores the image (a *blind* model)? We give the trained model the average of the
-# embeddings of the eight images, which do not include this scene:
+# embeddings of the eight images above; the scene here is a different one:
 
 # %%
 scene = Scene.random(HELD_OUT + 8)

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # 3. The decoder
 #
-# A causal transformer that continues a sequence of tokens. Most of it is the textbook transformer, including the
-# factor √D for the embeddings ("Attention Is All You Need", section 3.4). It is pre-norm, with GELU, like most later
-# models. Not in the textbook: position ids that start at 2, a table with all sines before the cosines and slightly
-# different wavelengths, sub-LN, and image embeddings that are inserted *before* the scale. We write the decoder by
-# hand; [10_departures](10_departures.ipynb) measures what it costs to undo each of these differences. (Reading time:
-# 30 minutes.)
+# The decoder is a causal transformer that continues a sequence of tokens. Most of it is the textbook transformer,
+# including the factor √D for the embeddings ("Attention Is All You Need", section 3.4). It is pre-norm, with GELU, like
+# most later models. Not in the textbook: position ids that start at 2, a table with all sines before the cosines and
+# slightly different wavelengths, sub-LN, and image embeddings that are inserted *before* the scale. We write the
+# decoder by hand; [10_departures](10_departures.ipynb) measures what it costs to undo each of these differences.
+# (Reading time: 30 minutes.)
 
 # %%
 from figures import ROOT, plt, reference, show, table  # isort: skip
@@ -159,7 +159,7 @@ torch.testing.assert_close(y, block(x, causal), rtol=1e-4, atol=1e-4)
 # %% [markdown]
 # ## To the logits
 #
-# All blocks, a last LayerNorm, and the embedding matrix again: the logit of a token is the dot product of its
+# After all blocks come a last LayerNorm and the embedding matrix again: the logit of a token is the dot product of its
 # embedding and the output.
 
 # %%

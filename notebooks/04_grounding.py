@@ -29,10 +29,10 @@ pixels = preprocess_image(image, model.config.vision.image_size)[None]
 # %% [markdown]
 # ## The vocabulary
 #
-# Control tokens (`<s>`, `<pad>`, `</s>`, `<unk>`), sentencepiece pieces, eleven tags, and one location token for each
-# of the 32 x 32 cells. The published model has 63,997 pieces, and its first location token has the id 64,013. Not all
-# tags are for boxes: `</doc>`, `</chunk>` and `</line>` are for longer documents. `<mask>`, one more control token,
-# comes from fairseq.
+# The vocabulary consists of control tokens (`<s>`, `<pad>`, `</s>`, `<unk>`), sentencepiece pieces, eleven tags, and
+# one location token for each of the 32 x 32 cells. The published model has 63,997 pieces, and its first location token
+# has the id 64,013. Not all tags are for boxes: `</doc>`, `</chunk>` and `</line>` are for longer documents. `<mask>`,
+# one more control token, comes from fairseq.
 
 # %%
 first = tokenizer.first_location
@@ -117,7 +117,7 @@ assert all(abs(predicted - measured) < 0.02 for _, predicted, measured in rows[2
 assert all(measured > predicted + 0.03 for _, predicted, measured in rows[:2])
 
 # %% [markdown]
-# For the two smallest sizes, the measured IoU is higher than predicted: the estimate assumes errors that are small
+# The smaller the box, the further the measured IoU is above the prediction: the estimate assumes errors that are small
 # compared with the side. The grid limits the accuracy of small boxes, however well the model is trained.
 #
 # ## Tags: text as hyperlinks
@@ -148,7 +148,7 @@ for example in examples:
 # %% [markdown]
 # ## Four tasks with the same tags
 #
-# The prompt decides the task: the same call to `generate` handles all four.
+# The prompt determines the task: the same call to `generate` handles all four.
 
 # %%
 location = "<object><patch_index_0467><patch_index_0924></object>"
@@ -168,8 +168,8 @@ for task, prompt in prompts.items():
 # ## Scores
 #
 # Location tokens have probabilities like all tokens. After `<object>`, the probabilities of all cells are a map of
-# where the top-left corner may be. We append its most likely cell; then the next probabilities are a map of the
-# bottom-right corner.
+# where the top-left corner may be. We append the most likely cell; the next probabilities are then a map of where the
+# bottom-right corner may be.
 
 # %%
 ids, mask = tokenizer.encode_prompt("<grounding><phrase> a fire</phrase><object>")

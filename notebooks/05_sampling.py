@@ -63,7 +63,8 @@ assert sequence[T:] == generate()[:steps]
 # %% [markdown]
 # Most of this work is repeated. A new token attends to the keys and values of all earlier tokens, and with causal
 # attention these never change. So they can be kept, and each step runs only the new token. A `KVCache` holds the keys
-# and values of one layer; how many positions it can hold is fixed at the beginning. The prompt, in two parts:
+# and values of one layer; how many positions it can hold is fixed at the beginning. Here the prompt is run in two
+# parts:
 
 
 # %%
@@ -127,9 +128,9 @@ fig, axis = plt.subplots(figsize=(6, 2.8))
 new = range(1, 200)
 axis.plot(new, [T + k - 1 for k in new], label="with a cache")
 axis.plot(new, [sum(range(T, T + k)) for k in new], label="without")
-axis.set(xlabel="new tokens", ylabel="positions computed", title="work for a caption")
+axis.set(xlabel="new tokens", ylabel="positions computed", yscale="log", title="work for a caption")
 axis.legend(frameon=False)
-show(fig, "Two curves: with a cache, the work grows linearly, without one quadratically.")
+show(fig, "Two curves on a logarithmic scale: without a cache, the work grows much faster.")
 
 # %% [markdown]
 # The cache takes memory: 2 tensors x layers x D numbers per position.
@@ -410,10 +411,10 @@ assert ",," in tokenizer.decode(blocked)
 #
 # ## Complete boxes
 #
-# `Tokenizer.allowed_tokens` returns the tokens that keep the markup valid; generation accepts it as a constraint. It
-# is applied before n-gram blocking, and if a rule would leave no token, that rule is skipped (`mask_logits`). How
-# many tokens are allowed after each part of a link? (Cell 661 is column 21 of row 20, so the bottom-right corner is
-# in one of the 12 rows and one of the 11 columns from there on.)
+# `Tokenizer.allowed_tokens` returns the tokens that keep the markup valid; generation accepts it as a constraint. It is
+# applied before n-gram blocking, and if a rule would leave no token, that rule is skipped (`mask_logits`). How many
+# location tokens, and which tags, are allowed after each part of a link? (Other pieces are not shown.) (Cell 661 is
+# column 21 of row 20, so the bottom-right corner is in one of the 12 rows and one of the 11 columns from there on.)
 
 # %%
 link = "<phrase> a star</phrase><object><patch_index_0661><patch_index_0927></object>"
@@ -470,7 +471,8 @@ for limit in (4, 5, 8, 12):
 #
 # The most likely sequence does not have to begin with the most likely token. Beam search keeps the K best sequences so
 # far. At each step, it scores all continuations of all of them by their summed log-probability, and goes on with the K
-# best. Several of these may continue the same sequence, so rows are dropped, reordered and copied: that is `keep`.
+# best. Several of these may continue the same sequence, so rows are dropped, reordered and copied, which is what `keep`
+# does.
 
 # %%
 K, V = 4, config.vocab_size
@@ -503,8 +505,8 @@ for num_beams in (1, 2, 4):
 table(rows, ("beams", "tokens", "mean log-probability"))
 
 # %% [markdown]
-# Here all three find the same sequence. On other images, more beams can find one with a higher mean, but this is not
-# guaranteed: the search may drop a sequence early that would have become the best one.
+# On this image, all three may find the same sequence. On others, more beams can find one with a higher mean, but this
+# is not guaranteed: the search may drop a sequence early that would have become the best one.
 #
 # ## A shared prefix
 #
@@ -581,9 +583,10 @@ torch.testing.assert_close(logits[:, 1], after_guess, rtol=1e-3, atol=1e-3)
 # guess had never been run. So the ids do not depend on the guesses.
 #
 # `DraftState` in `inference/shortcuts.py` does this in its `step`; everything else, `decode` included, stays the same.
-# Where decoding is limited by reading the weights (notebook 9), a pass over two tokens can take about as long as a
-# pass over one; whether it does depends on the matmul kernel. So we count passes, not seconds. `with_drafts` guesses
-# by `likely_next`; for comparison, the third row always guesses `</s>`, which is wrong until the sequence ends.
+# Where decoding is limited by reading the weights (notebook 9), a pass over two tokens can take about as long as a pass
+# over one; whether it does depends on the matmul kernel. So we count passes, not seconds. `with_drafts` guesses by
+# `likely_next`; for comparison, the third row of the table uses a draft that always guesses `</s>`, which is wrong
+# until the sequence ends.
 
 # %%
 passes = []
@@ -616,5 +619,6 @@ assert counts["likely_next"] < counts["no draft"]
 #    number of 0?
 # 2. An unfinished sequence could still become better than a finished one. Can beam search miss it? Find the condition
 #    in `finish_beams`.
-# 3. The image slots hold the ids 4, 5, 6, ... Why not the same id in all of them? (Think of n-gram blocking.)
+# 3. The image slots hold the ids 4, 5, 6, ..., which are also the ids of ordinary pieces. What does n-gram blocking
+#    make of them?
 # 4. How much memory do four beams take, and when is it taken?

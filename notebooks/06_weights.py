@@ -77,12 +77,14 @@ for part in colors:
 # %%
 fig, axis = plt.subplots(figsize=(12, 4.8))
 for names in NAMES:
-    color, line = colors[names[0].split(".")[0]], []
+    color = colors[names[0].split(".")[0]]
+    ends = []  # of the line to the left of each name, and of that to its right
     for name, rank, (_, x) in zip(names, ranks, columns, strict=True):
         axis.text(x, rank[name], name, fontfamily="monospace", fontsize=7, color=color, va="center")
-        line += [(x - 0.005, rank[name]), (x + 0.003 + 0.0064 * len(name), rank[name])]
-    for left, right in (line[1:3], line[3:5]):
-        axis.plot([left[0], right[0]], [left[1], right[1]], color=color, lw=0.8)
+        after_longest = x + 0.005 + 0.0064 * max(map(len, rank))
+        ends.append(((x - 0.005, rank[name]), (after_longest, rank[name])))
+    for (_, start), (end, _) in zip(ends, ends[1:]):
+        axis.plot(*zip(start, end, strict=True), color=color, lw=0.8)
 for title, x in columns:
     axis.text(x, 1, title, fontsize=9, weight="bold")
 axis.set(xlim=(0, 1.05), ylim=(-len(NAMES), 1.5))
@@ -90,7 +92,7 @@ axis.axis("off")
 show(fig, "The prefixes of tensor names in three columns; lines connect the names of one tensor.")
 
 # %% [markdown]
-# Two published names are misleading. `final_layer_norm` occurs in every block of the decoder: it is the norm before
+# Two published names need care. `final_layer_norm` occurs in every block of the decoder: it is the norm before
 # the MLP, not the last norm of the model. And `pre_layrnorm` is misspelled in the files. Do our names match the
 # published tensors one to one?
 
@@ -174,7 +176,7 @@ for name, size in (("fp32", 4), ("fp16 or bf16", 2), ("int8", 1)):
 fig, axis = plt.subplots(figsize=(9, 1.5))
 left = 0
 for (part, share), color in zip(shares.items(), COLORS, strict=False):
-    axis.barh(0, share, left=left, color=color, label=part)
+    axis.barh(0, share, left=left, color=color, label=f"{part}: {share:.1%}")
     left += share
 axis.axis("off")
 axis.legend(ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0))
@@ -287,9 +289,9 @@ changed = with_locations(mean_of_four)
 print("embedding:", tuple(embedding.shape), "->", tuple(changed.decoder.embed_tokens.weight.shape))
 
 # %% [markdown]
-# We compare them by their loss on the boxes of objects in 100 unseen scenes, one object from each scene that has one
-# with a unique name. Each sequence is a phrase and its box, `<phrase> the red cup</phrase><object>...</object>`, and
-# only location tokens are counted.
+# We compare the two initializations by their loss on the boxes of objects in 100 unseen scenes, one object from each
+# scene that has one with a unique name. Each sequence is a phrase and its box, `<phrase> the red
+# cup</phrase><object>...</object>`, and only location tokens are counted.
 
 # %%
 images, prompts = [], []

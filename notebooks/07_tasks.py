@@ -118,7 +118,7 @@ table(rows, ("object", "expression for its box", "matches only this", "IoU of it
 
 # %% [markdown]
 # The cats have the same name, so a good expression for them needs a relation ("the cat left of ..."). Where the third
-# column is "no", the expression matches several objects, and the box may be on another one.
+# column is "no", the expression does not match exactly this object, and its box may be on another one.
 #
 # ## Ranked boxes
 #
@@ -144,8 +144,7 @@ assert ranked == sorted(ranked, reverse=True)
 # %% [markdown]
 # The score is the square root of the product of both probabilities, so it can be read like the score of a generated
 # box. The list is sorted by it. It continues past the correct boxes, and no single threshold separates them for
-# all phrases: correct boxes share the probability of the first token, so the second cat has a lower score than the
-# first.
+# all phrases: the two cats share the probability of the first token, so each has a lower score than a single cat would.
 #
 # ## Few-shot prompts
 #
@@ -155,7 +154,7 @@ assert ranked == sorted(ranked, reverse=True)
 # %%
 ids, mask = tokenizer.encode_prompt("<image> red.<image>", 2)
 visible = [(t, i) for t, (i, slot) in enumerate(zip(ids, mask, strict=True)) if not slot]
-table([(t, tokenizer.id_to_token[i]) for t, i in visible], ("position", "token"))
+table([(t, tokenizer.id_to_token[i]) for t, i in visible], ("t", "token"))
 assert sum(mask) == 2 * tokenizer.num_image_tokens
 
 # %% [markdown]
@@ -209,14 +208,13 @@ for (s, example), row in zip(examples, replies, strict=True):
         if not all(found):
             misses.append((s, example, row))
 accuracy = {task: sum(h) / len(h) for task, h in sorted(hits.items())}
-table([(task, f"{a:.2f}", len(hits[task])) for task, a in accuracy.items()], ("task", "hits", "of"))
+table([(task, f"{a:.2f}", len(hits[task])) for task, a in accuracy.items()], ("task", "accuracy", "of"))
 assert accuracy["ground"] > 0.5 and accuracy["kind in box"] > 0.3
 assert accuracy["color of box"] >= accuracy["kind in box"]
 
 # %% [markdown]
-# A random guess among 30 kinds of drawings is correct about 3% of the time. The color of an object is recognized at least as
-# often as its kind, because kinds differ only in details of the outline. (With so few examples per row, small
-# differences mean nothing.)
+# A random guess among 30 kinds of drawings is correct about 3% of the time. Colors are usually easier than kinds, many
+# of which differ only in details. (With so few examples per row, small differences mean nothing.)
 #
 # ## Failures
 #
@@ -247,6 +245,6 @@ for s, example, row in [miss for miss in misses if miss[1].task == "caption"][:1
 # Predict, then run. Answers are in `answers.py`.
 #
 # 1. Ground something that is not there. What happens to the score?
-# 2. Put the example after the question: the second image and its sentence last. Does it still work?
+# 2. Put the example after the question: the first image and its sentence last. Does it still work?
 # 3. Which task gets worse first when images have fewer pixels (draw at 28 pixels)? Measure with `score`.
 # 4. `score` compares answers to questions letter by letter. Find a correct answer that is scored as a miss.

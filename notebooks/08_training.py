@@ -2,7 +2,7 @@
 # # 8. Training
 #
 # This notebook covers the data, the objective and the attention mask. Then we train a small model for 60 steps and
-# look at the log of the run that made the bundled model. (Reading time: 30 minutes.) The data comes from
+# look at the log of the last training run of the bundled model. (Reading time: 30 minutes.) The data comes from
 # `training/data.py` and `training/scenes.py`, the objective and the optimizers from `training/train.py`, the initial
 # weights from `training/setup.py`, and the labels of patches from `training/patches.py`.
 
@@ -48,9 +48,9 @@ print(len(encode_record(tokenizer, record)), "tokens")
 #
 # The loss is the mean of -log p(next token). Only the tokens of answers contribute, not those of prompts. (In the
 # original training on GRIT, and in `Grit` of `training/data.py`, all tokens of the caption contribute.) Each row has
-# one image in front and several sequences about it that do not attend to each other, so the image is encoded only once.
-# Here is a part of a row with its targets; the code numbers the sequences in `sequences`. In answers, tags and location
-# tokens count like all other tokens.
+# one image in front and several sequences about it. The sequences do not attend to each other, so they can share one
+# encoded image. Here is a part of a row with its targets; the code numbers the sequences in `sequences`. In answers,
+# tags and location tokens count like all other tokens.
 
 # %%
 source = Scenes(tokenizer, model.config, length=256, first=5)
@@ -67,7 +67,7 @@ for i in range(start, min(start + 22, len(row.tokens))):
 table(shown, ("token", "sequence", "target"))
 
 # %% [markdown]
-# How many tokens of the row are targets? No position of the image is one:
+# How many tokens of the row are targets? None of the image positions has a target:
 
 # %%
 counted = sum(y >= 0 for y in row.targets)
@@ -78,8 +78,8 @@ print(f"{len(row.tokens)} tokens, {len(numbers)} sequences, {counted} targets")
 # %% [markdown]
 # The attention mask: each token attends to the image, to itself and to the earlier tokens of its sequence. The position
 # ids of each sequence continue from the image, as if it were the only one. (There are two exceptions: a few-shot
-# sequence brings a second image among its own tokens, and sequences without an image, numbered -1, -2, ..., attend only
-# to themselves and have positions of their own.)
+# sequence contains a second image, and sequences without an image, numbered -1, -2, ..., attend only to themselves and
+# have positions of their own.)
 
 # %%
 sequences = torch.tensor(row.sequences)
@@ -98,11 +98,11 @@ axis.set(title="attention mask (rows are queries)", xlabel="position", ylabel="p
 show(fig, "The attention mask: a stripe on the left for the image, and a triangle for each sequence.")
 
 # %% [markdown]
-# The stripe on the left is the attention of all sequences to the image; each triangle on the diagonal is the attention
-# within one sequence.
+# The stripe on the left is the attention of the sequences to the image (a sequence without an image leaves a gap); each
+# triangle on the diagonal is the attention within one sequence.
 #
-# The loss by hand, with the bundled model: logits, log-softmax, and the entries of the targets. `Losses` returns the
-# loss of each target and the loss of the patches (see below), which we ignore here.
+# We compute the loss by hand, with the bundled model: logits, log-softmax, and the entries of the targets. `Losses`
+# returns the loss of each target and the loss of the patches (see below), which we ignore here.
 
 # %%
 batch = collate([row])
@@ -261,9 +261,9 @@ assert abs(increase["after 60 steps"]) < 0.2 and increase["bundled model"] > 0.5
 #
 # ## The bundled model
 #
-# The log of the run that made it, one JSON object per line. The first steps train only the ViT, so their lines have
-# no `words` or `locations`; the [model card](../tiny/README.md) has the details of the run. How do the losses and the
-# accuracy develop?
+# This is the log of its last training run, one JSON object per line. The first steps train only the ViT, so their lines
+# have no `words` or `locations`; the [model card](../tiny/README.md) has the details of the run. How do the losses and
+# the accuracy develop?
 
 # %%
 log = [json.loads(line) for line in (ROOT / "tiny" / "log.jsonl").read_text().splitlines()]
@@ -286,21 +286,22 @@ table(rows, ("loss", "first step", "value", "last step", "value"))
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.4))
 for (name, points), color in zip(curves.items(), COLORS, strict=False):
     axes[0].plot(*zip(*points, strict=True), color=color, label=name)
-axes[0].set(title="loss", xlabel="step", yscale="log")
+axes[0].set(title="loss", xlabel="step", ylabel="nats per token or patch", yscale="log")
 measured = [entry for entry in log if "accuracy" in entry]
 for task, color in zip(("ground", "caption", "color", "count"), COLORS, strict=False):
     points = [(entry["step"], entry["accuracy"].get(task, math.nan)) for entry in measured]
     if points:
         axes[1].plot(*zip(*points, strict=True), "o-", color=color, label=task)
-axes[1].set(title="accuracy on a few held-out scenes", xlabel="step", ylim=(0, 1.05))
+axes[1].set(title="accuracy on a few held-out scenes", xlabel="step", ylim=(0, 1.05), xlim=axes[0].get_xlim())
 for axis in axes:
     axis.legend(frameon=False)
 show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on held-out scenes.")
 
 # %% [markdown]
 # Every loss ends below its first value. This run continued from the weights of an earlier one, so the losses of words
-# and locations start low. They fall most when the learning rate decays, over the last 60% of the steps. `training/train.py` draws new scenes in each step, so these
-# are also losses on unseen data. The accuracy is measured on a few scenes only, so its curves are noisy.
+# and locations start far below those of random weights (9.5 and 9.8 above). They fall again while the learning rate
+# decays, over the last 60% of the steps. `training/train.py` draws new scenes in each step, so these are also losses on
+# unseen data. The accuracy is measured on a few scenes only, so its curves are noisy.
 #
 # ## Exercises
 #

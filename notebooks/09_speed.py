@@ -55,7 +55,7 @@ print(f"{torch.get_num_threads()} threads, CPU: {cpu_maker()}")
 # ## Bandwidth and compute of your machine
 #
 # We measure memory bandwidth (by adding up an array that is larger than the caches) and operations per second (by a
-# product of two matrices). All predictions below follow from these two values.
+# product of two matrices). All predicted times below follow from these two values.
 
 # %%
 big = torch.ones(2**28)  # 1 GiB
@@ -79,13 +79,19 @@ assert ridge > 1
 N, K = 4096, 2048
 at_ridge = 2 * ridge  # R/2 operations per byte
 rows = (1, 2, 4, 16, 64, 256)
-predicted = [max(4 * N * K / bandwidth, 2 * R * N * K / compute) for R in rows]
+
+
+def predict(R: float) -> float:
+    return max(4 * N * K / bandwidth, 2 * R * N * K / compute)
+
+
+predicted = [predict(R) for R in rows]
 print(f"one row: {1e3 * predicted[0]:.2f} ms, limited by memory")
 print(f"the ridge is at {at_ridge:.0f} rows; from there on, the time grows with the rows")
 assert at_ridge > 2
 
 # %% [markdown]
-# The measurement. (16 layers, because the weights of a single one would stay in the cache of some CPUs.)
+# Now we measure. (We use 16 layers, because the weights of a single one would stay in the cache of some CPUs.)
 
 # %%
 weight = torch.randn(N, K) / K**0.5
@@ -104,7 +110,8 @@ table(shown, ("rows", "predicted ms", "measured ms", "ratio"))
 
 # %%
 fig, axis = plt.subplots(figsize=(6, 3.2))
-axis.plot(rows, [1e3 * v for v in predicted], "--", color="#777777", label="predicted (roofline)")
+corners = (1, min(at_ridge, rows[-1]), rows[-1])
+axis.plot(corners, [1e3 * predict(R) for R in corners], "--", color="#777777", label="predicted (roofline)")
 axis.plot(rows, [1e3 * v for v in measured], "o-", color=COLORS[1], label="measured")
 axis.axvline(at_ridge, color="#777777", lw=0.8, ls=":", label="ridge")
 axis.set(xscale="log", yscale="log", xlabel="rows", ylabel="ms per layer")
@@ -117,11 +124,10 @@ show(fig, "Time of a layer against the number of rows, predicted and measured; a
 
 # %% [markdown]
 # The prediction is flat up to the ridge and then proportional to the number of rows. The measured times need not lie
-# above it: a matmul may read memory faster than the sum that measured the bandwidth. And they have no sharp
-# bend at the ridge. Between a few rows and the ridge, real kernels are slower than predicted, because with so few rows
-# they reach neither the bandwidth nor the peak of the arithmetic, so each additional row takes extra time well before
-# the ridge. On every machine, 16 rows take less than 16 times as long as one, and with many rows the time grows with
-# their number.
+# above it: a matmul may read memory faster than the sum that measured the bandwidth. And they have no sharp bend at the
+# ridge. Between a few rows and the ridge, real kernels are slower than predicted, because with so few rows they reach
+# neither the bandwidth nor the peak of the arithmetic, so the time already grows before the ridge. 16 rows take less
+# than 16 times as long as one, and with many rows the time grows with their number.
 
 # %%
 assert measured[3] < 16 * measured[0]
@@ -177,7 +183,7 @@ table(shown, ("rows", "F.linear", "sliced_matmul", "used here"))
 # %% [markdown]
 # Which kernel is faster depends on the CPU, the number of cores and the number of rows. On the AMD EPYC of the table in
 # [`inference/README.md`](../inference/README.md), the sliced matmul makes decoding 1.9 times as fast as transformers,
-# which uses `F.linear`. On an Intel Xeon, it is faster for 7 to 16 rows only.
+# which uses `F.linear`. On an Intel Xeon, it is clearly faster for 7 to 16 rows only.
 #
 # ## int8, step by step
 #

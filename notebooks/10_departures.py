@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 10. Departures from the textbook
 #
-# Kosmos-2 differs from a textbook transformer in the places listed below. A port can miss most of them and still run
-# without an error, but it computes something else. (A strict loader finds those that have weights: ours refuses a
+# Kosmos-2 differs from a textbook transformer in the places listed below. A port can get most of them wrong and still
+# run without an error, but its results differ. (A strict loader finds those that have weights: ours refuses a
 # checkpoint with the weights of a LayerNorm that the model does not have.) Which of them matter? We change one at a
 # time in the trained model and measure. (Reading time: 20 minutes.)
 #
@@ -12,7 +12,7 @@
 # | | a LayerNorm before the first block | none | as in CLIP |
 # | | QuickGELU | GELU | as in CLIP, where it was cheaper |
 # | | all positions are passed on | only [CLS], or only patches | boxes need positions |
-# | | features of unit length | any length | as CLIP's final output |
+# | | features of unit length | any length | like CLIP's final output |
 # | resampler | latents among their own keys | keys from the image only | as in Flamingo; a head can ignore the image |
 # | | no norm, residual or MLP | all three | the decoder's first block follows and has them |
 # | input | image embeddings inserted before the scale | - | they are treated like tokens |
@@ -77,8 +77,7 @@ assert logit_change(unchanged, vision["ViT: GELU instead of QuickGELU"]) < 0.1
 
 # %% [markdown]
 # The first LayerNorm cannot be left out. GELU and QuickGELU are so similar that the logits hardly change. If the
-# logits change a lot but there is no star, the model computes something different, but 40 scenes are too few to show
-# a cost.
+# logits change a lot but there is no star, the model computes something different, but no cost is certain on 40 scenes.
 #
 # ## Embeddings and positions
 #
@@ -138,7 +137,7 @@ show(fig, "Each departure by name: left its change of the logits, right its cost
 
 # %% [markdown]
 # Where a point on the right is blue, its cost may be due to chance; 40 scenes are too few to tell. Comparing logits
-# with the reference finds every one of them. `tests/mutations.py` applies many of them and checks that a test fails.
+# with the reference finds nearly all of them. `tests/mutations.py` applies many of them and checks that a test fails.
 #
 # These numbers show what happens when a part is removed from a model that was trained with it. They do not
 # show what happens if a model is trained without it.

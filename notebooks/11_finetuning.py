@@ -163,10 +163,10 @@ assert before[1] == 0  # it has never seen the word
 # %% [markdown]
 # ## The command
 #
-# A lower learning rate than in training (at most 6e-4 instead of 2e-3) and few steps: the model should learn
-# something new without forgetting what it has learned. We use AdamW, because Muon, the default of `train.py`, is
-# meant for training from scratch. We train every part, since the model is small. Larger models need a lower learning
-# rate. 100 steps of 16 images show each of the 300 images about five times.
+# We use a lower learning rate than in training (at most 6e-4 instead of 2e-3) and few steps, because the model should
+# learn something new without forgetting what it has learned. The optimizer is AdamW, because Muon, the default of
+# `train.py`, is meant for training from scratch. We train every part, since the model is small. Larger models need a
+# lower learning rate. 100 steps of 16 images show each of the 300 images about five times.
 
 # %%
 command = f"-m training.train --checkpoint tiny --data {folder}/grit.jsonl --out {folder}/run"
@@ -187,8 +187,8 @@ table(rows, ("", "other objects named and boxed", "ladders named and boxed"))
 assert after[1] > 0.5 and after[0] > before[0] - 0.15
 
 # %% [markdown]
-# Most ladders are found now, and few of the other objects are lost. One of the held-out images, with the answer of the
-# fine-tuned model:
+# Nearly all ladders are found now, and most of the other objects still are. One of the held-out images, with the answer
+# of the fine-tuned model:
 
 # %%
 held_out[0][0].save(folder / "ladder.png")

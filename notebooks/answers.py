@@ -224,14 +224,14 @@ assert [tokenizer.id_to_token[i] for i in ids] == ["</phrase>", "▁", "."]
 # ---------------------------------------------------------------------------------------------- 5. Generation
 
 # 5.1 `chosen` counts the entries of the cumulative distribution below u · total. Tokens of probability zero are last,
-# where it is constant, and u < 1 ends before them. At u = 0 the count is zero: the most likely token.
+# where it is constant, and since u < 1, the count stops before them. At u = 0 the count is zero: the most likely token.
 assert sample(torch.tensor([[-math.inf, 0.0, 1.0]]), 1.0, None, None, torch.tensor([0.0])).item() == 2
 
 # 5.2 Yes: `best > finished[prompt][-1][0]`. It stops when num_beams sequences have ended and the best unfinished one scores
 # no better than the worst of them. Scores are means over the length so far, so an unfinished one could still improve.
 
-# 5.3 The same id in all slots would repeat a 3-gram at once. With different ids, no 3-gram occurs twice in the slots.
-assert len(set(range(4, 4 + Q))) == Q
+# 5.3 It counts them like the other ids of the prompt: after the pieces 4 and 5, the piece 6 is forbidden.
+assert kosmos2.repeated_ngrams([*range(4, 4 + Q), 4, 5], 3) == [6]
 
 # 5.4 Four times the cache, from the first new token on: `KVCache.keep` copies the rows of the chosen beams.
 ids, image_mask = tokenizer.encode_prompt("<grounding>An image of")
@@ -306,7 +306,7 @@ for name, drawn in (("sharp", asked), ("small", [(small(scene), example) for sce
     print("7.3:", name, {task: round(share, 2) for task, share in shares.items()})
 assert shares["kind in box"] == min(shares.values())
 
-# 7.4 "house" instead of "a house".
+# 7.4 "a moon" instead of "moon" (to "Which thing is red?"), or instead of "a red moon" (to "What is it?").
 
 # ------------------------------------------------------------------------------------------------- 8. Training
 
@@ -347,7 +347,7 @@ assert TextConfig().max_positions < 1_342_000_000 // (2 * 24 * 2048 * 4)
 # every token is several times shorter than the position that is added to it.
 # 10.2 Scores that are √hd times as large make the softmax pick a single position. `attention_weights` in recording.py shows
 # the formula; patch `torch.nn.functional.scaled_dot_product_attention` with one that passes scale=1.
-# 10.3 Three standard errors must fit into 0.01. They shrink with the square root of the number of scenes, so with a
+# 10.3 Three standard errors must be at most 0.01. They shrink with the square root of the number of scenes, so with a
 # standard deviation of 0.2 of the differences it takes (3 · 0.2 / 0.01)² scenes:
 assert round((3 * 0.2 / 0.01) ** 2) == 3600
 

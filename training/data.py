@@ -27,11 +27,11 @@ from training.scenes import Example, Scene, objects_text, tasks
 # How many examples of each task a scene contributes at most; a fraction is the chance of one more.
 MIXTURE = {
     "caption": 1, "detail": 0.8, "plain caption": 0.2, "plain detail": 0.2,
-    "ground": 1.5, "ground several": 2, "ground absent": 0.3, "refer": 1.5, "refer relation": 1.7, "describe box": 2.5,
+    "ground": 1, "ground several": 2, "ground absent": 0.3, "refer": 1, "refer relation": 1.5, "describe box": 2.5,
     "color": 0.3, "kind": 0.5, "where": 0.3, "relation": 0.5, "count": 0.8, "yes or no": 0.5,
     "color grounded": 0.4, "kind grounded": 0.6, "where grounded": 0.4, "relation grounded": 0.8,
     "count grounded": 0.8, "yes or no grounded": 0.6, "color of box": 0.3, "kind in box": 0.7,
-    "example of a box": 0.4, "text alone": 0.3,
+    "example of a box": 1, "text alone": 0.3,
 }  # fmt: skip
 
 
@@ -287,7 +287,8 @@ class Scenes:
         row.patch_labels.append(patch_labels(scene, self.grid))
         if n < self.image_rows:
             return row
-        for number, example in enumerate(choose(tasks(scene, rng), rng), start=1):
+        two_images = rng.random() < 0.2  # they take as long as several other examples
+        for number, example in enumerate(choose(tasks(scene, rng, two_images), rng), start=1):
             prompt, image_mask = encode_example(self.tokenizer, example)
             if not example.alone:
                 prompt = prompt[row.prefix :]
@@ -310,7 +311,7 @@ def encode_example(tokenizer: Tokenizer, example: Example) -> tuple[list[int], l
 
 
 def choose(examples: list[Example], rng: random.Random) -> list[Example]:
-    """A random choice of the examples of a scene, in the proportions of MIXTURE."""
+    """A random choice of the examples of a scene, in the proportions of MIXTURE; the caption comes first."""
     rng.shuffle(examples)
     room = {task: int(most) + (rng.random() < most % 1) for task, most in MIXTURE.items()}
     chosen = []
@@ -318,7 +319,7 @@ def choose(examples: list[Example], rng: random.Random) -> list[Example]:
         if room[example.task] > 0:
             room[example.task] -= 1
             chosen.append(example)
-    return chosen
+    return sorted(chosen, key=lambda example: example.task != "caption")
 
 
 class Grit:

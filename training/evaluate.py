@@ -7,12 +7,12 @@
 | task                      | a hit is                                                                       |
 |---------------------------|--------------------------------------------------------------------------------|
 | grounding, referring      | the first box of the phrase has IoU >= 0.5 with the correct one (paper, 4.1)   |
-| ranked boxes              | the correct box is among the k most probable boxes of the phrase, by IoU 0.5   |
+| ranked boxes              | the correct box is among the k most probable boxes of the phrase (IoU >= 0.5)  |
 | several boxes             | an object that some box of the phrase overlaps with IoU >= 0.5                 |
 | grounded captions         | an object that a phrase names and links to a box with IoU >= 0.5               |
 | plain captions            | an object that the caption names                                               |
 | equal objects             | a group that one phrase of the caption names ("two red cups")                  |
-| box to words              | an expression that the rules of scenes.py resolve to the same object           |
+| describing a box          | an expression that the rules of scenes.py resolve to the same object           |
 | questions, in context     | exactly the correct answer; grounded: and a box on each object (IoU >= 0.5)    |
 | text alone                | an ending that completes a valid caption                                       |
 """

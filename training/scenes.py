@@ -207,10 +207,10 @@ def try_place(rng, thing: Thing, others: list[Thing], background: str, gap: floa
 
 
 def random_sticker(rng: random.Random, thing: Thing, others: list[Thing], stickers: Stickers) -> Thing:
-    """A drawing, or a sticker in its place. One in four repeats the kind and color of an earlier thing.
+    """A drawing, or a sticker in its place. One in three repeats the kind and color of an earlier thing.
     The things of one kind are all drawings or all stickers, so that "the cat" is not a red cat."""
     path = None
-    if others and rng.random() < 0.25:
+    if others and rng.random() < 1 / 3:
         twin = rng.choice(others)
         thing = replace(thing, kind=twin.kind, color=twin.color)
         path = twin.sticker if rng.random() < 0.4 else None
@@ -834,12 +834,12 @@ def is_caption(text: str, stickers: Stickers | None = None) -> bool:
     return text in [f"An image of {first}{joint if first else ''}{last}." for joint in joints]
 
 
-def tasks(scene: Scene, rng: random.Random) -> list[Example]:
-    """All examples of a scene, including the one without an image."""
-    found = captions(scene)
-    for make in (grounding, referring, questions, counting, in_context):
+def tasks(scene: Scene, rng: random.Random, two_images: bool = True) -> list[Example]:
+    """All examples of a scene, including the one without an image; those with two images on request."""
+    found = [*captions(scene), unseen(scene)]
+    for make in (grounding, referring, questions, counting, *[in_context] * two_images):
         found += make(scene, rng)
-    return [*found, unseen(scene)]
+    return found
 
 
 def demo_scenes() -> dict[str, Scene]:
@@ -865,7 +865,7 @@ def demo_scenes() -> dict[str, Scene]:
 
 
 def main(argv=None) -> int:
-    parser = CommandParser("training.scenes", "Write random scenes and their GRIT records, to look at.")
+    parser = CommandParser("training.scenes", "Write random scenes and their GRIT records.")
     parser.add_argument("folder", type=Path, help="where to write the PNGs and grit.jsonl")
     parser.add_argument("--count", type=int, default=9, help="number of scenes (default: 9)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first scene (default: 0)")
