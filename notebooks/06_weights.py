@@ -83,7 +83,7 @@ for names in NAMES:
         axis.text(x, rank[name], name, fontfamily="monospace", fontsize=7, color=color, va="center")
         after_longest = x + 0.005 + 0.0064 * max(map(len, rank))
         ends.append(((x - 0.005, rank[name]), (after_longest, rank[name])))
-    for (_, start), (end, _) in zip(ends, ends[1:]):
+    for (_, start), (end, _) in zip(ends, ends[1:], strict=False):
         axis.plot(*zip(start, end, strict=True), color=color, lw=0.8)
 for title, x in columns:
     axis.text(x, 1, title, fontsize=9, weight="bold")

@@ -1,10 +1,11 @@
 """Drawings by other code: circles, squares, triangles and stars made with plain Pillow calls.
 
-    python tests/drawings.py [--checkpoint tiny] [--count 150] [--save DIR]
+    python tests/drawings.py [--checkpoint tiny] [--count 150] [--save DIR] [--sides 0.11 0.2]
 
 They share no code with training/scenes.py, so they show whether a model has learned shapes or only
 the style of one renderer. Prints two accuracies per kind of background: shapes that a caption names
-and boxes with an IoU of at least 0.5, and shapes that are grounded when their name is given.
+and boxes with an IoU of at least 0.5, and shapes that are grounded when their name is given. The row
+"outlined" is for the shapes with an outline, on all backgrounds.
 """
 
 import argparse
@@ -33,12 +34,14 @@ RGB = {
 SHAPES = ["circle", "square", "triangle", "star"]
 SIZES = [(300, 300), (400, 250), (250, 400), (480, 240)]
 BACKGROUNDS = ["white", "light", "dark", "gradient", "noisy"]
+SIDES = (0.22, 0.5)  # the smallest and the largest side of a shape, relative to the image's shorter side
 LEAST_DISTANCE = 100  # between the RGB values of a shape and of each pixel of its background
 
 
 class Shape(NamedTuple):
     name: str  # "red circle"
     box: Box  # in 0..1
+    outlined: bool
 
 
 class Accuracy(NamedTuple):
@@ -106,7 +109,7 @@ def visible_colors(background: Image.Image, box: Box) -> list[str]:
     ]
 
 
-def drawing(seed: int) -> tuple[Image.Image, list[Shape], str]:
+def drawing(seed: int, sides=SIDES) -> tuple[Image.Image, list[Shape], str]:
     """(image, its shapes, the kind of its background)"""
     rng = random.Random(f"drawing {seed}")
     kind = BACKGROUNDS[seed % len(BACKGROUNDS)]
@@ -120,24 +123,24 @@ def drawing(seed: int) -> tuple[Image.Image, list[Shape], str]:
     shapes: list[Shape] = []
     for _ in range(rng.randint(1, 3)):
         shape = rng.choice(SHAPES)
-        points, box = free_place(shape, shapes, size, rng)
+        points, box = free_place(shape, shapes, size, sides, rng)
         if box is None:
             continue
         color = rng.choice(visible_colors(background, box))
         name = f"{color} {shape}"
         if name not in [other.name for other in shapes]:
             draw_shape(pen, shape, points, RGB[color], outline)
-            shapes.append(Shape(name, box))
+            shapes.append(Shape(name, box, outline is not None))
     return image, shapes, kind
 
 
-def free_place(shape: str, others: list[Shape], size: tuple[int, int], rng: random.Random):
+def free_place(shape: str, others: list[Shape], size: tuple[int, int], sides, rng: random.Random):
     """(the points of a shape, their bounding box) in a place where it overlaps no other shape.
 
     The box is None if no place was found.
     """
     for _ in range(30):
-        side = rng.randint(round(0.22 * min(size)), round(0.5 * min(size)))
+        side = rng.randint(*[round(side * min(size)) for side in sides])
         x, y = rng.randint(2, size[0] - side - 3), rng.randint(2, size[1] - side - 3)
         points = shape_points(shape, x, y, side)
         box = bounding_box(points, size)
@@ -160,9 +163,9 @@ def run(model, tokenizer, images: list[Image.Image], prompts: list[str]) -> list
     return texts
 
 
-def measure(model, tokenizer, count: int) -> dict[str, Accuracy]:
-    """Accuracy by kind of background, and of "all"."""
-    drawings = [drawing(seed) for seed in range(count)]
+def measure(model, tokenizer, count: int, sides=SIDES) -> dict[str, Accuracy]:
+    """Accuracy by kind of background, of shapes with an outline, and of "all"."""
+    drawings = [drawing(seed, sides) for seed in range(count)]
     captions = run(model, tokenizer, [image for image, _, _ in drawings], ["<grounding>An image of"] * count)
     asked = [(image, shape, kind) for image, shapes, kind in drawings for shape in shapes]
     prompts = []
@@ -176,17 +179,22 @@ def measure(model, tokenizer, count: int) -> dict[str, Accuracy]:
         for shape in shapes:
             boxes = [box for entity in entities if shape.name in entity.phrase for box in entity.boxes]
             hit = any(iou(box, shape.box) >= 0.5 for box in boxes)
-            named[kind].append(hit)
-            named["all"].append(hit)
+            for group in groups_of(shape, kind):
+                named[group].append(hit)
     for (_, shape, kind), text in zip(asked, grounded, strict=True):
         boxes = [box for entity in parse(text)[1] for box in entity.boxes]
         hit = bool(boxes) and iou(boxes[0], shape.box) >= 0.5
-        found[kind].append(hit)
-        found["all"].append(hit)
+        for group in groups_of(shape, kind):
+            found[group].append(hit)
     return {
-        kind: Accuracy(np.mean(named[kind]), np.mean(found[kind]), len(named[kind]))
-        for kind in [*BACKGROUNDS, "all"]
+        group: Accuracy(np.mean(named[group]), np.mean(found[group]), len(named[group]))
+        for group in [*BACKGROUNDS, "outlined", "all"]
+        if named[group]
     }
+
+
+def groups_of(shape: Shape, background: str) -> list[str]:
+    return [background, "outlined", "all"] if shape.outlined else [background, "all"]
 
 
 def main() -> None:
@@ -195,15 +203,17 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", default=str(ROOT / "tiny"))
     parser.add_argument("--count", type=int, default=150)
+    sides_help = "smallest and largest side, relative to the image's shorter side (default: 0.22 0.5)"
+    parser.add_argument("--sides", type=float, nargs=2, default=SIDES, metavar="SIDE", help=sides_help)
     parser.add_argument("--save", type=Path, metavar="DIR", help="also write the images, to look at")
     args = parser.parse_args()
     model, tokenizer = load_checkpoint(args.checkpoint)
     if args.save:
         args.save.mkdir(parents=True, exist_ok=True)
         for seed in range(args.count):
-            drawing(seed)[0].save(args.save / f"{seed}.png")
+            drawing(seed, args.sides)[0].save(args.save / f"{seed}.png")
     print("| background | named and boxed in the caption | grounded | shapes |\n|---|---|---|---|")
-    for kind, accuracy in measure(model, tokenizer, args.count).items():
+    for kind, accuracy in measure(model, tokenizer, args.count, args.sides).items():
         print(f"| {kind} | {accuracy.captions:.3f} | {accuracy.grounding:.3f} | {accuracy.shapes} |")
 
 

@@ -111,7 +111,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, nargs="+", default=[12, 60, 300])
     parser.add_argument("--steps", type=int, nargs="+", default=[60, 150, 300])
-    parser.add_argument("--lr", default="3e-4")
+    parser.add_argument("--lr", default="6e-4")
     parser.add_argument(
         "--old", type=int, nargs="+", default=[300, 0], help="old drawings (default: 300, none)"
     )
