@@ -600,7 +600,7 @@ class Kosmos2(nn.Module):
 
         Arguments as in `forward`, with rows padded on the left (`pad_left`), and the fields of
         `GenerationOptions`, by name. A row's result depends neither on the other rows nor on its
-        padding (sampled rows: with a seed). ValueError for bad options and prompts that are too long.
+        padding (when sampling, only with a seed). ValueError for bad options and prompts that are too long.
         """
         state = self.prefill(tokens, pixels, image_embeds, image_mask, pad_mask, **options)
         return [row.ids for row in finish(state)]
@@ -867,7 +867,7 @@ def sample(
 
 
 def pad_left(rows: list[tuple], device=None) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (ids, image_mask) of any lengths -> tokens, image_mask, pad_mask, each (B, T)."""
+    """Rows (ids, image_mask) of any lengths -> tokens, image_mask, pad_mask for `prefill`, each (B, T)."""
     T = max(len(ids) for ids, _ in rows)
     shape = (len(rows), T)
     tokens = torch.full(shape, PAD, device=device)

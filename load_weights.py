@@ -470,10 +470,10 @@ def load_checkpoint(path, precision="fp32", device="cpu", tokenizer=None) -> tup
 
     path: see the module docstring. config.json and the sentencepiece model are read from next to the
     weights (or `tokenizer`); without a config.json, the published sizes are assumed. precision: fp32,
-    bf16, or on a GPU fp16, regardless of the stored one. Faster on a CPU: inference.fast.load_checkpoint.
+    bf16, or on a GPU fp16, regardless of the stored one. device: cpu, cuda, mps, or auto (a GPU if there is
+    one). On a CPU, inference.fast.load_checkpoint is faster.
 
-    FileNotFoundError for missing files; ValueError, with their names, for tensors that are missing,
-    unexpected, of the wrong shape or type, or not finite, and for a tokenizer that does not fit.
+    FileNotFoundError for missing files; ValueError for tensors or a tokenizer that do not fit (with names).
     """
     device = choose_device(device, precision)
     if precision not in PRECISIONS or (precision == "fp16" and device.type == "cpu"):

@@ -170,12 +170,12 @@ def as_json(request: Request, answer: Answer, size: tuple[int, int]) -> dict:
 
 
 def box_lines(request: Request, answer: Answer, size: tuple[int, int]) -> list[str]:
-    """If the answer is boxes: one line per box, with its score and its corners in pixels."""
+    """If the answer is boxes: one line per box, with its score, its corners in pixels and its phrase."""
     lines = []
     for entity in as_json(request, answer, size)["entities"] if request.wants_boxes else []:
         for box, score in zip(entity["pixel_boxes"], entity["scores"], strict=True):
             note = "  (probably not in the image)" if score < PROBABLY_ABSENT else ""
-            lines.append(f"  {score:.3f}  {','.join(f'{value:.0f}' for value in box)}{note}")
+            lines.append(f"  {score:.3f}  {','.join(f'{v:.0f}' for v in box)}  {entity['phrase']}{note}")
     return lines
 
 
@@ -247,7 +247,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     add("--checkpoint", default=str(HERE / "tiny"), help="folder, file or hub id (default: bundled model)")
     add("--tokenizer", help="the sentencepiece model, if it is not next to the weights")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
-    precision_help = "fp32 (default) is exact, int8 is the fastest on a CPU, bf16 is for GPUs"
+    precision_help = "fp32 (default) is exact, int8 is the fastest on an x86 CPU, bf16 is for GPUs"
     add("--precision", choices=["fp32", "bf16", "fp16", "int8"], default="fp32", help=precision_help)
 
 

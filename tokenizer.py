@@ -401,7 +401,7 @@ class Tokenizer:
 
     def allowed_tokens(self, ids: list[int], remaining: int) -> np.ndarray:
         """Which tokens may come next so that the markup stays valid, bool (V,): a constraint for
-        `Kosmos2.generate`. It has no effect on output that is already valid.
+        `Kosmos2.generate`. It does not change greedy output that is already valid.
 
         ids: all tokens so far; remaining: how many more may follow. After <object> come two location
         tokens, top-left then bottom-right; <phrase> and </phrase> alternate, with text in between.
@@ -460,8 +460,8 @@ def parse(tagged_text: str, grid: int = GRID, probabilities=()) -> tuple[str, li
 
     probabilities: of the location tokens in the text, in order, None for those of the prompt.
     Equal to the published post-processing on well-formed text. Malformed links and boxes off the
-    grid are left out. A box without a phrase becomes an entity with an empty span, whose phrase is
-    made of its location indices.
+    grid are left out; a phrase without a box is plain text. A box without a phrase becomes an entity
+    with an empty span, whose phrase is made of its location indices.
     """
     text = tagged_text.rsplit(IMAGE_CLOSE, 1)[-1]  # what precedes the last image is not part of the caption
     offset = len(tagged_text) - len(text)

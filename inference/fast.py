@@ -277,7 +277,7 @@ def load_checkpoint(
     """`load_weights.load_checkpoint` with the layers of this file on a CPU (not for bf16), plain ones elsewhere.
 
     precision: fp32 (exact, the default), bf16 (half the memory), fp16 (on a CPU for the large
-    matrices only), int8 (for CPUs, the fastest there; also rounds the inputs of the large matrices);
+    matrices only), int8 (the fastest on x86 CPUs; also rounds the inputs of the large matrices);
     independent of the stored one. inference/README.md has the peak memory and the speed of each.
     """
     if precision not in PRECISIONS:

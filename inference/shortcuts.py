@@ -1,8 +1,8 @@
 """Two ways to run less through the decoder, with the same result.
 
 - Several questions about one image share the prefill of the image: `prefill_image`, `prefill_after`.
-- Guesses of the next tokens are run together with the last one: `with_drafts`. Decoding is
-  memory-bound, so a few more positions in a pass cost little, and each correct guess saves a pass.
+- Guesses of the next tokens are run together with the last one: `with_drafts`. Each correct one saves a
+  pass. (Tokens are chosen or sampled first and then compared with the guesses: the result is the same.)
 """
 
 from collections.abc import Callable

@@ -431,7 +431,7 @@ table(rows, ("after", "locations", "tags"))
 assert rows[4][1] == 12 * 11
 
 # %% [markdown]
-# The constraint has no effect on output that is already valid, such as the greedy description. What about a high
+# The constraint does not change greedy output that is already valid, such as the greedy description. What about a high
 # temperature?
 
 # %%
