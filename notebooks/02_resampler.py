@@ -2,9 +2,9 @@
 # # 2. The resampler: from patches to a few latents
 #
 # The 256 patches of the published model would take 256 positions of the prompt, and each one adds to the decoder's
-# cost. The resampler condenses them into Q vectors with Q learned queries, 64 in the published model. It is a single
-# attention layer without LayerNorm, residual or MLP, and its queries are also among its keys. (Reading time: 25
-# minutes.)
+# cost. The resampler condenses them into Q vectors with Q learned queries. Q is a choice, fixed in training: 64 in the
+# published model, 32 in the bundled one. It is a single attention layer without LayerNorm, residual or MLP, and its
+# queries are also among its keys. (Reading time: 25 minutes.)
 #
 # Three helpers come from `training/`: `Scene` draws random scenes, scenes from the seed `HELD_OUT` on were not used
 # in training, and `init_weights` initializes a model before training.

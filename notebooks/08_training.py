@@ -30,11 +30,11 @@ scene = Scene.random(5)
 # %% [markdown]
 # ## The data: a record, tagged text, tokens
 #
-# A GRIT record describes an image by a caption and the boxes of its phrases. The bundled model is trained on scenes,
-# whose records are exact. `encode_record` tokenizes the caption as a whole and inserts tags and boxes between its
-# pieces, as the original data loader does. (The original loader also crops images to a square, and leaves out the
-# boxes of half of the captions; here, images are squashed, and no caption loses its boxes at random.) `grit_to_text`
-# writes a record as tagged text, for looking at it.
+# A GRIT record describes an image by a caption and the boxes of its phrases. Here is the record of a scene, whose boxes
+# are exact. `encode_record` tokenizes the caption as a whole and inserts tags and boxes between its pieces, as the
+# original data loader does. (The original loader also crops images to a square, and leaves out the boxes of half of the
+# captions; here, images are squashed, and no caption loses its boxes at random.) `grit_to_text` writes a record as
+# tagged text, for looking at it.
 
 # %%
 record = scene.record()
@@ -132,9 +132,9 @@ print(f"uniform over {tokenizer.vocab_size} tokens: {math.log(tokenizer.vocab_si
 # layer on the ViT's features predicts them (`PatchHead`). When `training/train.py` trains from scratch, its first
 # steps (`--vision-steps`) train only the ViT, with this loss alone. Later, this loss is added to that of the tokens.
 #
-# `patch_labels` computes the labels from the boxes of a scene. An object covers a patch if its box covers at least 30%
-# of it. (A very small object gets at least the patch that it covers most.) Where boxes overlap, the object in front
-# counts. Which labels are there in a scene with several objects?
+# `patch_labels` computes the labels from the boxes of a scene. An object covers a patch if its box (of a sticker, its
+# opaque pixels) covers at least 30% of it. (A very small object gets at least the patch that it covers most.) Where
+# boxes overlap, the object in front counts. Which labels are there in a scene with several objects?
 
 # %%
 crowded = Scene.random(7)
