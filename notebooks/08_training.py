@@ -128,10 +128,9 @@ print(f"uniform over {tokenizer.vocab_size} tokens: {math.log(tokenizer.vocab_si
 #
 # The official model starts from CLIP's ViT, which was trained on hundreds of millions of images. The bundled model
 # starts from random weights, and captions alone train a ViT slowly: they have little information about any single
-# patch. So every patch gets labels of its own: the kind, the color and the box of the object that covers it, and how
-# many other objects have its name ("two red cups"). A linear layer on the ViT's features predicts them (`PatchHead`).
-# When `training/train.py` trains from scratch, its first steps (`--vision-steps`) train only the ViT, with this loss
-# alone. Later, this loss is added to that of the tokens.
+# patch. So every patch gets labels of its own: the kind, the color and the box of the object that covers it. A linear
+# layer on the ViT's features predicts them (`PatchHead`). When `training/train.py` trains from scratch, its first
+# steps (`--vision-steps`) train only the ViT, with this loss alone. Later, this loss is added to that of the tokens.
 #
 # `patch_labels` computes the labels from the boxes of a scene. An object covers a patch if its box (of a sticker, its
 # opaque pixels) covers at least 30% of it. (A very small object gets at least the patch that it covers most.) Where
@@ -140,14 +139,14 @@ print(f"uniform over {tokenizer.vocab_size} tokens: {math.log(tokenizer.vocab_si
 # %%
 crowded = Scene.random(7)
 grid = model.config.vision.grid
-labels = patch_labels(crowded, grid)  # (grid * grid, 7)
+labels = patch_labels(crowded, grid)  # (grid * grid, 6)
 distinct, index, counts = labels.unique(dim=0, return_inverse=True, return_counts=True)
 rows = []
-for (kind, color, *box, others), count in zip(distinct.tolist(), counts.tolist(), strict=True):
+for (kind, color, *box), count in zip(distinct.tolist(), counts.tolist(), strict=True):
     kind_name = KINDS[int(kind) - 1] if kind > 0 else "background"
     color_name = list(SCENE_COLORS)[int(color) - 1] if color > 0 else ""
-    rows.append((kind_name, color_name, " ".join(f"{v:.2f}" for v in box), int(others), count))
-table(rows, ("kind", "color", "box", "others", "patches"))
+    rows.append((kind_name, color_name, " ".join(f"{v:.2f}" for v in box), count))
+table(rows, ("kind", "color", "box", "patches"))
 
 # %% [markdown]
 # The scene, and the labels of its patches:
@@ -172,9 +171,9 @@ assert kinds == {thing.kind for thing in crowded.things}
 front = crowded.things[-1]
 x1, y1, x2, y2 = front.box
 column, row_number = int(grid * (x1 + x2) / 2), int(grid * (y1 + y2) / 2)
-label = labels.view(grid, grid, 7)[row_number, column]
+label = labels.view(grid, grid, 6)[row_number, column]
 assert KINDS[int(label[0]) - 1] == front.kind
-torch.testing.assert_close(label[2:6], torch.tensor(front.box))
+torch.testing.assert_close(label[2:], torch.tensor(front.box))
 
 # %% [markdown]
 # ## Training for 60 steps

@@ -1,8 +1,8 @@
 """Labels for every patch of an image, and the linear layer that learns to predict them.
 
 The official Kosmos-2 starts from CLIP's vision tower, trained on hundreds of millions of images.
-The bundled model starts from labels instead: for each patch, the kind, the color and the box of the thing
-that covers it, and how many things have its name. Such labels are dense (one for each patch), so the ViT
+The bundled model starts from labels instead: for each patch, the kind and the color of the thing
+that covers it, and the box of that thing. Such labels are dense (one for each patch), so the ViT
 learns much faster from them than from captions. When train.py trains from scratch, the first steps
 have nothing but patch labels, and afterwards their loss is added to that of the tokens.
 """
@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from training.scenes import COLORS, KINDS, MOST, Scene, Thing
+from training.scenes import COLORS, KINDS, Scene, Thing
 from training.stickers import sticker_image
 
 BACKGROUND = 0  # the label of a patch without a thing; kinds and colors follow from 1
 
 
 def patch_labels(scene: Scene, grid: int) -> Tensor:
-    """(grid * grid, 7): kind, color, box and number of others with its name, of the topmost thing on each patch."""
-    labels = torch.zeros(grid, grid, 7)
+    """(grid * grid, 6): kind, color and box (x1, y1, x2, y2) of the topmost thing on each patch."""
+    labels = torch.zeros(grid, grid, 6)
     colors = [None, *COLORS]
     for thing in scene.things:
         x1, y1, x2, y2 = thing.box
@@ -29,11 +29,11 @@ def patch_labels(scene: Scene, grid: int) -> Tensor:
             overlap = cell_overlap(y1, y2, grid)[:, None] * cell_overlap(x1, x2, grid)  # (grid, grid), areas
         else:
             overlap = opaque_overlap(thing, grid)
-        covered = overlap >= min(0.3 / grid**2, overlap.max().item())  # at least one patch
+        enough = 0.3 / grid**2
+        covered = overlap >= min(enough, overlap.max().item())  # at least one patch
         kind = scene.kinds.index(thing.kind) + 1
         color = colors.index(thing.color)
-        others = sum(other.name == thing.name for other in scene.things) - 1
-        labels[covered] = torch.tensor([kind, color, x1, y1, x2, y2, others])
+        labels[covered] = torch.tensor([kind, color, x1, y1, x2, y2])
     return labels.flatten(0, 1)
 
 
@@ -60,18 +60,18 @@ class PatchHead(nn.Module):
     def __init__(self, width: int, kinds: int = len(KINDS)):
         super().__init__()
         self.width = width
-        self.sizes = [kinds + 1, len(COLORS) + 1, 4, MOST]
+        self.sizes = [kinds + 1, len(COLORS) + 1, 4]
         self.linear = nn.Linear(width, sum(self.sizes))
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """The loss of features (B, N, E) and labels (B, N - 1, 7)."""
+        """The loss of features (B, N, E) and labels (B, N - 1, 6)."""
         x = self.linear(features[:, 1:] * self.width**0.5)  # without [CLS]; features have unit length
-        kinds, colors, boxes, others = x.float().split(self.sizes, dim=-1)
-        kind, color, number = labels[..., [0, 1, 6]].long().unbind(dim=-1)  # (B, N - 1) each
+        kinds, colors, boxes = x.float().split(self.sizes, dim=-1)
+        kind = labels[..., 0].long()  # (B, N - 1)
+        color = labels[..., 1].long()
         covered = kind != BACKGROUND
         loss = F.cross_entropy(kinds.flatten(0, 1), kind.flatten())
         if not covered.any():
             return loss
         loss = loss + F.cross_entropy(colors[covered], color[covered])
-        loss = loss + F.cross_entropy(others[covered], number[covered])
-        return loss + 5 * F.l1_loss(boxes[covered].sigmoid(), labels[..., 2:6][covered])
+        return loss + 5 * F.l1_loss(boxes[covered].sigmoid(), labels[..., 2:][covered])
