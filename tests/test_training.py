@@ -779,7 +779,7 @@ def test_accuracy_on_unseen_scenes(tiny):
         model, tokenizer, 60, HELD_OUT + 10_000, only={"caption", "ground", "refer relation", "count"}
     )
     assert found["refer relation"][0] > 0.9
-    assert found["ground"][0] > 0.93 and found["caption"][0] > 0.88 and found["count"][0] > 0.85
+    assert found["ground"][0] > 0.93 and found["caption"][0] > 0.92 and found["count"][0] > 0.85
 
 
 def test_answers_depend_on_the_image(tiny):
