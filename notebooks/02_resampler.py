@@ -198,7 +198,7 @@ assert min(spreads[0.02, 0.02], spreads[1, 0.02]) > 0.7 * spreads[1, 1]
 # embeddings of the eight images above; the scene here is a different one:
 
 # %%
-scene = Scene.random(HELD_OUT + 8)
+scene = Scene.random(HELD_OUT + 10)
 seeing = model.encode_image(preprocess_image(scene.draw(), config.vision.image_size)[None])
 blind = model.encode_image(images).mean(0, keepdim=True)
 print("the scene:", ", ".join(thing.name for thing in scene.things))
