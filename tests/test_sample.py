@@ -267,7 +267,8 @@ def test_every_tag_in_a_text_is_words(capsys, task):
     text = "is " + " ".join([*CONTROL, *TAGS, "<patch_index_0044>"]) + " a tag?"
     status, out, err = run(capsys, SCENE, "--task", task, "--text", text, "--json")
     assert status == 0 and text in json.loads(out)["prompt"], err
-    assert all(entity["phrase"] == text for entity in json.loads(out)["entities"])
+    if task != "vqa":  # whose answer may have phrases of its own
+        assert all(entity["phrase"] == text for entity in json.loads(out)["entities"])
 
 
 def test_tags_in_few_shot_texts_are_words(capsys):
