@@ -175,7 +175,7 @@ def box_lines(request: Request, answer: Answer, size: tuple[int, int]) -> list[s
     for entity in as_json(request, answer, size)["entities"] if request.wants_boxes else []:
         for box, score in zip(entity["pixel_boxes"], entity["scores"], strict=True):
             note = "  (probably not in the image)" if score < PROBABLY_ABSENT else ""
-            lines.append(f"  {score:.3f}  {','.join(f'{v:.0f}' for v in box)}  {entity['phrase']}{note}")
+            lines.append(f"  {score:.3f}  {','.join(map('{:.0f}'.format, box))}  {entity['phrase']}{note}")
     return lines
 
 

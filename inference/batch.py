@@ -6,10 +6,10 @@
     python -m inference.batch tiny/busy.png --task ground --text "a cat" --top-boxes 5
     torchrun --nproc-per-node 8 -m inference.batch folder --results captions.jsonl
 
-A line of a requests file is a JSON object: image (a name or a list), boxes, and either task
-and text or prompt; other keys are copied to the result. Results are JSON lines, on stdout or in the --results file.
-Progress and errors go to stderr. Exit status: 0 done, 1 something failed (the other requests are
-still answered), 2 usage, 130 interrupted.
+A line of a requests file is a JSON object: image (a name or a list), boxes, and either task and text or
+prompt; other keys are copied to the result. Results are JSON lines, on stdout or in the --results
+file. Progress and errors go to stderr. Exit status: 0 done, 1 something failed (the other requests
+are still answered), 2 usage, 130 interrupted.
 """
 
 import argparse

@@ -303,8 +303,9 @@ table(rows, ("pixels per side", "patches", "boxes found"))
 
 # %% [markdown]
 # Up to twice the trained size, nearly all boxes are found, although the model was trained on one size only. With
-# smaller images, some boxes are lost, most at half the size. Larger images bring no gain here, and the cost of the
-# ViT's attention grows with the square of the number of patches.
+# smaller images, some boxes are lost, most at half the size. Larger images bring no gain here (on 240 objects instead
+# of 60, the share falls from 0.996 at the trained size to 0.93 to 0.95), and the cost of the ViT's attention grows with
+# the square of the number of patches.
 
 # %%
 assert accuracy[G] >= 0.95

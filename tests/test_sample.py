@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 import sample as script
 from inference import batch, page
 from kosmos2 import Kosmos2, open_image
-from tokenizer import CONTROL, TAGS, Entity, parse
+from tokenizer import CONTROL, TAGS, Entity, Tokenizer, parse
 from training.scenes import Scene, Thing
 
 SCENE = TINY / "scene.png"
@@ -263,12 +263,26 @@ def test_many_questions_encode_the_image_once(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("task", ["vqa", "answer", "ground", "refer"])
-def test_every_tag_in_a_text_is_words(capsys, task):
+def test_every_tag_in_a_text_is_words(capsys, monkeypatch, task):
+    """The prompt has the same special tokens as one without tags in the text."""
+    special, prompts = set(), []
+
+    def recorded(self, *args):
+        special.update(self.special_ids.values())
+        encoded = encode_prompt(self, *args)
+        prompts.append(encoded[0])
+        return encoded
+
+    encode_prompt = Tokenizer.encode_prompt
+    monkeypatch.setattr(Tokenizer, "encode_prompt", recorded)
     text = "is " + " ".join([*CONTROL, *TAGS, "<patch_index_0044>"]) + " a tag?"
     status, out, err = run(capsys, SCENE, "--task", task, "--text", text, "--json")
     assert status == 0 and text in json.loads(out)["prompt"], err
     if task != "vqa":  # whose answer may have phrases of its own
         assert all(entity["phrase"] == text for entity in json.loads(out)["entities"])
+    assert run(capsys, SCENE, "--task", task, "--text", "a tag?", "--json")[0] == 0
+    tagged, plain = ([i for i in ids if i in special] for ids in prompts)
+    assert tagged == plain and len(plain) >= 3
 
 
 def test_tags_in_few_shot_texts_are_words(capsys):

@@ -31,7 +31,7 @@ MIXTURE = {
     "color": 0.3, "kind": 0.5, "where": 0.3, "relation": 0.5, "count": 0.8, "yes or no": 0.5,
     "color grounded": 0.4, "kind grounded": 0.6, "where grounded": 0.4, "relation grounded": 0.8,
     "count grounded": 0.8, "yes or no grounded": 0.6, "color of box": 0.3, "kind in box": 0.7,
-    "example of a box": 1, "text alone": 0.3,
+    "example of a box": 0.2, "text alone": 0.3,
 }  # fmt: skip
 
 
@@ -287,8 +287,9 @@ class Scenes:
         row.patch_labels.append(patch_labels(scene, self.grid))
         if n < self.image_rows:
             return row
-        two_images = rng.random() < 0.2  # they take as long as several other examples
-        for number, example in enumerate(choose(tasks(scene, rng, two_images), rng), start=1):
+        room = {task: int(most) + (rng.random() < most % 1) for task, most in MIXTURE.items()}
+        found = tasks(scene, rng, two_images=room["example of a box"] > 0)
+        for number, example in enumerate(choose(found, room, rng), start=1):
             prompt, image_mask = encode_example(self.tokenizer, example)
             if not example.alone:
                 prompt = prompt[row.prefix :]
@@ -310,10 +311,9 @@ def encode_example(tokenizer: Tokenizer, example: Example) -> tuple[list[int], l
     return tokenizer.encode_prompt(f"<image>{example.prompt}", 1 if example.second is None else 2)
 
 
-def choose(examples: list[Example], rng: random.Random) -> list[Example]:
-    """A random choice of the examples of a scene, in the proportions of MIXTURE; the caption comes first."""
+def choose(examples: list[Example], room: dict[str, int], rng: random.Random) -> list[Example]:
+    """A random choice of the examples of a scene, up to room[task] of each task; the caption comes first."""
     rng.shuffle(examples)
-    room = {task: int(most) + (rng.random() < most % 1) for task, most in MIXTURE.items()}
     chosen = []
     for example in examples:
         if room[example.task] > 0:

@@ -835,11 +835,11 @@ def is_caption(text: str, stickers: Stickers | None = None) -> bool:
 
 
 def tasks(scene: Scene, rng: random.Random, two_images: bool = True) -> list[Example]:
-    """All examples of a scene, including the one without an image; those with two images on request."""
+    """All examples of a scene, including the one without an image. Those with two images need another scene."""
     found = [*captions(scene), unseen(scene)]
-    for make in (grounding, referring, questions, counting, *[in_context] * two_images):
+    for make in (grounding, referring, questions, counting):
         found += make(scene, rng)
-    return found
+    return found + in_context(scene, rng) if two_images else found
 
 
 def demo_scenes() -> dict[str, Scene]:

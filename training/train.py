@@ -2,8 +2,8 @@
 
     python -m training.train --out runs/tiny    from scratch, on scenes; about five hours on two cores
     python -m training.train --out runs/short --vision-steps 20 --steps 50    to see that it works
-    python -m training.train --out mine --checkpoint WEIGHTS --data grit.jsonl ...    fine-tuning: see training/README.md
-    python -m training.train --out more --stickers DIR --continue-from tiny    also on stickers by other artists
+    python -m training.train --checkpoint WEIGHTS --data grit.jsonl ...    fine-tuning: training/README.md
+    python -m training.train --out more --stickers DIR --continue-from tiny    with stickers, too
     torchrun --nproc-per-node 8 -m training.train ...     the same on many processes
 
 Writes checkpoint.pt (a run resumes from it), and at the end the model in the published layout and
