@@ -159,9 +159,9 @@ def extent(parts: list[Part]) -> Box:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def random_thing(rng, others: list[Thing], background: str, aspect: float, stickers=None) -> Thing | None:
+def random_thing(rng, others: list[Thing], background: str, aspect: float, stickers=None, repeat=0.0):
     """A thing in a free place; sometimes of the kind or color of an earlier one. None if no place was
-    found."""
+    found. repeat: with stickers, the probability that it has the name of an earlier one."""
     kind = rng.choice(KINDS)
     color = rng.choice(list(COLORS))
     if rng.random() < 0.35:
@@ -177,7 +177,7 @@ def random_thing(rng, others: list[Thing], background: str, aspect: float, stick
             color = twin.color
     thing = Thing(kind, None if kind in UNCOLORED else color, (0.5, 0.5), 0, 0, aspect)
     if stickers is not None:
-        thing = random_sticker(rng, thing, others, stickers)
+        thing = random_sticker(rng, thing, others, stickers, repeat)
     gap = rng.choice([0.01, 0.01, -0.03])  # one in three may overlap its neighbors a little
     smallest, largest = SMALLEST, LARGEST
     if stickers is not None:  # things by others may be larger, and our shapes smaller
@@ -206,11 +206,11 @@ def try_place(rng, thing: Thing, others: list[Thing], background: str, gap: floa
     return None if any(overlap(thing.box, other.box, gap) for other in others) else thing
 
 
-def random_sticker(rng: random.Random, thing: Thing, others: list[Thing], stickers: Stickers) -> Thing:
-    """A drawing, or a sticker in its place. One in three repeats the kind and color of an earlier thing.
+def random_sticker(rng, thing: Thing, others: list[Thing], stickers: Stickers, repeat: float) -> Thing:
+    """A drawing, or a sticker in its place. With probability `repeat`, it has the name of an earlier thing.
     The things of one kind are all drawings or all stickers, so that "the cat" is not a red cat."""
     path = None
-    if others and rng.random() < 1 / 3:
+    if others and rng.random() < repeat:
         twin = rng.choice(others)
         thing = replace(thing, kind=twin.kind, color=twin.color)
         path = twin.sticker if rng.random() < 0.4 else None
@@ -255,8 +255,10 @@ class Scene:
         count = 0 if rng.random() < 1 / 30 else rng.randint(1, MOST)
         things: list[Thing] = []
         used = stickers if stickers is not None and rng.random() < 0.7 else None
+        # Equal stickers are in few images, but there most are equal: the model learns to see this.
+        repeat = 0.7 if used is not None and rng.random() < 0.2 else 0.0
         for _ in range(count):
-            thing = random_thing(rng, things, background, aspect, used)
+            thing = random_thing(rng, things, background, aspect, used, repeat)
             if thing is not None:
                 things.append(thing)
         things.sort(key=lambda thing: thing.center[0])
