@@ -103,9 +103,8 @@ def read_row(row, caption: str) -> tuple[int, int, Box, float]:
     try:
         start, end, x1, y1, x2, y2, score = (float(value) for value in row)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(
-            f"expected [start, end, x1, y1, x2, y2, score], got {printable(repr(row))}"
-        ) from None
+        message = f"expected [start, end, x1, y1, x2, y2, score], got {printable(repr(row))}"
+        raise ValueError(message) from None
     if start % 1 or end % 1 or not math.isfinite(score):
         raise ValueError(f"expected an integer start and end and a finite score, got {row!r}")
     if not 0 <= start < end <= len(caption):
@@ -238,11 +237,8 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
     T = max(len(row.tokens) for row in rows)
 
     def stack(name: str, fill) -> torch.Tensor:
-        padded = []
-        for row in rows:
-            values = getattr(row, name)
-            padded.append(values + [fill] * (T - len(values)))
-        return torch.tensor(padded)
+        lists = [getattr(row, name) for row in rows]
+        return torch.tensor([values + [fill] * (T - len(values)) for values in lists])
 
     batch = {
         "pixels": torch.stack([pixels for row in rows for pixels in row.pixels]),

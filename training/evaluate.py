@@ -133,13 +133,12 @@ def score(example: Example, answer: str, scene: Scene) -> list[float]:
     caption, entities = parse(answer)
     boxes = [box for entity in entities for box in entity.boxes]
     task = example.task
+    describes = task.endswith(("caption", "detail"))
+    if describes and not scene.things:
+        return [float(caption == parse(example.answer)[0])]
     if task in ("caption", "detail"):
-        if not scene.things:
-            return [float(caption == parse(example.answer)[0])]
         return caption_hits(entities, scene)
-    if task in ("plain caption", "plain detail"):
-        if not scene.things:
-            return [float(caption == parse(example.answer)[0])]
+    if describes:
         truth = Counter(thing.name for thing in scene.things)
         hits = (named(caption, scene.stickers) & truth).total()
         return [1.0] * hits + [0.0] * (truth.total() - hits)
@@ -317,10 +316,7 @@ def boxes_of_phrase(entities: list[dict], phrase: str) -> list[Box]:
     """The boxes of the entity with this phrase. Answers are normalized (NFKC), like the training
     data of the vocabulary."""
     asked = " ".join(unicodedata.normalize("NFKC", phrase).split())
-    for entity in entities:
-        if entity["phrase"] == asked:
-            return entity["boxes"]
-    return []
+    return next((entity["boxes"] for entity in entities if entity["phrase"] == asked), [])
 
 
 # ---- The command -----------------------------------------------------------------------------------
@@ -337,10 +333,8 @@ def print_results(model, tokenizer, chosen: Chosen, results: list[Row], title: s
     for task, scores in first_scores(tokenizer, chosen, results).items():
         low, middle, high = (torch.tensor(scores).quantile(q).item() for q in (0.1, 0.5, 0.9))
         where = "not in the image" if task == "ground absent" else "in the image"
-        print(
-            f"| score of the first box, phrase {where}: median (10% to 90%) "
-            f"| {middle:.2f} ({low:.2f} to {high:.2f}) | {len(scores)} |"
-        )
+        figures = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        print(f"| score of the first box, phrase {where}: median (10% to 90%) | {figures} | {len(scores)} |")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -32,8 +32,7 @@ def patch_labels(scene: Scene, grid: int) -> Tensor:
         enough = 0.3 / grid**2
         covered = overlap >= min(enough, overlap.max().item())  # at least one patch
         kind = scene.kinds.index(thing.kind) + 1
-        color = colors.index(thing.color)
-        labels[covered] = torch.tensor([kind, color, x1, y1, x2, y2])
+        labels[covered] = torch.tensor([kind, colors.index(thing.color), x1, y1, x2, y2])
     return labels.flatten(0, 1)
 
 

@@ -328,11 +328,7 @@ class Scene:
         rows = []
         for entity, group in zip(entities, groups, strict=True):
             rows += [[*entity.span, *thing.box, 1.0] for thing in group]
-        return {
-            "caption": caption,
-            "noun_chunks": rows,
-            "ref_exps": [list(row) for row in rows],
-        }
+        return {"caption": caption, "noun_chunks": rows, "ref_exps": [list(row) for row in rows]}
 
 
 def joint(groups: list[list[Thing]], i: int, detailed: bool) -> str:

@@ -2,12 +2,13 @@
 
 A folder has them as STYLE/KIND--NAME.png (`noto/palm-tree--tall.png` is a palm tree); a kind is a
 singular noun. A sticker in a scene is changed at random, so a model learns kinds rather than styles:
-mirrored, turned, stretched, in other colors, flat, as black lines on flat colors, with an outline.
+mirrored, turned, warped, in other colors, flat, as black lines on flat colors, with an outline.
 """
 
 import random
 import re
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
@@ -76,6 +77,8 @@ def sticker_image(path: Path, look: int) -> Image.Image:
         image = ImageOps.mirror(image)
     image = ImageOps.expand(image, 8)  # room for an outline
     if rng.random() < 0.6:
+        image = warp(image, rng)
+    if rng.random() < 0.6:
         image = image.rotate(rng.uniform(-14, 14), Image.Resampling.BICUBIC, expand=True)
     alpha = image.getchannel("A")
     colors = image.convert("RGB")
@@ -92,6 +95,20 @@ def sticker_image(path: Path, look: int) -> Image.Image:
         colors = colors.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.5)))
     colors.putalpha(alpha)
     return crop(colors, path)
+
+
+def warp(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Other proportions: a grid of 4 x 4 points, each moved at random."""
+    width, height = image.size
+    points = {}
+    for i, j in product(range(4), repeat=2):
+        points[i, j] = width * (i / 3 + rng.uniform(-0.06, 0.06)), height * (j / 3 + rng.uniform(-0.06, 0.06))
+    mesh = []  # of each tile: where it goes, and its corners in the old image
+    for i, j in product(range(3), repeat=2):
+        tile = (width * i // 3, height * j // 3, width * (i + 1) // 3, height * (j + 1) // 3)
+        corners = points[i, j] + points[i, j + 1] + points[i + 1, j + 1] + points[i + 1, j]
+        mesh.append((tile, corners))
+    return image.transform(image.size, Image.Transform.MESH, mesh, Image.Resampling.BICUBIC)
 
 
 def recolor(image: Image.Image, rng: random.Random, shifts: bool = True) -> Image.Image:
@@ -121,9 +138,8 @@ def line_art(image: Image.Image, rng: random.Random) -> Image.Image:
     """Flat, sometimes pale colors with black lines between them."""
     flat = image.filter(ImageFilter.MedianFilter(5)).quantize(rng.randint(3, 8)).convert("RGB")
     size = rng.choice([3, 3, 5])
-    contrast = ImageChops.subtract(
-        flat.filter(ImageFilter.MaxFilter(size)), flat.filter(ImageFilter.MinFilter(size))
-    )
+    brightest = flat.filter(ImageFilter.MaxFilter(size))
+    contrast = ImageChops.subtract(brightest, flat.filter(ImageFilter.MinFilter(size)))
     least = rng.randint(30, 90)
     lines = contrast.convert("L").point(lambda v: 255 * (v >= least)).filter(ImageFilter.GaussianBlur(0.6))
     pale = Image.blend(flat, Image.new("RGB", flat.size, "white"), rng.choice([0, 0, 0.2, 0.5, 0.9]))
@@ -131,9 +147,7 @@ def line_art(image: Image.Image, rng: random.Random) -> Image.Image:
     return pale
 
 
-def add_outline(
-    colors: Image.Image, alpha: Image.Image, edge: Color, width: float
-) -> tuple[Image.Image, Image.Image]:
+def add_outline(colors: Image.Image, alpha: Image.Image, edge: Color, width: float) -> tuple:
     """The colors and the alpha of an image with an outline around its opaque pixels."""
     spread = alpha.filter(ImageFilter.GaussianBlur(width)).point(lambda a: min(255, 10 * max(0, a - 12)))
     outlined = Image.new("RGB", colors.size, edge)

@@ -119,9 +119,7 @@ def make_optimizers(model: Kosmos2, name: str, lr: float) -> list[torch.optim.Op
         else:
             others.append(parameter)
     adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    if not inside:
-        return [adamw]
-    return [Muon(inside, lr), adamw]
+    return [Muon(inside, lr), adamw] if inside else [adamw]
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -389,8 +387,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     vision_help = "steps that train only the ViT, before --steps (scenes without --checkpoint; default: 2500)"
     add("--vision-steps", type=int, default=2500, help=vision_help)
     add("--steps", type=int, default=6000, help="steps of the whole model (default: 6000)")
-    batch_help = "images per step, over all processes (default: 32)"
-    add("--batch", type=int, default=32, help=batch_help)
+    add("--batch", type=int, default=32, help="images per step, over all processes (default: 32)")
     add("--accumulate", type=int, default=1, metavar="N", help="split each batch into N parts")
     add("--length", type=int, default=256, help="tokens per row of scenes (default: 256)")
     add("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
