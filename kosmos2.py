@@ -382,7 +382,7 @@ class Resampler(nn.Module):
 
     Q learned queries attend to the features, so the decoder's cost is independent of the number of
     patches. Differs from a textbook attention layer: the queries themselves are appended to the
-    keys and values (as in Flamingo's resampler, arXiv 2204.14198, section 3.1.1), and there is no
+    keys and values (as in Flamingo's resampler, arXiv 2204.14198), and there is no
     LayerNorm, residual or MLP.
     """
 
@@ -599,8 +599,8 @@ class Kosmos2(nn.Module):
         """Continue every row; returns the new ids of each, ending with </s> or at max_new_tokens.
 
         Arguments as in `forward`, with rows padded on the left (`pad_left`), and the fields of
-        `GenerationOptions`, by name. A row's result depends neither on the other rows nor on its
-        padding (when sampling, only with a seed). ValueError for bad options and prompts that are too long.
+        `GenerationOptions`, by name. Up to rounding, a row's result depends neither on the other rows
+        nor on its padding (when sampling, only with a seed). ValueError for bad options and prompts that are too long.
         """
         state = self.prefill(tokens, pixels, image_embeds, image_mask, pad_mask, **options)
         return [row.ids for row in finish(state)]
@@ -698,7 +698,7 @@ class DecodeState:
         self.model = model
         self.options = options
         self.rows = [Row(prompt) for prompt in prompts]  # one for each prompt
-        self.running = list(self.rows)  # those that are in the caches: ended rows leave
+        self.running = list(self.rows)  # those in the caches; ended rows are removed
         self.caches = [KVCache(B, heads, capacity, D // heads, like) for _ in model.decoder.layers]
         self.next_position = torch.full((B, 1), FIRST_POSITION, device=like.device)  # (B, 1)
         self.pad_mask = torch.zeros(B, 0, dtype=torch.bool, device=like.device)  # (B, S)
@@ -716,13 +716,13 @@ class DecodeState:
 
     @torch.inference_mode()
     def step(self, tokens: list[int]) -> None:
-        """Run one token of each running row; then `logits` are those of the tokens after it."""
+        """Run one token of each running row, and set `logits` to those of the tokens after it."""
         ids = torch.tensor(tokens, device=self.pad_mask.device)[:, None]  # (B, 1)
         x = self.advance(self.model.decoder.embed_tokens(ids))  # (B, 1, D)
         self.logits = self.model.next_logits(x[:, -1])
 
     def keep(self, indices: list[int]):
-        """Continue with these running rows only, in this order; one that is repeated is copied."""
+        """Keep only these running rows, in this order; a row that is repeated is copied."""
         if indices == list(range(len(self.running))):
             return
         index = torch.tensor(indices, dtype=torch.long, device=self.pad_mask.device)
@@ -788,7 +788,7 @@ def finish(state: DecodeState) -> list[Row]:
 def mask_logits(scores: Tensor, state: DecodeState) -> Tensor:
     """Next-token logits or log-probabilities (B, V), with -inf for tokens that may not come next.
 
-    A rule that would forbid all the tokens that are left is skipped.
+    A rule that would leave no token is skipped.
     """
     options = state.options
     scores = scores.clone()
@@ -815,7 +815,7 @@ def mask_logits(scores: Tensor, state: DecodeState) -> Tensor:
 def cut_markup(constraint: Constraint | None, ids: list[int], token: int, remaining: int) -> int:
     """The token, or a replacement if it is markup that no longer fits into the length limit.
 
-    The replacement is </s> or the tag that closes what is open, so the limit only shortens the answer.
+    The replacement is </s> or the closing tag, so the limit only shortens the answer.
     """
     if constraint is None:
         return token

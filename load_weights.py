@@ -329,7 +329,7 @@ def download(hub_id: str) -> Path:
     try:
         from huggingface_hub import snapshot_download  # optional
     except ImportError:
-        raise FileNotFoundError(f"no {hub_id} here; pip install huggingface_hub, or {by_hand}") from None
+        raise FileNotFoundError(f"{hub_id} not found; pip install huggingface_hub, or {by_hand}") from None
     files = ["config.json", "generation_config.json", "model*.safetensors*", SENTENCEPIECE]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=files))
@@ -381,7 +381,7 @@ class Checkpoint:
         return stored
 
     def problems(self) -> list[str]:
-        """What is wrong with the set of tensors, each by name; empty if nothing is."""
+        """Missing, unexpected and invalid tensors, by name; empty if there are none."""
         shapes = {self.names[ours]: tuple(t.shape) for ours, t in self.model.state_dict().items()}
         wrong_shape = []
         wrong_type = []

@@ -1,4 +1,4 @@
-"""Ask Kosmos-2 about an image: prints the text, saves the image with its boxes drawn.
+"""Ask Kosmos-2 about an image: print the answer, save the image with its boxes drawn.
 
     python sample.py                                          the bundled image and the bundled small model
     python sample.py photo.jpg --checkpoint microsoft/kosmos-2-patch14-224
@@ -6,8 +6,8 @@
     python sample.py tiny/busy.png --task vqa --text "What color is the car?"
     python sample.py tiny/scene.png --task refer --box 140,80,255,295
 
-Text and JSON go to stdout, the rest to stderr. Exit status: 0 done, 1 something failed (the other
-images are still done), 2 usage, 130 interrupted. For folders, request files, beams and ranked boxes:
+Text and JSON go to stdout, the rest to stderr. Exit status: 0 done, 1 an image failed (the others
+are still processed), 2 usage, 130 interrupted. For folders, request files, beams and ranked boxes:
 python -m inference.batch.
 """
 
@@ -115,7 +115,7 @@ def decoding_options(model, tokenizer, request: Request, length: int, given: dic
 
 
 def ask(model, tokenizer, request: Request, image_embeds, sizes, given: dict, stream=False):
-    """Answer a request about encoded images -> (Answer, its timings). stream: print the text meanwhile."""
+    """Answer a request about encoded images -> (Answer, its timings). stream: print the text as it is generated."""
     import torch
 
     from kosmos2 import decode

@@ -6,7 +6,7 @@ bottom-right cell:
 
     <phrase> a snowman</phrase><object><patch_index_0044><patch_index_0863></object>
 
-so a grounded sentence reads like a hyperlink, `[a snowman](box)` (paper, section 2.2). "Tagged
+so a grounded sentence reads like a hyperlink, `[a snowman](box)` (paper, section 3.1). "Tagged
 text" below means a string like this. `Tokenizer` converts it to ids and back, `parse` to a caption
 and its entities.
 """
@@ -50,7 +50,7 @@ class Entity(NamedTuple):
 
 
 def printable(text: str, most: int = 100) -> str:
-    """Text for messages: at most this many characters, with what is not printable escaped."""
+    """Text for messages: at most this many characters, unprintable ones escaped."""
     if len(text) > most:
         text = f"{text[: most - 40]}...{text[-37:]}"
     shown = ""
@@ -254,8 +254,8 @@ class Tokenizer:
     put <pad> among the control symbols and sentencepiece has none), then <mask>, the TAGS and the
     location tokens: 65,037 ids with the published sentencepiece model.
 
-    num_image_tokens: the checkpoint's latent_query_num. unused: further rows of its embedding
-    (padding to a round number, tokens added by others); they stand for no text.
+    num_image_tokens: the checkpoint's latent_query_num. unused: the number of further rows of
+    its embedding (padding to a round number, added tokens); they have no text.
     """
 
     def __init__(self, model_file: str | Path, num_image_tokens: int = 64, grid: int = GRID, unused: int = 0):
@@ -328,7 +328,7 @@ class Tokenizer:
         if tags == 0 and num_images == 1:
             prompt = IMAGE_OPEN + prompt
         elif tags != num_images:
-            raise ValueError(f"the prompt has {tags} {IMAGE_OPEN} tags, the number of images is {num_images}")
+            raise ValueError(f"the prompt has {tags} {IMAGE_OPEN} tags, but there are {num_images} images")
         slots = range(len(CONTROL), len(CONTROL) + self.num_image_tokens)
         ids = []
         image_mask = []

@@ -5,7 +5,7 @@
 
 Decoding is memory-bound: each step multiplies one row by every weight, so it takes as long as
 reading the weights. kosmos2.py uses plain nn.Linear; after building the model, `load_checkpoint`
-replaces its layers: in fp32 by ones that use all cores, in fp16 and int8 by ones with smaller weights.
+replaces its layers: in fp32 with ones that use all cores, in fp16 and int8 with ones that have smaller weights.
 (Walkthrough: notebooks/09_speed.)
 """
 
@@ -278,7 +278,7 @@ def load_checkpoint(
 
     precision: fp32 (exact, the default), bf16 (half the memory), fp16 (on a CPU for the large
     matrices only), int8 (the fastest on x86 CPUs; also rounds the inputs of the large matrices);
-    independent of the stored one. inference/README.md has the peak memory and the speed of each.
+    independent of the stored one. inference/README.md has their memory and speed.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -323,7 +323,7 @@ def read_packed(checkpoint: PackableCheckpoint, precision: str) -> Kosmos2:
 
 
 def share_qkv(model: Kosmos2) -> dict[str, list[str]]:
-    """Replace the attention of all blocks by PackedAttention.
+    """Replace the attention of all blocks with PackedAttention.
 
     Blocks have self-attention, so queries, keys and values share one input. Returns the names
     {qkv_proj: [q_proj, k_proj, v_proj]}.

@@ -115,7 +115,7 @@ def read_job(row: dict, folder: Path) -> Job:
     prompt = extra.pop("prompt", None)
     texts = as_list(extra.pop("text", None))
     if "box" in extra and "boxes" in extra:
-        raise ValueError("box, boxes: expected one of them")
+        raise ValueError("expected box or boxes, not both")
     boxes = as_list(extra.pop("boxes", extra.pop("box", None)))
     if boxes and isinstance(boxes[0], (int, float)):
         boxes = [boxes]
@@ -123,7 +123,7 @@ def read_job(row: dict, folder: Path) -> Job:
         for box in as_boxes(entry):
             check_box(box)
     if len(texts) > 1 and task != "context":
-        raise ValueError("expected one string as text; write one request for each")
+        raise ValueError("text: expected one string; write one request for each")
     images = []
     for name in as_list(extra.pop("image", None)):
         if not os.path.exists(absolute(name)) and os.path.exists(folder / name):

@@ -48,9 +48,9 @@ class Results:
         for row, line in read_lines(file):
             length += len(line)
             if row["prompt"] not in prompts:
-                raise ValueError(f"{file} answers a different prompt, {row['prompt']!r}; use another file")
+                raise ValueError(f"{file} is for a different prompt, {row['prompt']!r}; use another file")
             if row["checkpoint"] != self.checkpoint:
-                raise ValueError(f"{file} is of a different checkpoint, {row['checkpoint']}; use another")
+                raise ValueError(f"{file} is for a different checkpoint, {row['checkpoint']}; use another")
             self.done[row_key(row)] += 1
         return length
 
@@ -119,7 +119,7 @@ def is_result(row) -> bool:
 
 
 def existing_files(path: Path) -> list[tuple[Path, int]]:
-    """A results file and those of the torchrun processes, as far as they exist, and the process of each."""
+    """The existing results files, plain or of torchrun processes, each with the number of its process."""
     pattern = re.compile(re.escape(path.stem) + r"(?:\.(\d+))?" + re.escape(path.suffix))
     matches = [(file, pattern.fullmatch(file.name)) for file in sorted(path.parent.iterdir())]
     return [(file, int(match[1] or 0)) for file, match in matches if match]

@@ -2,8 +2,8 @@
 # # 2. The resampler: from patches to a few latents
 #
 # The 256 patches of the published model would take 256 positions of the prompt, and each one adds to the decoder's
-# cost. The resampler condenses them into Q vectors with Q learned queries. Q is a choice, fixed in training: 64 in the
-# published model, 32 in the bundled one. It is a single attention layer without LayerNorm, residual or MLP, and its
+# cost. The resampler condenses them into Q vectors with Q learned queries. Q is a hyperparameter: 64 in the published
+# model, 32 in the bundled one. The resampler is a single attention layer without LayerNorm, residual or MLP, and its
 # queries are also among its keys. (Reading time: 25 minutes.)
 #
 # Three helpers come from `training/`: `Scene` draws random scenes, scenes from the seed `HELD_OUT` on were not used
@@ -82,7 +82,7 @@ alt = "Copies of the image, one per head and latent, red where the attention wei
 show(fig, alt)
 
 # %% [markdown]
-# Each of these heads picks a few patches. How much of its attention on the image do the four largest weights get?
+# Each of these heads picks a few patches. What share of its attention on the image goes to the four largest weights?
 
 # %%
 on_patches = weights[0, :, chosen, 1:N]  # (H, 5, N - 1)

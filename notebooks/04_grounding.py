@@ -210,8 +210,9 @@ print(f"score of the box: sqrt({p1:.2f} · {p2:.2f}) = {(p1 * p2).sqrt():.2f}")
 #
 # GRIT is the data set of the paper: web images whose captions were linked to boxes automatically. Its records have a
 # caption, and boxes for ranges of its characters: for phrases (`noun_chunks`) and for longer expressions around them
-# (`ref_exps`); the original training used the latter, or the former if there are none. Nested expressions are
-# dropped. `grit_to_text` writes a record as tagged text, and `encode_record` as token ids.
+# (`ref_exps`); the original training used the latter (GRIT repeats a phrase there if it has no longer expression);
+# `encode_record` reads the former if there are none. Nested expressions are dropped. `grit_to_text` writes a record
+# as tagged text, and `encode_record` as token ids.
 
 # %%
 caption = "A dog in a field of flowers"

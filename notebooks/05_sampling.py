@@ -454,8 +454,8 @@ table(rows, ("seed", "", "<object>", "</object>", "boxes parsed"))
 # ## The length limit
 #
 # A limit of new tokens could cut a box in half. With a constraint, it does not: if the chosen token is markup that no
-# longer fits, `cut_markup` replaces it by `</s>`, or by the tag that closes what is open. Everything before it stays
-# the same, so the limit only truncates.
+# longer fits, `cut_markup` replaces it with `</s>`, or with the closing tag. Everything before it stays the same, so
+# the limit only truncates.
 
 # %%
 free = generate()
@@ -621,4 +621,4 @@ assert counts["likely_next"] < counts["no draft"]
 #    in `finish_beams`.
 # 3. The image slots hold the ids 4, 5, 6, ..., which are also the ids of ordinary pieces. What does n-gram blocking
 #    make of them?
-# 4. How much memory do four beams take, and when is it taken?
+# 4. How much memory do four beams need, and when is it allocated?

@@ -192,7 +192,7 @@ show(fig, "A bar of five parts: the decoder's blocks take almost three quarters,
 #
 # `pytorch_model.bin` and `kosmos-2.pt` are pickles, and a pickle can call any function while it is loaded. Here is
 # one that creates a file. `read_torch` in `load_weights.py` uses PyTorch's restricted unpickler (`weights_only=True`)
-# and replaces everything else that the file names by inert stand-ins.
+# and replaces everything else that the file names with inert stand-ins.
 
 
 # %%
@@ -404,7 +404,7 @@ print(f"{len(missing)} new tensors; the same image embeddings as before")
 
 # %% [markdown]
 # The new names begin with "resampler.", which `NAMES` already has, so the model can be saved. From then on, the changed
-# code loads it, and the unchanged code refuses it: now the new tensors are unexpected.
+# code loads it, and the unchanged code rejects it: now the new tensors are unexpected.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:

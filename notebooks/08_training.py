@@ -30,11 +30,11 @@ scene = Scene.random(5)
 # %% [markdown]
 # ## The data: a record, tagged text, tokens
 #
-# A GRIT record describes an image by a caption and the boxes of its phrases. Here is the record of a scene, whose boxes
-# are exact. `encode_record` tokenizes the caption as a whole and inserts tags and boxes between its pieces, as the
-# original data loader does. (The original loader also crops images to a square, and leaves out the boxes of half of the
-# captions; here, images are squashed, and no caption loses its boxes at random.) `grit_to_text` writes a record as
-# tagged text, for looking at it.
+# A GRIT record describes an image by a caption and the boxes of its phrases. Here is the record of a scene, whose
+# boxes are exact. `encode_record` tokenizes the caption as a whole and inserts tags and boxes between its pieces, as
+# the original data loader does. (The original loader also crops images to a square, and leaves out the boxes of half
+# of the captions; here, images are squashed, and no caption loses its boxes at random.) `grit_to_text` writes a
+# record as tagged text, for display.
 
 # %%
 record = scene.record()
@@ -132,9 +132,9 @@ print(f"uniform over {tokenizer.vocab_size} tokens: {math.log(tokenizer.vocab_si
 # layer on the ViT's features predicts them (`PatchHead`). When `training/train.py` trains from scratch, its first
 # steps (`--vision-steps`) train only the ViT, with this loss alone. Later, this loss is added to that of the tokens.
 #
-# `patch_labels` computes the labels from the boxes of a scene. An object covers a patch if its box (of a sticker, its
-# opaque pixels) covers at least 30% of it. (A very small object gets at least the patch that it covers most.) Where
-# boxes overlap, the object in front counts. Which labels are there in a scene with several objects?
+# `patch_labels` computes the labels from the boxes of a scene. An object covers a patch if its box (for a sticker,
+# its opaque pixels) covers at least 30% of it. (A very small object gets at least the patch that it covers most.)
+# Where boxes overlap, the object in front counts. Which labels are there in a scene with several objects?
 
 # %%
 crowded = Scene.random(7)
@@ -301,9 +301,9 @@ show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on
 # Every loss ends below its first value. This run continued from the weights of an earlier one, so the losses of words
 # and locations start far below that of equal probabilities (7.22, see above). They fall most while the learning rate
 # decays, over the last 60% of the steps. (For 400 steps, the labels of patches had one more part, so their loss is
-# higher there.) Within a run, each step has new scenes, so these are nearly losses on unseen data (a run begins with
-# the same seeds as the one it continues). The accuracy is measured on a few scenes only, so its curves are noisy; these
-# scenes may contain stickers, unlike those of the model card's first table.
+# higher there.) Within a run, each step has new scenes, so these are almost losses on unseen data (but a run begins
+# with the same seeds as the one it continues). The accuracy is measured on a few scenes only, so its curves are
+# noisy; these scenes may contain stickers, unlike those of the model card's first table.
 #
 # ## Exercises
 #

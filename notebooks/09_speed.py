@@ -295,7 +295,7 @@ assert float((logits["int8"] - exact).norm() / exact.norm()) < 0.1
 #
 #     python -m inference.convert CHECKPOINT DIR --precision int8
 #
-# How large is the new file, and are the outputs still the same to the bit? `save_packed` is the function behind the
+# How large is the new file, and are the outputs still bit-identical? `save_packed` is the function behind the
 # command.
 
 # %%

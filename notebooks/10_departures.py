@@ -2,7 +2,7 @@
 # # 10. Departures from the textbook
 #
 # Kosmos-2 differs from a textbook transformer in the places listed below. A port can get most of them wrong and still
-# run without an error, but its results differ. (A strict loader finds those that have weights: ours refuses a
+# run without an error, but its results differ. (A strict loader finds those that have weights: ours rejects a
 # checkpoint with the weights of a LayerNorm that the model does not have.) Which of them matter? We change one at a
 # time in the trained model and measure. (Reading time: 20 minutes.)
 #
@@ -82,7 +82,7 @@ assert logit_change(unchanged, vision["ViT: GELU instead of QuickGELU"]) < 0.1
 # ## Embeddings and positions
 #
 # `Kosmos2.embed` inserts the image embeddings before the factor √D, so it applies to them, too. Here, the factor is
-# taken away from the image, from the tokens, and from both. The others change the position encodings.
+# removed from the image, from the tokens, and from both. The other departures change the position encodings.
 
 # %%
 inputs = {name: trial.measure(change) for name, change in input_departures(model).items()}

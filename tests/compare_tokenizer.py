@@ -61,9 +61,9 @@ def prompts(count: int, seed: int = 0) -> list[tuple[str, list | None]]:
 def official_processor(model_file: str | Path):
     """transformers' Kosmos2Processor on a sentencepiece model, with the published ids.
 
-    transformers 5 does not read this layout from the file, so the vocabulary is passed explicitly.
-    The resulting tokenizer does not normalize and encodes characters that NFKC would change as <unk>;
-    prompts() contains none.
+    The vocabulary is passed explicitly, since the published tokenizer.json is not in the repository.
+    The resulting tokenizer lacks that file's normalizer and encodes characters that NFKC would change
+    as <unk>; prompts() contains none.
     """
     import sentencepiece
     from transformers import CLIPImageProcessorPil, Kosmos2Processor, XLMRobertaTokenizer

@@ -374,7 +374,7 @@ def test_hub_ids(monkeypatch, hub_id):
     """Without huggingface_hub, one line explains how to get the files."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(
-        FileNotFoundError, match=f"no {hub_id} here; pip install huggingface_hub, or download"
+        FileNotFoundError, match=f"{hub_id} not found; pip install huggingface_hub, or download"
     ):
         load_checkpoint(hub_id)
 

@@ -746,7 +746,7 @@ def test_the_data_needs_no_shared_memory(source):
 def test_scenes_are_written_for_one_grid(tiny):
     """With another grid, boxes would silently become words."""
     other = Tokenizer(TINY / SENTENCEPIECE, SMALL.latent_query_num, grid=16)
-    with pytest.raises(ValueError, match="grid of 32 x 32 cells, this tokenizer has 16 x 16"):
+    with pytest.raises(ValueError, match="grid of 32 x 32 cells, got 16 x 16"):
         Scenes(other, SMALL, length=260, first=5)
     with pytest.raises(ValueError, match="grid of 32 x 32"):
         answers(tiny[0], other, [])
@@ -893,9 +893,9 @@ def with_box(*box: float) -> str:
         (json.dumps(RECORD | {"ref_exps": None}), "not a GRIT record: expected ref_exps or noun_chunks"),
         (json.dumps(RECORD | {"caption": "a"}), "span 0:5 is outside the caption"),
         (json.dumps(RECORD | {"caption": "a dog " * 9999}), "the caption has .* tokens; there is room for"),
-        (with_box(10, 20, 300, 400), "box .*; divide pixels by the size"),
+        (with_box(10, 20, 300, 400), "box .*; pass corners.* divide pixels by the size"),
         (with_box(0.5, 0.5, 0.2, 0.2), "box .* x1 < x2"),
-        (with_box(0.7, 0.1, 0.2, 0.3), "box .* x, y, width, height are not corners"),
+        (with_box(0.7, 0.1, 0.2, 0.3), "box .* pass corners, not x, y, width, height"),
         (with_box(float("nan"), 0.1, 0.2, 0.3), "box .*nan"),
         (with_box(0.1, 0.1, 1.02, 0.3), "box .*1.02"),
         ("nonsense", "expected one JSON object per line, got .nonsense"),

@@ -5,10 +5,10 @@
     python -m inference.batch --requests requests.jsonl --results results.jsonl --checkpoint WEIGHTS
     python -m training.evaluate --results results.jsonl
 
-ANNOTATIONS are the files that MDETR published in COCO's format: finetune_refcoco_val.json and its
-relatives for RefCOCO, RefCOCO+ and RefCOCOg, final_flickr_separateGT_val.json for Flickr30k
+ANNOTATIONS are the files that MDETR published in COCO's format: finetune_refcoco_val.json and
+similar files for RefCOCO, RefCOCO+ and RefCOCOg, final_flickr_separateGT_val.json for Flickr30k
 Entities. IMAGES is the folder with the images (COCO train2014, flickr30k-images). The prompts are
-those of the original evaluation, and every request carries its truth: "phrase" and "target", the
+those of the original evaluation, and every request has its ground truth: "phrase" and "target", the
 correct boxes in 0..1.
 """
 

@@ -49,16 +49,16 @@ class Span(NamedTuple):
 
 
 def read_spans(record: dict, counts: Counter | None = None) -> list[Span]:
-    """The phrases of a GRIT record, in order, as the original data loader selects them.
+    """The phrases of a GRIT record, in order, mostly as the original data loader selects them.
 
     record: "caption", and "ref_exps" or "noun_chunks" as lists of [start, end, x1, y1, x2, y2, score],
     with start and end in characters of the caption and the box in 0..1. "noun_chunks" are read only if
     "ref_exps" are missing or empty. Boxes scored below MIN_SCORE and expressions inside
     others are dropped; of two overlapping expressions, the first is kept; several boxes of one expression
-    are listed together, each once. `counts` counts what becomes of the boxes.
+    are listed together, each once. `counts` counts the boxes kept and dropped.
 
-    The original loader also crops images to a square, drops the boxes of half of the captions, and
-    repeats a box that is listed twice. ValueError for a record of another form and for boxes that are
+    The original loader also crops images to a square, drops the boxes of half of the captions, repeats a box that
+    is listed twice, and keeps both of two overlapping expressions, with broken markup. ValueError for a record of another form and for boxes that are
     reversed, in pixels or otherwise not in 0..1."""
     caption = record.get("caption")
     if not isinstance(caption, str):
@@ -113,7 +113,7 @@ def read_row(row, caption: str) -> tuple[int, int, Box, float]:
     try:
         return int(start), int(end), clip_box((x1, y1, x2, y2)), score
     except ValueError as error:
-        hint = "divide pixels by the size of the image, and x, y, width, height are not corners"
+        hint = "pass corners, not x, y, width, height, and divide pixels by the size of the image"
         raise ValueError(f"{error}; {hint}") from None
 
 
@@ -123,7 +123,7 @@ def encode_record(tokenizer: Tokenizer, record: dict, counts: Counter | None = N
     The caption is tokenized once, as a whole. The boundaries of a phrase are found by counting the
     pieces of the text before its start and before its end, so a phrase consists of whole pieces: in
     "a 50% sale" the span "a 50" takes the piece "50%". Tags that appear literally in the caption are
-    treated as plain text. `counts` counts what becomes of the boxes."""
+    treated as plain text. `counts` counts the boxes kept and dropped."""
     counts = Counter() if counts is None else counts
     spans = read_spans(record, counts)
     caption = record["caption"]
@@ -199,7 +199,7 @@ def grit_to_text(record: dict, grid: int = GRID) -> str:
 # ---- Rows ------------------------------------------------------------------------------------------
 
 # A row numbers its sequences: 0 is the image, 1, 2, ... are about it, -1, -2, ... have no image.
-PADDING = -1_000_000  # the number of positions that fill up a row
+PADDING = -1_000_000  # the sequence number of padding
 
 
 class Row:
@@ -258,12 +258,12 @@ def check_grid(tokenizer: Tokenizer) -> None:
     """ValueError unless the tokenizer has the grid that the examples of scenes.py are written for."""
     if tokenizer.grid != GRID:
         grid = tokenizer.grid
-        expected = f"examples of scenes are written for a grid of {GRID} x {GRID} cells"
-        raise ValueError(f"{expected}, this tokenizer has {grid} x {grid}")
+        expected = f"scenes: expected a tokenizer with a grid of {GRID} x {GRID} cells"
+        raise ValueError(f"{expected}, got {grid} x {grid}")
 
 
 class Scenes:
-    """Row n: the scene of seed first + n, with as many sequences as fit into `length` tokens.
+    """Row n: the scene of seed first + n and a random choice of sequences (`MIXTURE`), up to `length` tokens.
     The first `image_rows` rows have none: their only targets are the labels of the patches."""
 
     def __init__(self, tokenizer, config, length: int, first: int, image_rows=0, stickers=None):
@@ -334,7 +334,7 @@ class Grit:
         self.seed = seed
         self.records: list[tuple[str, Path, list[int]]] = []  # (file and line, image, ids)
         self.counts: Counter = Counter()  # of records
-        self.box_counts: Counter = Counter(kept=0)  # what became of the boxes
+        self.box_counts: Counter = Counter(kept=0)  # of boxes kept and dropped
         for path in paths:
             for where, record in read_objects(path):
                 try:

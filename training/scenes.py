@@ -1,10 +1,10 @@
 """Random images of shapes and things, and captions, questions and answers about them.
 
-This is the world of the bundled model: up to five things on a background, drawn by things.py or, with
-a folder of stickers, by anyone (stickers.py). `Scene.random` makes a scene, `Scene.draw` paints it,
+This is the world of the bundled model: up to five things on a background, drawn by things.py or taken
+from a folder of stickers (stickers.py). `Scene.random` makes a scene, `Scene.draw` paints it,
 `Scene.record` describes it as a GRIT record (caption, noun chunks, boxes), and `tasks` lists what can
 be asked about it in the prompts of the paper, each with its one correct answer. Answers follow from
-rules (`resolve`), so a model can be scored without a judge.
+rules (`resolve`), so scoring is automatic.
 
     python -m training.scenes FOLDER [--count 9] [--stickers DIR]    write images and grit.jsonl to look at
 """
@@ -208,7 +208,7 @@ def try_place(rng, thing: Thing, others: list[Thing], background: str, gap: floa
 
 def random_sticker(rng, thing: Thing, others: list[Thing], stickers: Stickers, repeat: float) -> Thing:
     """A drawing, or a sticker in its place. With probability `repeat`, it has the name of an earlier thing.
-    The things of one kind are all drawings or all stickers, so that "the cat" is not a red cat."""
+    Things of one kind are all drawings or all stickers, so "the cat" has only one meaning."""
     path = None
     if others and rng.random() < repeat:
         twin = rng.choice(others)
@@ -255,7 +255,7 @@ class Scene:
         count = 0 if rng.random() < 1 / 30 else rng.randint(1, MOST)
         things: list[Thing] = []
         used = stickers if stickers is not None and rng.random() < 0.7 else None
-        # Equal stickers are in few images, but there most are equal: the model learns to see this.
+        # Few images repeat things, but those repeat most of them: groups should be easy to notice.
         repeat = 0.7 if used is not None and rng.random() < 0.2 else 0.0
         for _ in range(count):
             thing = random_thing(rng, things, background, aspect, used, repeat)
@@ -746,7 +746,7 @@ def questions(scene: Scene, rng: random.Random) -> list[Example]:
 
 def counting(scene: Scene, rng: random.Random) -> list[Example]:
     """How many there are of a kind or a color, and whether there is one at all. (Stickers may have any
-    color, so in scenes with some a color is asked about with a kind only.)"""
+    color, so in scenes with stickers, questions name a color only together with a kind.)"""
     found = []
     color = rng.choice(list(COLORS))
     kind = rng.choice(scene.kinds)

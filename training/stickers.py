@@ -20,7 +20,7 @@ OPAQUE = 128  # from this alpha on, a pixel belongs to the thing and its box
 
 
 class Stickers:
-    """The stickers of a folder by kind and style; ValueError names the file that is not one."""
+    """The stickers of a folder by kind and style; ValueError names an invalid file."""
 
     def __init__(self, folder: Path):
         self.files: dict[str, dict[str, list[Path]]] = {}

@@ -247,7 +247,7 @@ class Run:
         if self.rank == 0:
             check_finite(self.model)
             state = {
-                "kosmos2_training": True,  # load_weights.py refuses it by this key
+                "kosmos2_training": True,  # load_weights.py rejects it by this key
                 "step": self.step, "minutes": self.minutes, "log": self.log, "settings": self.settings(),
                 "model": self.trained_parameters(),
                 "optimizers": [o.state_dict() for o in self.optimizers],
@@ -274,7 +274,7 @@ class Run:
         self.set_learning_rate()
         counts = [float((batch["targets"] != -100).sum()) for batch in micro_batches]
         count = max(self.sum_over_processes(counts), 1.0)
-        sums = torch.zeros(5)  # losses and numbers of location tokens and of words, losses of patches
+        sums = torch.zeros(5)  # location loss and count, word loss and count, patch loss
         for i, batch in enumerate(micro_batches):
             batch = {name: torch.from_numpy(array).to(self.device) for name, array in batch.items()}
             synchronize = nullcontext()
