@@ -514,7 +514,7 @@ class Kosmos2(nn.Module):
     def embed(self, tokens: Tensor, pixels=None, image_embeds=None, image_mask=None, pad_mask=None) -> Tensor:
         """tokens (B, T) -> x (B, T, D), with the image embeddings in the image slots.
 
-        Arguments and errors as in `forward`.
+        Arguments and errors as in `forward`, but the length is not checked.
         """
         if pixels is not None and image_embeds is not None:
             raise ValueError("pass either pixels or image_embeds, not both")
@@ -643,7 +643,7 @@ Constraint = Callable[[list[int], int], np.ndarray | None]
 class GenerationOptions:
     """How to continue a prompt. ValueError for a value out of its range."""
 
-    max_new_tokens: int = 430  # upper limit; the default is the original demo's
+    max_new_tokens: int = 430  # upper limit; the default is the original demo's after a normal prompt
     min_new_tokens: int = 0  # no </s> before this many new tokens
     temperature: float = 0.0  # 0 takes the most likely token, 1 samples from the model's distribution
     top_k: int | None = None  # sample among the k most likely tokens
@@ -813,7 +813,7 @@ def mask_logits(scores: Tensor, state: DecodeState) -> Tensor:
 
 
 def cut_markup(constraint: Constraint | None, ids: list[int], token: int, remaining: int) -> int:
-    """The token, or a replacement if it is markup that no longer fits into the length limit.
+    """The token, or a replacement if it (markup or a word in a phrase) no longer fits into the length limit.
 
     The replacement is </s> or the closing tag, so the limit only shortens the answer.
     """

@@ -62,7 +62,7 @@ OUTPUT_PROJECTIONS = {
     "text_model.lm_head.weight",
     "gpt_model.decoder.output_projection.weight",
 }  # equal to EMBEDDING
-UNUSED_BUFFERS = {  # stored by older versions
+UNUSED_BUFFERS = {  # stored by the original and by older versions
     "text_model.model.embed_positions.weights",
     "vision_model.model.embeddings.position_ids",
     "gpt_model.decoder.embed_positions._float_tensor",

@@ -201,7 +201,7 @@ def strip_literal(text: str) -> str:
 
 
 def task_prompts(task: str, texts: list[str], boxes: list) -> list[str]:
-    """The prompts of a task, one for each of `texts`, which are plain text: tags in them have no effect.
+    """The prompts of a task: one for each of `texts` (context: one for all). Tags in the texts have no effect.
 
     ValueError for text or boxes that the task does not take.
     """

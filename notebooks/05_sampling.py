@@ -453,9 +453,9 @@ table(rows, ("seed", "", "<object>", "</object>", "boxes parsed"))
 # %% [markdown]
 # ## The length limit
 #
-# A limit of new tokens could cut a box in half. With a constraint, it does not: if the chosen token is markup that no
-# longer fits, `cut_markup` replaces it with `</s>`, or with the closing tag. Everything before it stays the same, so
-# the limit only truncates.
+# A limit of new tokens could cut a box in half. With a constraint, it does not: if the chosen token is markup, or a
+# word in a phrase, that no longer fits, `cut_markup` replaces it with `</s>`, or with the closing tag. Everything
+# before it stays the same, so the limit only truncates.
 
 # %%
 free = generate()

@@ -241,8 +241,8 @@ for seed in (1, 2):
     print("model:", parse(tokenizer.decode(new))[0])
 
 # %% [markdown]
-# These are well-formed captions, but they do not fit the scenes. Do they depend on the image at all? We give each row
-# of a batch the image of another row, and compare the losses.
+# These look like captions, but they do not fit the scenes. Do they depend on the image at all? We give each row of a
+# batch the image of another row, and compare the losses.
 
 # %%
 batch = collate([lessons.row(1000 + n) for n in range(8)])

@@ -42,7 +42,7 @@ def show_image(image: Image.Image, alt: str, width: int | None = None) -> None:
 
 
 def show_answers(image: Image.Image, *answers) -> None:
-    """Show captions as hyperlinks next to their image: hovering a phrase highlights its boxes."""
+    """Show captions as hyperlinks below their image: hovering a phrase highlights its boxes."""
     try:
         from IPython.display import HTML, display
     except ImportError:

@@ -1,8 +1,8 @@
 """Training data: images and sequences about them, turned into rows of tokens with the answers marked.
 
-A row is `<s> <image> slots </image>` followed by one or more sequences. Each sequence attends to itself
-and (unless it is text alone) to the image, and its positions continue from the image as if it were the
-only sequence, so one encoded image can teach many sentences. A sequence may contain a second image.
+A row is `<s> <image> slots </image>`, usually followed by several sequences. Each of them attends to itself
+and to the image, and its positions continue from the image as if it were the only sequence (text alone does
+neither), so one encoded image can teach many sentences. A sequence may contain a second image.
 `Scenes` makes rows from the small world of scenes.py, `Grit` from a GRIT-format file.
 """
 
@@ -301,7 +301,7 @@ class Scenes:
 
 
 def encode_example(tokenizer: Tokenizer, example: Example) -> tuple[list[int], list[bool]]:
-    """The prompt of an example, with the image in front, as (ids, image_mask)."""
+    """The prompt of an example, with its images, as (ids, image_mask)."""
     if example.alone:
         return tokenizer.encode_prompt(example.prompt, 0)
     return tokenizer.encode_prompt(f"<image>{example.prompt}", 1 if example.second is None else 2)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """(rows, columns): five Newton-Schulz iterations towards the nearest orthogonal matrix. The singular
+    """(rows, columns): five Newton-Schulz iterations towards the nearest orthogonal matrix. Most singular
     values end between 0.7 and 1.2; more precision does not help."""
     if len(x) > len(x.T):
         return orthogonalize(x.T).T

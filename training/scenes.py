@@ -3,8 +3,8 @@
 This is the world of the bundled model: up to five things on a background, drawn by things.py or taken
 from a folder of stickers (stickers.py). `Scene.random` makes a scene, `Scene.draw` paints it,
 `Scene.record` describes it as a GRIT record (caption, noun chunks, boxes), and `tasks` lists what can
-be asked about it in the prompts of the paper, each with its one correct answer. Answers follow from
-rules (`resolve`), so scoring is automatic.
+be asked about it in the prompts of the paper, each with an answer that follows from rules
+(`resolve`), so scoring is automatic.
 
     python -m training.scenes FOLDER [--count 9] [--stickers DIR]    write images and grit.jsonl to look at
 """
