@@ -98,7 +98,7 @@ def test_data_addresses(capsys):
     [
         ("[1]", "one JSON object per line"), ("{", "one JSON object per line"), ("image,task", "one JSON object per line"),
         ('{"image": 3}', "image: expected a string"), ('{"image": ""}', "image: expected a string"),
-        ('{"image": "a.png", "task": "refer", "box": [0, 0, 1, 1], "boxes": [[0, 0, 1, 1]]}', "box, boxes: "),
+        ('{"image": "a.png", "task": "refer", "box": [0, 0, 1, 1], "boxes": [[0, 0, 1, 1]]}', "expected box or boxes, not both"),
         ('{"image": "a.png", "x": NaN}', "x: NaN"),
         ('{"image": "a.png", "boxes": [[1, 2, 3]]}', "box"), ('{"task": "caption"}', "needs an image"),
         ('{"image": "a.png", "prompt": "a", "task": "vqa"}', "prompt"), ('{"image": "a.png", "task": "dance"}', "dance"),
