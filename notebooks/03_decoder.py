@@ -65,7 +65,7 @@ assert lengths["image embeddings"] > 10 * lengths["tokens"]
 # embeddings are more than ten times as long as token embeddings. They are inserted *before* the scale, so they are
 # scaled and given positions like tokens. If they were inserted after it, they would be √D times shorter than in
 # training, and the position encodings, which have no factor, would weigh √D times as much against them. Notebook 10
-# measures what that costs.
+# measures whether that costs anything.
 #
 # The input of the decoder, by hand:
 

@@ -439,7 +439,7 @@ assert generate() == generate(constraint=tokenizer.allowed_tokens)
 rows = []
 for seed in (1, 2, 3):
     for name, rule in (("free", None), ("constrained", tokenizer.allowed_tokens)):
-        raw = tokenizer.decode(generate(temperature=2.0, seed=seed, constraint=rule))
+        raw = tokenizer.decode(generate(temperature=3.0, seed=seed, constraint=rule))
         boxes = sum(len(entity.boxes) for entity in parse(raw)[1])
         rows.append((seed, name, raw.count("<object>"), raw.count("</object>"), boxes))
         if rule is not None:

@@ -213,8 +213,9 @@ assert accuracy["ground"] > 0.5 and accuracy["kind in box"] > 0.3
 assert accuracy["color of box"] >= accuracy["kind in box"]
 
 # %% [markdown]
-# A random guess among 30 kinds of drawings is correct about 3% of the time. Colors are usually easier than kinds, many
-# of which differ only in details. (With so few examples per row, small differences mean nothing.)
+# A random guess among 30 kinds of drawings is correct about 3% of the time. Kinds, many of which differ only in
+# details, are usually harder than colors; on these sharp drawings, both are easy. (With so few examples per row,
+# small differences mean nothing.)
 #
 # ## Failures
 #
@@ -228,7 +229,8 @@ for _, example, row in random.Random(1).sample(misses, min(5, len(misses))):
 
 # %% [markdown]
 # Below is a caption with an error, if there is one: first the correct caption, then the model's. If a box is on an
-# object and only its name is wrong, the model has found the object but not recognized it.
+# object and only its name is wrong, the model has found the object but not recognized it. If the two captions are
+# equal, a box overlaps its object too little.
 
 # %%
 for s, example, row in [miss for miss in misses if miss[1].task == "caption"][:1]:

@@ -299,11 +299,11 @@ show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on
 
 # %% [markdown]
 # Every loss ends below its first value. This run continued from the weights of an earlier one, so the losses of words
-# and locations start far below that of equal probabilities (7.22, see above). They fall in the first 40 steps with
-# sentences, stay level while the learning rate is constant, and fall again while it decays, over the last 60% of the
-# steps. Within a run, each step has new scenes, so these are almost losses on unseen data (but a run begins with the
-# same seeds as the one it continues). The accuracy is measured on a few scenes only, so its curves are noisy; these
-# scenes may contain stickers, unlike those of the model card's first table.
+# and locations start far below that of equal probabilities (7.22, see above). They fall in the first 80 steps with
+# sentences, rise while the learning rate is still warming up, stay level while it is constant, and fall while it
+# decays, over the last 60% of the steps. Within a run, each step has new scenes, so these are almost losses on unseen
+# data (but a run begins with the same seeds as the one it continues). The accuracy is measured on a few scenes only,
+# so its curves are noisy; these scenes may contain stickers, unlike those of the model card's first table.
 #
 # ## Exercises
 #

@@ -188,8 +188,8 @@ table(rows, ("", "other objects named and boxed", "ladders named and boxed"))
 assert after[1] > 0.5 and after[0] > before[0] - 0.15
 
 # %% [markdown]
-# Nearly all ladders are found now, and the other objects have not been forgotten. One of the held-out images, with the
-# answer of the fine-tuned model:
+# All or nearly all ladders are found now, and most of the other objects still are. One of the held-out images, with
+# the answer of the fine-tuned model:
 
 # %%
 held_out[0][0].save(folder / "ladder.png")
