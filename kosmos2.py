@@ -600,7 +600,7 @@ class Kosmos2(nn.Module):
 
         Arguments as in `forward`, with rows padded on the left (`pad_left`), and the fields of
         `GenerationOptions`, by name. Up to rounding, a row's result depends neither on the other rows
-        nor on its padding (when sampling, only with a seed). ValueError for bad options and prompts that are too long.
+        nor on its padding (when sampling, only with a seed). ValueError for bad options and overlong prompts.
         """
         state = self.prefill(tokens, pixels, image_embeds, image_mask, pad_mask, **options)
         return [row.ids for row in finish(state)]

@@ -115,7 +115,7 @@ def decoding_options(model, tokenizer, request: Request, length: int, given: dic
 
 
 def ask(model, tokenizer, request: Request, image_embeds, sizes, given: dict, stream=False):
-    """Answer a request about encoded images -> (Answer, its timings). stream: print the text as it is generated."""
+    """Answer a request about encoded images -> (Answer, its timings). stream: print it as generated."""
     import torch
 
     from kosmos2 import decode

@@ -5,7 +5,7 @@
 
 Decoding is memory-bound: each step multiplies one row by every weight, so it takes as long as
 reading the weights. kosmos2.py uses plain nn.Linear; after building the model, `load_checkpoint`
-replaces its layers: in fp32 with ones that use all cores, in fp16 and int8 with ones that have smaller weights.
+replaces its layers: in fp32 with ones that use all cores, in fp16 and int8 with ones of smaller size.
 (Walkthrough: notebooks/09_speed.)
 """
 

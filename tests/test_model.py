@@ -641,12 +641,12 @@ def test_orientation(tmp_path, orientation):
 
 
 def test_published_pixel_values(monkeypatch):
-    """Equal to the image processor of transformers for a published image."""
+    """Equal to the image processor of transformers for a real photo."""
     transformers = pytest.importorskip("transformers")
     folder = os.environ.get("KOSMOS2_REFERENCE")
     if not folder:
         pytest.skip("KOSMOS2_REFERENCE is not set")
-    image = open_image(Path(folder) / "snowman.png")
+    image = Image.open(Path(folder) / "two_dogs.jpg")
     processor = transformers.CLIPImageProcessorPil(size={"height": 224, "width": 224}, do_center_crop=False)
     expected = processor(image, return_tensors="pt").pixel_values[0]
     torch.testing.assert_close(preprocess_image(image, 224), expected, rtol=0, atol=1e-5)

@@ -159,7 +159,7 @@ def extent(parts: list[Part]) -> Box:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def random_thing(rng, others: list[Thing], background: str, aspect: float, stickers=None, repeat=0.0):
+def random_thing(rng, others: list[Thing], background, aspect, stickers=None, repeat=0.0) -> Thing | None:
     """A thing in a free place; sometimes of the kind or color of an earlier one. None if no place was
     found. repeat: with stickers, the probability that it has the name of an earlier one."""
     kind = rng.choice(KINDS)
@@ -176,12 +176,11 @@ def random_thing(rng, others: list[Thing], background: str, aspect: float, stick
         if shared != "kind" and twin.color:
             color = twin.color
     thing = Thing(kind, None if kind in UNCOLORED else color, (0.5, 0.5), 0, 0, aspect)
-    if stickers is not None:
-        thing = random_sticker(rng, thing, others, stickers, repeat)
-    gap = rng.choice([0.01, 0.01, -0.03])  # one in three may overlap its neighbors a little
     smallest, largest = SMALLEST, LARGEST
     if stickers is not None:  # things by others may be larger, and our shapes smaller
+        thing = random_sticker(rng, thing, others, stickers, repeat)
         smallest, largest = (0.1, LARGEST) if thing.sticker is None else (0.15, 0.7)
+    gap = rng.choice([0.01, 0.01, -0.03])  # one in three may overlap its neighbors a little
     for _ in range(40):
         size = smallest * (largest / smallest) ** rng.random()
         look = rng.getrandbits(30) if thing.sticker is None else thing.look

@@ -102,7 +102,9 @@ def warp(image: Image.Image, rng: random.Random) -> Image.Image:
     width, height = image.size
     points = {}
     for i, j in product(range(4), repeat=2):
-        points[i, j] = width * (i / 3 + rng.uniform(-0.06, 0.06)), height * (j / 3 + rng.uniform(-0.06, 0.06))
+        x = width * (i / 3 + rng.uniform(-0.06, 0.06))
+        y = height * (j / 3 + rng.uniform(-0.06, 0.06))
+        points[i, j] = (x, y)
     mesh = []  # of each tile: where it goes, and its corners in the old image
     for i, j in product(range(3), repeat=2):
         tile = (width * i // 3, height * j // 3, width * (i + 1) // 3, height * (j + 1) // 3)
