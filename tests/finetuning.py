@@ -3,8 +3,9 @@
     python tests/finetuning.py [--images 12 60 300] [--steps 60 150 300]
 
 For each number of images of ladders: how many of 20 other images the model then captions with a
-ladder and its box (IoU 0.5), and how many objects it still names and boxes in held-out scenes of the
-kinds that it knew before, with and without old drawings among the training images.
+ladder and its box (IoU 0.5), and what is left in held-out scenes of the kinds that it knew before,
+with and without old drawings among the training images: captions, grounding, questions, and the
+scores of absent phrases.
 """
 
 import argparse
@@ -23,10 +24,11 @@ sys.path.insert(0, str(ROOT))
 
 from inference.fast import load_checkpoint  # noqa: E402
 from tokenizer import Box  # noqa: E402
-from training.evaluate import HELD_OUT, evaluate  # noqa: E402
+from training.evaluate import HELD_OUT, accuracies, answers, choose_examples, first_scores  # noqa: E402
 from training.scenes import BACKGROUNDS, paint_background  # noqa: E402
 
 HELD_OUT_IMAGES = 20
+QUESTIONS = ["color", "kind", "count", "yes or no", "where", "relation"]
 
 
 def draw_ladder(seed: int) -> tuple[Image.Image, Box]:
@@ -92,11 +94,18 @@ def found_ladders(checkpoint: Path, folder: Path) -> float:
 
 
 def measure(checkpoint: Path, folder: Path) -> str:
-    """The shares of ladders found, of other objects named and boxed, and of other objects grounded."""
+    """The shares of ladders found, of other objects named and boxed, of other objects grounded, and of
+    questions answered; and the score of the first box that 90% of the absent phrases stay below."""
     model, tokenizer = load_checkpoint(checkpoint)
-    known = evaluate(model, tokenizer, 60, HELD_OUT, {"caption", "ground"})
-    shares = (found_ladders(checkpoint, folder), known["caption"][0], known["ground"][0])
-    return " | ".join(f"{share:.2f}" for share in shares)
+    chosen = choose_examples(60, HELD_OUT, {"caption", "ground", "ground absent", *QUESTIONS})
+    results = answers(model, tokenizer, chosen)
+    known = accuracies(tokenizer, chosen, results)
+    hits = sum(share * count for task, (share, count) in known.items() if task in QUESTIONS)
+    questions = sum(count for task, (_, count) in known.items() if task in QUESTIONS)
+    absent = sorted(first_scores(tokenizer, chosen, results)["ground absent"])
+    values = [found_ladders(checkpoint, folder), known["caption"][0], known["ground"][0]]
+    values += [hits / questions, absent[len(absent) * 9 // 10]]
+    return " | ".join(f"{value:.2f}" for value in values)
 
 
 def run(*command) -> str:
@@ -116,7 +125,8 @@ def main() -> None:
         "--old", type=int, nargs="+", default=[300, 0], help="old drawings (default: 300, none)"
     )
     args = parser.parse_args()
-    print("| images | old drawings | steps | ladders | other objects | grounded |\n|---|---|---|---|---|---|")
+    print("| images | old drawings | steps | ladders | other objects | grounded | questions | absent |")
+    print("|---|---|---|---|---|---|---|---|")
     before = measure(ROOT / "tiny", Path(tempfile.mkdtemp()) / "held")
     print(f"| 0 | | 0 | {before} |", flush=True)
     for images in args.images:

@@ -141,7 +141,7 @@ def encode_record(tokenizer: Tokenizer, record: dict, counts: Counter | None = N
         tags.append((first, "<phrase>"))
         tags.append((end, f"</phrase>{objects}"))
     ids = insert_tags(tokenizer, caption, tags)
-    return [tokenizer.special_ids["<grounding>"], *ids] if spans else ids
+    return [tokenizer.special_ids["<grounding>"], *ids] if tags else ids
 
 
 def span_pieces(tokenizer: Tokenizer, caption: str, span: Span) -> tuple[int, int]:
