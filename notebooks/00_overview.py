@@ -114,8 +114,8 @@ assert len(ids) == 3 + Q + len(tokenizer.encode("<grounding>An image of", add_bo
 # ## One step of the decoder
 #
 # The decoder processes all positions at once and returns the logits of the next token at each of them. To continue the
-# prompt, only the last position matters. The ViT and the resampler use no mask; in the decoder, each position attends
-# to itself and to earlier ones only.
+# prompt, we need only the logits of the last position. The ViT and the resampler use no mask; in the decoder, each
+# position attends to itself and to earlier ones only.
 #
 # Position ids start at 2 (fairseq reserves 1 for padding, and 0 is unused): `<s>` has 2, `<image>` has 3, and the Q
 # slots have 4 to Q + 3. `</image>` has Q + 4, and the first token after it has Q + 5. (For Q = 64 that is 69.)

@@ -3,8 +3,8 @@
 #
 # The vision tower of Kosmos-2 is CLIP's ViT: it cuts the image into patches, treats each patch as a token, and runs a
 # transformer over them. We write each step by hand in a few lines and compare it with the module in `kosmos2.py` and
-# with transformers. `Scene` and `HELD_OUT`, needed for one measurement at the end, come from `training/`: random
-# scenes with known objects and boxes; seeds from `HELD_OUT` on were not used in training. (Reading time: 30 minutes.)
+# with transformers. One measurement at the end uses random scenes with known objects and boxes (`Scene`, from
+# `training/`). Seeds from `HELD_OUT` on were not used in training. (Reading time: 30 minutes.)
 
 # %%
 from figures import ROOT, overlay, plt, reference, show, table  # isort: skip
@@ -59,9 +59,9 @@ torch.testing.assert_close(embedded, expected, rtol=1e-4, atol=1e-4)
 print(f"{3 * P * P} numbers in, {E} out")
 
 # %% [markdown]
-# Which unit-norm patches does the matrix stretch most? Its right singular vectors, in order: the first has the
-# longest embedding of all, the second the longest of those orthogonal to the first, and so on. The figure shows the
-# first 16, each scaled to its own minimum and maximum, with its singular value above.
+# Which unit-norm patches does the matrix stretch most? Its right singular vectors: the first has the longest embedding,
+# the second the longest among those orthogonal to the first, and so on. The figure shows the first 16, each scaled to
+# its own minimum and maximum, with its singular value above.
 
 # %%
 _, sizes, directions = torch.linalg.svd(matrix, full_matrices=False)
@@ -210,8 +210,8 @@ alt = "Copies of the image, one per head and query, red where the attention weig
 show(fig, alt)
 
 # %% [markdown]
-# In most panels, the weight is concentrated on a few patches. What share of the attention on the patches goes to the
-# top tenth of the patches?
+# In most panels, the weight is concentrated on a few patches. What fraction of the attention on the patches goes to the
+# top 10% of them?
 
 # %%
 query_rows = [1 + row * G + col for row, col in queries.values()]
@@ -334,7 +334,7 @@ table(rows, ("ViT blocks", "parameters"))
 # %% [markdown]
 # ## Exercises
 #
-# 1. Shuffle the patches *after* the positions were added. Which outputs change, and how?
+# 1. Shuffle the patches *after* adding the positions. Which outputs change, and how?
 # 2. Shuffle them *before*. Why is the result different?
 # 3. Replace `quick_gelu` by `F.gelu` in all blocks. How much do the features change? Would you notice it in a
 #    caption?

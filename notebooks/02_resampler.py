@@ -64,9 +64,8 @@ torch.testing.assert_close(by_hand, expected, rtol=1e-4, atol=1e-4)
 # %% [markdown]
 # ## What the latents attend to
 #
-# The figure shows the attention weights on the patches, for each head of five latents: those with the largest
-# weights. The larger the weight, the redder the patch; each panel is scaled to its own maximum. [CLS] and the latents
-# are not shown.
+# The figure shows the attention weights on the patches, by head, for the five latents with the largest weights. The
+# larger the weight, the redder the patch; each panel is scaled to its own maximum. [CLS] and the latents are not shown.
 
 # %%
 grid = config.vision.grid
@@ -82,7 +81,8 @@ alt = "Copies of the image, one per head and latent, red where the attention wei
 show(fig, alt)
 
 # %% [markdown]
-# Each of these heads picks a few patches. What share of its attention on the image goes to the four largest weights?
+# Each of these heads attends to only a few patches. What share of its attention on the image goes to the four largest
+# weights?
 
 # %%
 on_patches = weights[0, :, chosen, 1:N]  # (H, 5, N - 1)
@@ -94,8 +94,8 @@ assert share.mean() > 0.5
 # ## The latents as keys
 #
 # Attention weights sum to one. Without the latents among the keys, each head would have to spend all of its attention
-# on the image. The keys and values of the latents do not depend on the image: for each head and latent, attention to
-# them adds the same vector for every image, only with a different weight. How large is that weight?
+# on the image. The keys and values of the latents do not depend on the image: for each head and latent, they add a
+# fixed vector; only its weight depends on the image. How large is that weight?
 
 # %%
 on_latents = weights[0, :, :, N:].sum(-1)  # (H, Q)
@@ -140,7 +140,7 @@ print(f"of the attention on the image, [CLS] gets {share:.3f}; an equal share wo
 assert share < 0.1 / N
 
 # %% [markdown]
-# Far less than an equal share.
+# This is far less than an equal share.
 #
 # Reordering the keys, together with their values, changes nothing: attention is a weighted sum. So spatial
 # information reaches the latents only through the position embeddings of the ViT (notebook 1).
@@ -205,8 +205,8 @@ print("the scene:", ", ".join(thing.name for thing in scene.things))
 assert print_caption("seeing", seeing) != print_caption("blind", blind)
 
 # %% [markdown]
-# The second caption does not depend on the scene: a blind model would write it for every image. For this reason,
-# `tests/test_training.py` checks that one question about two images gets two different answers.
+# The second caption does not depend on the scene: a blind model writes the same caption for every image. For this
+# reason, `tests/test_training.py` checks that one question about two images gets two different answers.
 #
 # ## Counting
 #

@@ -4,7 +4,7 @@
 # The decoder is a causal transformer that continues a sequence of tokens. Most of it is the textbook transformer,
 # including the factor √D for the embeddings ("Attention Is All You Need", section 3.4). It is pre-norm, with GELU, like
 # most later models. Not in the textbook: position ids that start at 2, a table with all sines before the cosines and
-# slightly different wavelengths, sub-LN, and image embeddings that are inserted *before* the scale. We write the
+# slightly different wavelengths, sub-LN, and image embeddings that are inserted *before* scaling by √D. We write the
 # decoder by hand; [10_departures](10_departures.ipynb) measures what it costs to undo each of these differences.
 # (Reading time: 30 minutes.)
 
@@ -61,11 +61,11 @@ assert lengths["tokens"] < lengths["positions"] < math.sqrt(D) * lengths["tokens
 assert lengths["image embeddings"] > 10 * lengths["tokens"]
 
 # %% [markdown]
-# Stored token embeddings are shorter than the position encodings; with the factor √D they are longer. Image
-# embeddings are more than ten times as long as token embeddings. They are inserted *before* the scale, so they are
-# scaled and given positions like tokens. If they were inserted after it, they would be √D times shorter than in
-# training, and the position encodings, which have no factor, would weigh √D times as much against them. Notebook 10
-# measures whether that costs anything.
+# Stored token embeddings are shorter than the position encodings; with the factor √D they are longer. Image embeddings
+# are more than ten times as long as token embeddings. They are inserted *before* scaling by √D, so they are scaled and
+# given positions like tokens. If they were inserted after it, they would be √D times shorter than in training, and the
+# position encodings, which have no factor, would weigh √D times as much against them. Notebook 10 measures whether that
+# costs anything.
 #
 # The input of the decoder, by hand:
 
@@ -78,9 +78,9 @@ x = x * math.sqrt(D) + positions
 # %% [markdown]
 # ## The position table, and why it starts at 2
 #
-# Sines of growing wavelength in the first half, cosines in the second; the textbook interleaves them. The longest
-# wavelength is 2π · 10,000 positions. (With n = D/2 frequencies, frequency i is 10,000 to the power of -i / (n - 1);
-# the textbook divides by n.)
+# The first half holds sines of increasing wavelength, the second half the cosines; the textbook interleaves them. The
+# longest wavelength is 2π · 10,000 positions. (With n = D/2 frequencies, frequency i is 10,000 to the power of
+# -i/(n-1); the textbook divides by n.)
 #
 # fairseq, in which the model was trained, reserves position 1 for padding, so the first token has position 2.
 
@@ -210,9 +210,9 @@ assert all(share[-1, t] > 0.9 for t, name in enumerate(names) if name == "a")
 # %% [markdown]
 # ## Counting
 #
-# How large is the cache of a 500-token caption in the published model? Two tensors per layer, D numbers per position,
-# 4 bytes per number. There are 71 positions of the prompt (<s>, <image>, 64 slots, </image>, <grounding> and three
-# pieces) and all new tokens but the last.
+# How large is the cache of a 500-token caption in the published model? Two tensors per layer, D numbers per position, 4
+# bytes per number. There are 71 positions of the prompt (`<s>`, `<image>`, 64 slots, `</image>`, `<grounding>` and
+# three pieces) and all new tokens but the last.
 
 # %%
 full = kosmos2.TextConfig()

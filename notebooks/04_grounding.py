@@ -117,8 +117,8 @@ assert all(abs(predicted - measured) < 0.02 for _, predicted, measured in rows[2
 assert all(measured > predicted + 0.03 for _, predicted, measured in rows[:2])
 
 # %% [markdown]
-# The smaller the box, the further the measured IoU is above the prediction: the estimate assumes errors that are small
-# compared with the side. The grid limits the accuracy of small boxes, however well the model is trained.
+# For small boxes, the measured IoU exceeds the prediction, which assumes errors much smaller than the side. The grid
+# limits the accuracy of small boxes, however well the model is trained.
 #
 # ## Tags: text as hyperlinks
 #
@@ -210,9 +210,9 @@ print(f"score of the box: sqrt({p1:.2f} · {p2:.2f}) = {(p1 * p2).sqrt():.2f}")
 #
 # GRIT is the data set of the paper: web images whose captions were linked to boxes automatically. Its records have a
 # caption, and boxes for ranges of its characters: for phrases (`noun_chunks`) and for longer expressions around them
-# (`ref_exps`); the original training used the latter (GRIT repeats a phrase there if it has no longer expression);
-# `encode_record` reads the former if there are none. Nested expressions are dropped. `grit_to_text` writes a record
-# as tagged text, and `encode_record` as token ids.
+# (`ref_exps`); the original training used the latter (a phrase without a longer expression appears there unchanged);
+# `encode_record` falls back to the former. Nested expressions are dropped. `grit_to_text` writes a record as tagged
+# text, and `encode_record` as token ids.
 
 # %%
 caption = "A dog in a field of flowers"

@@ -3,8 +3,8 @@
 #
 # At each step, the decoder returns a distribution over the next token. This notebook shows how these distributions
 # become a sequence. First we write the loop by hand, then we look at `decode`, the loop of `kosmos2.py`. Padding,
-# sampling and constraints on the output follow. The last part builds beam search, shared prefixes and drafts on top of
-# it. (Reading time: 45 minutes.)
+# sampling and constraints on the output follow. The last part builds beam search, shared prefixes and drafts on the
+# same `DecodeState`. (Reading time: 45 minutes.)
 
 # %%
 from figures import ROOT, plt, reference, show, table  # isort: skip
@@ -413,7 +413,7 @@ assert ",," in tokenizer.decode(blocked)
 #
 # `Tokenizer.allowed_tokens` returns the tokens that keep the markup valid; generation accepts it as a constraint. It is
 # applied before n-gram blocking, and if a rule would leave no token, that rule is skipped (`mask_logits`). How many
-# location tokens, and which tags, are allowed after each part of a link? (Other pieces are not shown.) (Cell 661 is
+# location tokens, and which tags, are allowed after each part of a link? (Other tokens are not shown. Cell 661 is
 # column 21 of row 20, so the bottom-right corner is in one of the 12 rows and one of the 11 columns from there on.)
 
 # %%
@@ -490,11 +490,11 @@ for total, beam in zip(totals.tolist(), beams, strict=True):
 assert beams[0] == finish_beams(prefill(max_new_tokens=steps), K)[0].ids
 
 # %% [markdown]
-# `finish_beams` in `inference/beam.py` is this loop for a batch, with all options, and it handles sequences that end.
-# Finished sequences of different lengths are compared by the mean log-probability of their tokens. The search stops
-# once K sequences have ended and no unfinished one scores better than the worst of them. It takes K times the
-# arithmetic and K times the cache, but each step still reads the weights only once. (It is deterministic, so it cannot
-# be combined with a temperature.)
+# `finish_beams` in `inference/beam.py` is this loop for a batch, with all options except those for sampling, and it
+# handles sequences that end. Finished sequences of different lengths are compared by the mean log-probability of their
+# tokens. The search stops once K sequences have ended and no unfinished one scores better than the worst of them. It
+# takes K times the arithmetic and K times the cache, but each step still reads the weights only once. (It is
+# deterministic, so it cannot be combined with a temperature.)
 
 # %%
 rows = []
@@ -505,8 +505,8 @@ for num_beams in (1, 2, 4):
 table(rows, ("beams", "tokens", "mean log-probability"))
 
 # %% [markdown]
-# On this image, all three may find the same sequence. On others, more beams can find one with a higher mean, but this
-# is not guaranteed: the search may drop a sequence early that would have become the best one.
+# More beams often find a sequence with a higher mean, but not on every image, and this is not guaranteed: the search
+# may drop a sequence early that would have become the best one.
 #
 # ## A shared prefix
 #
@@ -619,6 +619,6 @@ assert counts["likely_next"] < counts["no draft"]
 #    number of 0?
 # 2. An unfinished sequence could still become better than a finished one. Can beam search miss it? Find the condition
 #    in `finish_beams`.
-# 3. The image slots hold the ids 4, 5, 6, ..., which are also the ids of ordinary pieces. What does n-gram blocking
-#    make of them?
+# 3. The image slots hold the ids 4, 5, 6, ..., which are also the ids of ordinary pieces. How does n-gram blocking
+#    treat them?
 # 4. How much memory do four beams need, and when is it allocated?

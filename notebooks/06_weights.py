@@ -170,7 +170,7 @@ for name, size in (("fp32", 4), ("fp16 or bf16", 2), ("int8", 1)):
     print(f"{total:,} parameters in {name}: {total * size / 1e9:.2f} GB")
 
 # %% [markdown]
-# In int8, the scales add a little. The same shares as a bar chart:
+# In int8, the scales and the parameters that stay in fp32 add a little. The same shares as a bar chart:
 
 # %%
 fig, axis = plt.subplots(figsize=(9, 1.5))
@@ -217,8 +217,7 @@ print("file created:", os.path.exists(gotcha))
 assert os.path.exists(gotcha)
 
 # %% [markdown]
-# Functions that PyTorch considers dangerous, like those of the module `os`, have no stand-in: such a file is not read
-# at all.
+# PyTorch blocks some modules, such as `os`, entirely: a file that names them is rejected.
 
 
 # %%
@@ -389,9 +388,8 @@ with changed_code:
         assert "x_attn2" in str(error)
 
 # %% [markdown]
-# The way around it: load the checkpoint with the unchanged code, and put its weights into the new model with
-# `strict=False`. This returns the names of the tensors that the file does not have, so check that these are exactly the
-# new ones.
+# Instead, load the checkpoint with the unchanged code and copy its weights into the new model with `strict=False`. This
+# returns the names of the tensors that the file does not have, so check that these are exactly the new ones.
 
 # %%
 with changed_code:

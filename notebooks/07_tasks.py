@@ -5,7 +5,7 @@
 # prompt. We try each on one image, look at the raw and the parsed answers, and then measure accuracy and look at
 # failures. (Reading time: 25 minutes.)
 #
-# `demo_scenes` from `training/scenes.py` describes the images in `tiny/` exactly: their objects and boxes.
+# `demo_scenes` from `training/scenes.py` describes four of the images in `tiny/` exactly: their objects and boxes.
 # `training/evaluate.py` selects and scores examples.
 
 # %%
@@ -83,8 +83,8 @@ for phrase, _, boxes, scores in captions["caption"].entities:
 # %% [markdown]
 # ## Questions
 #
-# Questions have the form `Question: ... Answer:`. With `<grounding>` in front, the answer has boxes, too. A question
-# can also be about a box: here "it" is the box of the car.
+# Questions have the form `Question: ... Answer:`. With `<grounding>` in front, the answer usually has boxes, too. A
+# question can also be about a box: here "it" is the box of the car, and the answer has no box of its own.
 
 # %%
 car = scene.find("car")[0]
@@ -143,8 +143,9 @@ assert ranked == sorted(ranked, reverse=True)
 
 # %% [markdown]
 # The score is the square root of the product of both probabilities, so it can be read like the score of a generated
-# box. The list is sorted by it. It continues past the correct boxes, and no single threshold separates them for
-# all phrases: the two cats share the probability of the first token, so each has a lower score than a single cat would.
+# box. The list is sorted by it. It also contains incorrect boxes, and no single threshold separates them from the
+# correct ones for all phrases: the two cats share the probability of the first token, so each has a lower score than a
+# single cat would.
 #
 # ## Few-shot prompts
 #

@@ -78,8 +78,8 @@ print(f"{len(row.tokens)} tokens, {len(numbers)} sequences, {counted} targets")
 # %% [markdown]
 # The attention mask: each token attends to the image, to itself and to the earlier tokens of its sequence. The position
 # ids of each sequence continue from the image, as if it were the only one. (There are two exceptions: a few-shot
-# sequence contains a second image, and sequences without an image, numbered -1, -2, ..., attend only to themselves and
-# have positions of their own.)
+# sequence contains a second image, and a sequence without an image has a negative number, attends only to itself and
+# has positions of its own.)
 
 # %%
 sequences = torch.tensor(row.sequences)
@@ -127,10 +127,10 @@ print(f"uniform over {tokenizer.vocab_size} tokens: {math.log(tokenizer.vocab_si
 # ## Labels for patches
 #
 # The official model starts from CLIP's ViT, which was trained on hundreds of millions of images. The bundled model
-# starts from random weights, and captions alone train a ViT slowly: they have little information about any single
-# patch. So every patch gets labels of its own: the kind, the color and the box of the object that covers it. A linear
-# layer on the ViT's features predicts them (`PatchHead`). When `training/train.py` trains from scratch, its first
-# steps (`--vision-steps`) train only the ViT, with this loss alone. Later, this loss is added to that of the tokens.
+# starts from random weights, and a ViT learns slowly from captions alone, because they say little about any single
+# patch. So every patch gets its own labels: the kind, the color and the box of the object that covers it. A linear
+# layer on the ViT's features predicts them (`PatchHead`). When `training/train.py` trains from scratch, its first steps
+# (`--vision-steps`) train only the ViT, with this loss alone. Later, this loss is added to that of the tokens.
 #
 # `patch_labels` computes the labels from the boxes of a scene. An object covers a patch if its box (for a sticker,
 # its opaque pixels) covers at least 30% of it. (A very small object gets at least the patch that it covers most.)
@@ -241,8 +241,8 @@ for seed in (1, 2):
     print("model:", parse(tokenizer.decode(new))[0])
 
 # %% [markdown]
-# These look like captions, but they do not fit the scenes. Do they depend on the image at all? We give each row of a
-# batch the image of another row, and compare the losses.
+# These look like captions, but they do not fit the scenes. Do they depend on the image at all? We shift the images of a
+# batch by one, and compare the losses.
 
 # %%
 batch = collate([lessons.row(1000 + n) for n in range(8)])
@@ -286,7 +286,7 @@ table(rows, ("loss", "first step", "value", "last step", "value"))
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.4))
 for (name, points), color in zip(curves.items(), COLORS, strict=False):
     axes[0].plot(*zip(*points, strict=True), color=color, label=name)
-axes[0].set(title="loss", xlabel="step", ylabel="nats per token or patch", yscale="log")
+axes[0].set(title="loss", xlabel="step", ylabel="nats per token; sum of patch losses", yscale="log")
 measured = [entry for entry in log if "accuracy" in entry]
 for task, color in zip(("ground", "caption", "color", "count"), COLORS, strict=False):
     points = [(entry["step"], entry["accuracy"].get(task, math.nan)) for entry in measured]
@@ -298,12 +298,12 @@ for axis in axes:
 show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on held-out scenes.")
 
 # %% [markdown]
-# Every loss ends below its first value. This run continued from the weights of an earlier one, so the losses of words
-# and locations start far below that of equal probabilities (7.22, see above). They fall in the first 80 steps with
-# sentences, rise while the learning rate is still warming up, stay level while it is constant, and fall while it
-# decays, over the last 60% of the steps. Within a run, each step has new scenes, so these are almost losses on unseen
-# data (but a run begins with the same seeds as the one it continues). The accuracy is measured on a few scenes only,
-# so its curves are noisy; these scenes may contain stickers, unlike those of the model card's first table.
+# Every loss ends below its first value. This run continued from trained weights, so the losses of words and locations
+# start far below that of equal probabilities (7.22, see above). They fall in the first 80 steps after those that train
+# only the ViT, rise while the learning rate is still warming up, stay level while it is constant, and fall while it
+# decays, over the last 60% of the steps. Each step of a run uses new scenes, so these are close to losses on unseen
+# data. The accuracy is measured on a few scenes only, so its curves are noisy; these scenes may contain stickers,
+# unlike those of the model card's first table.
 #
 # ## Exercises
 #

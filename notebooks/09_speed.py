@@ -123,11 +123,11 @@ axis.legend(frameon=False)
 show(fig, "Time of a layer against the number of rows, predicted and measured; a line marks the ridge.")
 
 # %% [markdown]
-# The prediction is flat up to the ridge and then proportional to the number of rows. The measured times need not lie
-# above it: a matmul may read memory faster than the sum that measured the bandwidth. And they have no sharp bend at the
-# ridge. Between a few rows and the ridge, real kernels are slower than predicted, because with so few rows they reach
-# neither the bandwidth nor the peak of the arithmetic, so the time already grows before the ridge. 16 rows take less
-# than 16 times as long as one, and with many rows the time grows with their number.
+# The prediction is flat up to the ridge and then proportional to the number of rows. Measured times can be lower: a
+# matmul may read memory faster than the sum used to measure the bandwidth. They have no sharp bend at the ridge.
+# Between a few rows and the ridge, real kernels are slower than predicted, because with so few rows they reach neither
+# the bandwidth nor the peak of the arithmetic, so the time already grows before the ridge. 16 rows take less than 16
+# times as long as one, and with many rows the time grows with their number.
 
 # %%
 assert measured[3] < 16 * measured[0]
@@ -159,12 +159,12 @@ table(rows, ("weights", "read per token", "predicted time", "tokens per second")
 #
 # ## A few rows on several cores
 #
-# On some CPUs, `F.linear` multiplies a single row on one core, which cannot saturate memory bandwidth.
-# `sliced_matmul` cuts the matrix into slices and multiplies them as a batch, which uses all cores. On other CPUs,
-# `F.linear` is already as fast as memory allows. So `multi_core_linear`, which we have measured above, takes one or the
-# other, depending on the maker of the CPU and on the number of rows (`FEW_ROWS`). The choice is fixed in the code:
-# kernels add in different orders, so if the faster one were chosen by timing, the same command could give slightly
-# different logits from run to run.
+# On some CPUs, `F.linear` multiplies a single row on one core, which cannot saturate memory bandwidth. `sliced_matmul`
+# cuts the matrix into slices and multiplies them as a batch, which uses all cores. On other CPUs, `F.linear` is already
+# as fast as memory allows. So `multi_core_linear`, which we have measured above, takes one or the other, depending on
+# the vendor of the CPU, the number of rows (`FEW_ROWS`) and the size of the matrix (`MANY_WEIGHTS`). The choice is
+# fixed in the code: kernels add in different orders, so if the faster one were chosen by timing, the same command could
+# give slightly different logits from run to run.
 
 # %%
 shown = []
@@ -256,8 +256,8 @@ assert errors["one scale for all"] > 5 * errors["one scale for each row"]
 # ## The cost on the bundled model
 #
 # By how much do the logits change, and does the caption change? (`python tests/model_card.py precision int8` compares
-# many answers.) In fp16, only the weights are 16-bit (on a CPU). The large matrices of the bundled model are stored
-# in fp16, so only the order of sums changes there.
+# many answers.) In fp16 on a CPU, only the large matrices are 16-bit. Those of the bundled model are stored in fp16, so
+# only the order of sums changes there.
 
 # %%
 image = open_image(ROOT / "tiny" / "scene.png")

@@ -15,7 +15,7 @@
 # | | features of unit length | any length | like CLIP's final output |
 # | resampler | latents among their own keys | keys from the image only | as in Flamingo; a head can ignore the image |
 # | | no norm, residual or MLP | all three | the decoder's first block follows and has them |
-# | input | image embeddings inserted before the scale | - | they are treated like tokens |
+# | input | image embeddings inserted before scaling by √D | - | they are treated like tokens |
 # | positions | start at 2 | start at 0 | fairseq reserves position 1 for padding |
 # | | all sines, then all cosines | interleaved | as in fairseq; any order can be learned |
 # | | wavelengths up to 2π · 10,000 exactly | a little less | i / (D/2 - 1) instead of i / (D/2) |
@@ -48,10 +48,10 @@ model, tokenizer = load_checkpoint(ROOT / "tiny")
 # %% [markdown]
 # ## What is measured
 #
-# For 40 scenes: the share of the objects that a plain caption names, and the IoU of the first box of a phrase. The
-# cost of a departure is the drop in these numbers. The scenes are the same for all departures, so the difference is
-# taken scene by scene, and its standard error shows what may be chance: only a cost above three standard errors
-# counts, marked with a star in the tables.
+# For 40 scenes: the share of the objects that a plain caption names, and the IoU of the first box of a phrase. The cost
+# of a departure is the drop in these numbers. The scenes are the same for all departures, so the difference is taken
+# scene by scene, and we compute its standard error. Costs above three standard errors count as significant and have a
+# star in the tables.
 
 # %%
 trial = Trial(model, tokenizer, count=40)
@@ -76,8 +76,8 @@ assert certain(unchanged.named, without_norm.named)
 assert logit_change(unchanged, vision["ViT: GELU instead of QuickGELU"]) < 0.1
 
 # %% [markdown]
-# The first LayerNorm cannot be left out. GELU and QuickGELU are so similar that the logits hardly change. If the
-# logits change a lot but there is no star, the model computes something different, but no cost is certain on 40 scenes.
+# The first LayerNorm cannot be left out. GELU and QuickGELU are so similar that the logits hardly change. Without a
+# star, even a large change of the logits has no significant cost on these 40 scenes.
 #
 # ## Embeddings and positions
 #

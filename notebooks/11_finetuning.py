@@ -30,7 +30,7 @@ print("the prompt that we will ask with:", PROMPTS["caption"])
 # %% [markdown]
 # ## The data
 #
-# A ladder has two rails and some rungs. We draw it into scenes of one object, in a place where there is room.
+# A ladder has two rails and some rungs. We add one to scenes with a single object, where there is room.
 
 
 # %%
@@ -163,11 +163,11 @@ assert before[1] == 0  # it has never seen the word
 # %% [markdown]
 # ## The command
 #
-# We use a lower learning rate than in training (at most 6e-4 instead of 2e-3) and few steps, so that the model learns
-# something new without forgetting the old. (No old drawings are needed here, since each image has an old object, too.)
-# The optimizer is AdamW, because Muon, the default of `train.py`, is meant for training from scratch. We train every
-# part, since the model is small. Larger models need a lower learning rate. 100 steps of 16 images show each of the 300
-# images about five times.
+# We use a lower learning rate than the default (6e-4 instead of 2e-3) and few steps, so that the model learns something
+# new without forgetting the old. (No old drawings are needed here, since each image has an old object, too.) The
+# optimizer is AdamW, because Muon, the default of `train.py`, is meant for training from scratch. We train every part,
+# since the model is small. Larger models need a lower learning rate. 100 steps of 16 images show each of the 300 images
+# about five times.
 
 # %%
 command = f"-m training.train --checkpoint tiny --data {folder}/grit.jsonl --out {folder}/run"

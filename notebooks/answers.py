@@ -130,7 +130,7 @@ assert not torch.allclose(model.resampler(10 * vit(pixels)), model.resampler(vit
 # new layer would start blind, like the blind models of notebook 2. So both kinds of keys go through a LayerNorm; then
 # attention starts almost uniform over image and latents. To save and load such a model, NAMES needs no new rows,
 # because the names "resampler.x_attn2..." begin with "resampler."; in fp16 and int8, `read_packed` packs its four
-# projections like all linear layers that are not in a Block.
+# projections one by one (in a Block, q, k and v are stacked first).
 
 
 class TwoLayers(kosmos2.Resampler):

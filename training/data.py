@@ -198,7 +198,7 @@ def grit_to_text(record: dict, grid: int = GRID) -> str:
 
 # ---- Rows ------------------------------------------------------------------------------------------
 
-# A row numbers its sequences: 0 is the image, 1, 2, ... are about it, -1, -2, ... have no image.
+# A row numbers its sequences: 0 is the image, 1, 2, ... are about it, negative ones have no image.
 PADDING = -1_000_000  # the sequence number of padding
 
 
