@@ -702,6 +702,13 @@ def test_usage_errors_are_one_line(capsys, command):
     assert stopped.value.code == 2 and errors.count("\n") == 1 and "--help" in errors
 
 
+def test_data_needs_a_model_to_fine_tune(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path / "run"), "--data", "grit.jsonl"])
+    assert "--data needs --checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_training_with_damaged_images(tmp_path, small_folder):
     """One line for each, and a batch of others; one line at the end where nothing else is left."""
     data = write_grit(tmp_path / "data")

@@ -53,13 +53,13 @@ def read_spans(record: dict, counts: Counter | None = None) -> list[Span]:
 
     record: "caption", and "ref_exps" or "noun_chunks" as lists of [start, end, x1, y1, x2, y2, score],
     with start and end in characters of the caption and the box in 0..1. "noun_chunks" are read only if
-    "ref_exps" are missing or empty. Boxes scored below MIN_SCORE and expressions inside
-    others are dropped; of two overlapping expressions, the first is kept; several boxes of one expression
-    are listed together, each once. `counts` counts the boxes kept and dropped.
+    "ref_exps" are missing or empty. Boxes scored below MIN_SCORE and expressions inside others are
+    dropped; of two overlapping expressions, the first is kept; several boxes of one expression are
+    listed together, each once. `counts` counts the boxes kept and dropped. ValueError for a record of
+    another form and for boxes that are reversed, in pixels or otherwise not in 0..1.
 
-    The original loader also crops images to a square, drops the boxes of half of the captions, repeats a box that
-    is listed twice, and keeps both of two overlapping expressions, with broken markup. ValueError for a record of another form and for boxes that are
-    reversed, in pixels or otherwise not in 0..1."""
+    The original loader also crops images to a square, drops the boxes of half of the captions, repeats
+    a box that is listed twice, and keeps both of two overlapping expressions, with broken markup."""
     caption = record.get("caption")
     if not isinstance(caption, str):
         raise ValueError(f"caption: expected text, got {printable(json.dumps(caption))}")

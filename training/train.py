@@ -408,6 +408,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
     if not 0 < args.lr < math.inf:
         p.error("--lr must be a positive number")
+    if args.data and not args.checkpoint:
+        p.error("--data needs --checkpoint, the model to fine-tune")
     if args.continue_from and (args.checkpoint or args.data) or args.stickers and args.data:
         p.error("--continue-from and --stickers are for scenes, without --data or another --checkpoint")
     return args
