@@ -26,7 +26,7 @@ from training.scenes import Example, Scene, objects_text, tasks
 
 # How many examples of each task a scene contributes at most; a fraction is the chance of one more.
 MIXTURE = {
-    "caption": 1, "detail": 0.8, "plain caption": 0.7, "plain detail": 0.2,
+    "caption": 1, "detail": 0.8, "plain caption": 0.2, "plain detail": 0.2,
     "ground": 1, "ground several": 2, "ground absent": 0.3, "refer": 1, "refer relation": 1.5, "describe box": 2.5,
     "color": 0.3, "kind": 0.5, "where": 0.3, "relation": 0.5, "count": 0.8, "yes or no": 0.5,
     "color grounded": 0.4, "kind grounded": 0.6, "where grounded": 0.4, "relation grounded": 0.8,

@@ -161,7 +161,7 @@ def extent(parts: list[Part]) -> Box:
 
 def random_thing(rng, others: list[Thing], background, aspect, stickers=None, repeat=0.0) -> Thing | None:
     """A thing in a free place; sometimes of the kind or color of an earlier one. None if no place was
-    found. repeat: the probability that it is given the name of an earlier one."""
+    found. repeat: with stickers, the probability that it has the name of an earlier one."""
     kind = rng.choice(KINDS)
     color = rng.choice(list(COLORS))
     if rng.random() < 0.35:
@@ -176,13 +176,10 @@ def random_thing(rng, others: list[Thing], background, aspect, stickers=None, re
         if shared != "kind" and twin.color:
             color = twin.color
     thing = Thing(kind, None if kind in UNCOLORED else color, (0.5, 0.5), 0, 0, aspect)
-    repeats = others and repeat and rng.random() < repeat
-    if repeats:
-        thing = replace(rng.choice(others), center=(0.5, 0.5))
     smallest, largest = SMALLEST, LARGEST
     if stickers is not None:  # things by others may be larger, and our shapes smaller
-        thing = random_sticker(rng, thing, others, stickers, repeats)
-        smallest, largest = (0.09, LARGEST) if thing.sticker is None else (0.15, 0.7)
+        thing = random_sticker(rng, thing, others, stickers, repeat)
+        smallest, largest = (0.1, LARGEST) if thing.sticker is None else (0.15, 0.7)
     gap = rng.choice([0.01, 0.01, -0.03])  # one in three may overlap its neighbors a little
     for _ in range(40):
         size = smallest * (largest / smallest) ** rng.random()
@@ -208,11 +205,15 @@ def try_place(rng, thing: Thing, others: list[Thing], background: str, gap: floa
     return None if any(overlap(thing.box, other.box, gap) for other in others) else thing
 
 
-def random_sticker(rng, thing: Thing, others: list[Thing], stickers: Stickers, repeats: bool) -> Thing:
-    """A drawing, or a sticker in its place: of the same name if `thing` repeats another. Things of one
-    kind are all drawings or all stickers, so "the cat" has only one meaning."""
-    path = thing.sticker if rng.random() < 0.4 else None
-    if not repeats and rng.random() < 0.7:
+def random_sticker(rng, thing: Thing, others: list[Thing], stickers: Stickers, repeat: float) -> Thing:
+    """A drawing, or a sticker in its place. With probability `repeat`, it has the name of an earlier thing.
+    Things of one kind are all drawings or all stickers, so "the cat" has only one meaning."""
+    path = None
+    if others and rng.random() < repeat:
+        twin = rng.choice(others)
+        thing = replace(thing, kind=twin.kind, color=twin.color)
+        path = twin.sticker if rng.random() < 0.4 else None
+    elif rng.random() < 0.7:
         known = [kind for kind in stickers.kinds if kind in KINDS]  # our drawings alone do not teach them
         thing = replace(thing, kind=rng.choice([*stickers.kinds, *known]), color=None)
         path = stickers.choose(rng, thing.kind)
@@ -246,14 +247,15 @@ class Scene:
     @classmethod
     def random(cls, seed: int, stickers: Stickers | None = None) -> "Scene":
         """The scene of this seed, of up to MOST things; one in thirty is empty. With stickers, seven
-        scenes in ten may have them, and half of all scenes repeat things more often."""
+        scenes in ten may have them."""
         rng = random.Random(seed)
         background = rng.choices(list(BACKGROUNDS), list(BACKGROUNDS.values()))[0]
         aspect = rng.choice([1.0, 2 ** rng.uniform(-1, 1)])
         count = 0 if rng.random() < 1 / 30 else rng.randint(1, MOST)
         things: list[Thing] = []
         used = stickers if stickers is not None and rng.random() < 0.7 else None
-        repeat = 0.6 if stickers is not None and rng.random() < 0.5 else 0.0
+        # Few images repeat things, but those repeat most of them: groups should be easy to notice.
+        repeat = 0.7 if used is not None and rng.random() < 0.2 else 0.0
         for _ in range(count):
             thing = random_thing(rng, things, background, aspect, used, repeat)
             if thing is not None:
