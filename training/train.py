@@ -8,9 +8,7 @@
 
 Writes checkpoint.pt (a run resumes from it), and at the end the model in the published layout and
 log.jsonl. The data of each step depends only on its number: a resumed run sees the same data, on any
-number of processes.
-
-tiny/README.md explains, with measurements, how such a small model can be trained in a few hours.
+number of processes. tiny/README.md describes the runs that made the bundled model.
 """
 
 import argparse
