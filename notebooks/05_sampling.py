@@ -505,8 +505,8 @@ for num_beams in (1, 2, 4):
 table(rows, ("beams", "tokens", "mean log-probability"))
 
 # %% [markdown]
-# More beams often find a sequence with a higher mean, but not on every image, and this is not guaranteed: the search
-# may drop a sequence early that would have become the best one.
+# Here, all three may find the same sequence. On other images, more beams can find one with a higher mean, but this is
+# not guaranteed: the search may drop a sequence early that would have become the best one.
 #
 # ## A shared prefix
 #

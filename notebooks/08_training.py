@@ -300,11 +300,10 @@ show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on
 # %% [markdown]
 # Every loss ends below its first value. This run continued from trained weights, so the losses of words and locations
 # start far below that of equal probabilities (7.22, see above). They fall in the first 80 steps after those that train
-# only the ViT, rise while the learning rate is still warming up, stay level while it is constant, and fall while it
-# decays, over the last 60% of the steps. Each step of a run uses new scenes, so these are close to losses on unseen
-# data. (But all runs begin with the same seeds, so earlier runs have seen some of them.) The accuracy is measured on a
-# few scenes only, so its curves are noisy; these scenes may contain stickers, unlike those of the model card's first
-# table.
+# only the ViT, rise until about step 400, stay level while the learning rate is constant, and fall while it decays,
+# over the last 60% of the steps. Each step of a run uses new scenes, so these are close to losses on unseen data. (But
+# all runs begin with the same seeds, so earlier runs have seen some of them.) The accuracy is measured on a few scenes
+# only, so its curves are noisy; these scenes may contain stickers, unlike those of the model card's first table.
 #
 # ## Exercises
 #

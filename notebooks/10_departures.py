@@ -76,8 +76,8 @@ assert certain(unchanged.named, without_norm.named)
 assert logit_change(unchanged, vision["ViT: GELU instead of QuickGELU"]) < 0.1
 
 # %% [markdown]
-# The first LayerNorm cannot be left out. GELU and QuickGELU are so similar that the logits hardly change. Without a
-# star, even a large change of the logits has no significant cost on these 40 scenes.
+# The first LayerNorm cannot be left out. GELU and QuickGELU are so similar that the logits hardly change. Some
+# departures change the logits a lot and still have no star: on these 40 scenes, their cost is not significant.
 #
 # ## Embeddings and positions
 #
