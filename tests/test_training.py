@@ -1012,6 +1012,12 @@ def test_a_phrase_without_words_of_its_own_is_counted(small_tokenizer):
     assert counts == {"kept": 1, "in a phrase without words of its own": 1}
 
 
+def test_without_boxes_left_there_is_no_grounding(small_tokenizer):
+    """A phrase of only a space has no pieces, so its box is dropped and the caption is plain text."""
+    record = {"caption": "a dog here", "ref_exps": [[1, 2, 0.1, 0.1, 0.5, 0.5, 1.0]]}
+    assert encode_record(small_tokenizer, record) == small_tokenizer.encode_words("a dog here")
+
+
 def test_rows_with_damaged_images(tmp_path, small_tokenizer, capsys):
     """A row whose image is truncated has the next image; row n is the same from the start and resumed."""
     path = write_grit(tmp_path)
