@@ -52,8 +52,8 @@ BOS, PAD, EOS = 0, 1, 2  # the first ids of every published vocabulary
 
 # ---- Configuration  (walkthrough: notebooks/06_weights) --------------------------------------------
 
-LARGEST_SIZE = 2**24  # far above any model: a damaged config.json must not fill the memory
-MOST_LAYERS = 1000
+LARGEST_SIZE = 2**24  # far above any model
+MOST_LAYERS = 1000  # also the largest location grid: a damaged config.json must not fill the memory
 
 
 def check_integer(name: str, value, minimum=1, maximum=LARGEST_SIZE):
@@ -90,6 +90,7 @@ class VisionConfig:
 
     def __post_init__(self):
         check_sizes("vision", self)
+        check_integer("vision patch_size", self.patch_size, maximum=self.image_size)
 
     @property
     def grid(self) -> int:  # patches per side
@@ -308,7 +309,7 @@ def open_image(path: str | Path) -> Image.Image:
         path = url2pathname(str(path).removeprefix("file:"))
     is_data = str(path).startswith("data:")
     if not is_data and not os.path.isfile(path):
-        hint = "; download it and pass the file" if "://" in name else ""
+        hint = "; download it and pass the file" if "://" in str(path) else ""
         raise FileNotFoundError(f"no image file at {name}{hint}")
     try:
         source = BytesIO(urlopen(str(path)).read()) if is_data else path
@@ -413,9 +414,8 @@ def sinusoidal_positions(positions: Tensor, width: int) -> Tensor:
     """
     half = width // 2
     step = math.log(10000) / max(half - 1, 1)
-    frequencies = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=positions.device) * -step
-    )  # (half,)
+    index = torch.arange(half, dtype=torch.float32, device=positions.device)
+    frequencies = torch.exp(index * -step)  # (half,)
     angles = positions[..., None].float() * frequencies  # (B, T, half)
     table = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (B, T, 2 * half)
     return F.pad(table, (0, width % 2))  # (B, T, width): an odd width ends in a zero
@@ -529,13 +529,7 @@ class Kosmos2(nn.Module):
         return x.masked_scatter(image_mask[..., None], image_embeds.to(x.dtype))  # (B, T, D)
 
     def forward(
-        self,
-        tokens: Tensor,
-        pixels=None,
-        image_embeds=None,
-        image_mask=None,
-        pad_mask=None,
-        labels=None,
+        self, tokens: Tensor, pixels=None, image_embeds=None, image_mask=None, pad_mask=None, labels=None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Next-token logits at every position, and with labels also the loss.
 
@@ -548,11 +542,10 @@ class Kosmos2(nn.Module):
         Raises ValueError for shapes that do not fit and for rows longer than the context.
         """
         x = self.embed(tokens, pixels, image_embeds, image_mask, pad_mask)
-        T = tokens.shape[1]
         if pad_mask is None:
             pad_mask = torch.zeros_like(tokens, dtype=torch.bool)
         self.check_length((~pad_mask).sum(dim=1).tolist())
-        x = self.decoder(x, token_positions(pad_mask), causal_mask(T, pad_mask))
+        x = self.decoder(x, token_positions(pad_mask), causal_mask(tokens.shape[1], pad_mask))
         logits = self.decoder.unembed(x)  # (B, T, V)
         if labels is None:
             return logits
@@ -643,8 +636,8 @@ Constraint = Callable[[list[int], int], np.ndarray | None]
 class GenerationOptions:
     """How to continue a prompt. ValueError for a value out of its range."""
 
-    max_new_tokens: int = 430  # upper limit; the default is the original demo's after a normal prompt
-    min_new_tokens: int = 0  # no </s> before this many new tokens
+    max_new_tokens: int = 430  # upper limit; the original demo has the same for its prompts
+    min_new_tokens: int = 0  # no </s> before this many new tokens, unless markup is cut
     temperature: float = 0.0  # 0 takes the most likely token, 1 samples from the model's distribution
     top_k: int | None = None  # sample among the k most likely tokens
     top_p: float | None = None  # sample among the most likely tokens that together reach probability p
@@ -756,13 +749,10 @@ def decode(state: DecodeState) -> Iterator[list[Row]]:
 
         # 2. Append it with its probability.
         tokens = sampled.tolist()
-        if options.constraint is not None:
-            for i, row in enumerate(state.running):
-                fitting = (
-                    EOS if row.cut else cut_markup(options.constraint, row.all_ids, tokens[i], remaining)
-                )
-                row.cut = row.cut or fitting != tokens[i]
-                tokens[i] = fitting
+        for i, row in enumerate(state.running):
+            fitting = EOS if row.cut else cut_markup(options.constraint, row.all_ids, tokens[i], remaining)
+            row.cut = row.cut or fitting != tokens[i]
+            tokens[i] = fitting
         chosen_logits = state.logits[range(len(tokens)), tokens]  # (B,)
         probabilities = (chosen_logits - state.logits.logsumexp(dim=-1)).exp()  # (B,)
         for row, token, probability in zip(state.running, tokens, probabilities.tolist(), strict=True):
@@ -838,11 +828,7 @@ def repeated_ngrams(ids: list[int], n: int) -> list[int]:
 
 
 def sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    uniform: Tensor,
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, uniform: Tensor
 ) -> Tensor:
     """logits (B, V) and uniform random numbers (B,) or (1,) -> token ids (B,).
 

@@ -62,7 +62,7 @@ OUTPUT_PROJECTIONS = {
     "text_model.lm_head.weight",
     "gpt_model.decoder.output_projection.weight",
 }  # equal to EMBEDDING
-UNUSED_BUFFERS = {  # stored by the original and by older versions
+UNUSED_BUFFERS = {  # stored by the original and by older versions of transformers
     "text_model.model.embed_positions.weights",
     "vision_model.model.embeddings.position_ids",
     "gpt_model.decoder.embed_positions._float_tensor",
@@ -255,14 +255,14 @@ STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module", "ema")  
 
 def find_state_dict(content, path: Path) -> dict[str, Tensor]:
     """The state dict in what torch.save stored: the object itself, or an entry such as "model"."""
-    if isinstance(content, dict) and "kosmos2_training" in content:
+    content = content if isinstance(content, dict) else {}
+    if "kosmos2_training" in content:
         raise ValueError(f"{path} is an unfinished training run; training/README.md shows how to finish it")
     for _ in range(4):  # a malicious file may contain itself
         for key in STATE_DICT_KEYS:
-            if isinstance(content, dict) and isinstance(content.get(key), dict):
+            if isinstance(content.get(key), dict):
                 content = content[key]
-    items = content.items() if isinstance(content, dict) else []
-    tensors = {name: t for name, t in items if isinstance(name, str) and isinstance(t, Tensor)}
+    tensors = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
     if not tensors:
         raise ValueError(f"{path} has no state dict; expected tensors by name, or a dict with such an entry")
     return tensors
@@ -398,10 +398,7 @@ class Checkpoint:
             "tensors of the wrong shape": wrong_shape,
             "tensors whose type is not floating point": wrong_type,
         }
-        problems = []
-        for what, names in found.items():
-            if names:
-                problems.append(f"{what} ({len(names)}): {listing(names)}")
+        problems = [f"{what} ({len(names)}): {listing(names)}" for what, names in found.items() if names]
         if problems and not self.has_config:
             problems.append("no config.json is next to the weights, so the published sizes were assumed")
         return problems
@@ -496,7 +493,7 @@ def check_checkpoint(checkpoint: Checkpoint, tokenizer: str | Path | None = None
 
 def read_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device = "cpu") -> Kosmos2:
     """All tensors in one dtype."""
-    # A tensor is in memory twice while it is converted.
+    # The largest first: while a tensor is converted, it is in memory twice.
     largest_first = sorted(checkpoint.names, key=checkpoint.numel, reverse=True)
     state = {name: checkpoint.tensor(name, dtype, device) for name in largest_first}
     checkpoint.check_tied()

@@ -38,7 +38,7 @@ from tokenizer import (
 )
 
 HERE = Path(__file__).resolve().parent
-DEFAULT_NEW_TOKENS = 430  # the original demo's limit after a normal prompt; fewer if the context has no room
+DEFAULT_NEW_TOKENS = 430  # the original demo's limit; fewer if the context has no room
 DECODING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 PROBABLY_ABSENT = 0.1  # a phrase whose box has a lower score is probably not in the image (tiny/README.md)
 
@@ -106,9 +106,8 @@ def normalize_box(box, size: tuple[int, int]) -> tuple:
 
 def decoding_options(model, tokenizer, request: Request, length: int, given: dict) -> dict:
     """The options of `Kosmos2.prefill` for a prompt of this length; `given` overrides the defaults."""
-    limit = max(DEFAULT_NEW_TOKENS, given.get("min_new_tokens", 0))
-    room = model.config.text.max_positions - length
-    defaults = {"constraint": tokenizer.allowed_tokens, "max_new_tokens": max(1, min(limit, room))}
+    limit = max(1, min(DEFAULT_NEW_TOKENS, model.config.text.max_positions - length))
+    defaults = {"constraint": tokenizer.allowed_tokens, "max_new_tokens": limit}
     if request.block_ngrams:
         defaults["no_repeat_ngram_size"] = model.config.text.no_repeat_ngram_size
     return defaults | given
@@ -259,7 +258,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     output_help = "draw the boxes: an image file or a folder (default for one image: STEM.boxes.png)"
     add("--output", type=Path, metavar="PATH", help=output_help)
     add("--json", action="store_true", help="print a JSON object per line instead of the text")
-    args, unknown = p.parse_known_args(argv)
+    args, unknown = p.parse_known_intermixed_args(argv)
     if unknown:
         p.error(f"unknown option {unknown[0]}; python -m inference.batch has more options")
     for name in args.images:
@@ -304,16 +303,19 @@ def choose_drawings(args) -> dict[str, Path]:
     drawings = {name: folder / drawing_name(name) for name in names}
     if folder.suffix and not folder.is_dir():
         drawings = dict.fromkeys(names, folder)
+        if Image.registered_extensions().get(folder.suffix.lower()) not in Image.SAVE:
+            raise ValueError(f"--output {folder}: Pillow writes no images of this type")
     if len(set(drawings.values())) < len(names):
         raise ValueError(f"--output {folder}: one file for two images; pass a folder and different names")
-    if set(map(os.path.realpath, drawings.values())) & set(map(os.path.realpath, args.images)):
+    inputs = {os.path.realpath(name) for group in args.groups for name in group}
+    if inputs & {os.path.realpath(file) for file in drawings.values()}:
         raise ValueError(f"--output {folder} is one of the images; use another name")
     return drawings
 
 
 def drawing_name(image: str) -> str:
-    stem = "image" if image.startswith("data:") else Path(image).stem  # cut, so that it is not too long
-    return os.fsdecode(os.fsencode(stem)[:200]) + ".boxes.png"
+    stem = "image" if image.startswith("data:") else Path(image).stem
+    return os.fsdecode(os.fsencode(stem)[:200]) + ".boxes.png"  # not too long for a file name
 
 
 def load_model(args):
@@ -344,36 +346,34 @@ def answer_image(args, model, tokenizer, names, given: dict):
     from kosmos2 import open_image, preprocess_image
 
     images = [open_image(name) for name in names]
-    started = time.perf_counter()
     image_embeds = None
     if images:
+        started = time.perf_counter()
         pixels = [preprocess_image(image, model.config.vision.image_size) for image in images]
         device = model.decoder.layer_norm.weight.device
         with torch.inference_mode():
             image_embeds = model.encode_image(torch.stack(pixels).to(device))  # (I, Q, D)
         print(f"vision {(time.perf_counter() - started) * 1000:.0f} ms", file=sys.stderr)
-    sizes = [image.size for image in images] or [(1, 1)]
+    sizes = [image.size for image in images]
+    size = sizes[-1] if sizes else (1, 1)
     stream = not args.json and sys.stdout.isatty()
     prefix = f"{printable(names[-1])}: " if len(args.groups) > 1 else ""
     answers = []
     for request in args.requests:
         request = request._replace(images=names)
         print(prefix if stream else "", end="", flush=True)
-        answer, timings = ask(model, tokenizer, request, image_embeds, sizes[: len(images)], given, stream)
+        answer, timings = ask(model, tokenizer, request, image_embeds, sizes, given, stream)
         if args.json:
-            print(json.dumps(as_json(request, answer, sizes[-1]), ensure_ascii=False), flush=True)
+            print(json.dumps(as_json(request, answer, size), ensure_ascii=False), flush=True)
         else:
             text = "" if stream else prefix + answer.text
-            print("\n".join([text, *box_lines(request, answer, sizes[-1])]), flush=True)
+            print("\n".join([text, *box_lines(request, answer, size)]), flush=True)
         print(timings, file=sys.stderr)
         answers.append(answer)
     if images and names[-1] in args.drawings:
         file = args.drawings[names[-1]]
-        kind = Image.registered_extensions().get(file.suffix.lower())
-        if kind not in Image.SAVE:
-            raise ValueError(f"cannot write {file}: Pillow writes no images of this type")
         drawing = BytesIO()  # an earlier file is only replaced by a complete one
-        draw_answers(images[-1], answers).save(drawing, kind)
+        draw_answers(images[-1], answers).save(drawing, Image.registered_extensions()[file.suffix.lower()])
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(drawing.getvalue())
         print(f"wrote {printable(str(file))}", file=sys.stderr)

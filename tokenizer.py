@@ -26,7 +26,7 @@ DELIMITER = "</delimiter_of_multi_objects/>"
 IMAGE_OPEN = "<image>"
 IMAGE_CLOSE = "</image>"
 
-# In the vocabulary, the tags follow the pieces in this order, then come the location tokens.
+# In the vocabulary, <mask> follows the pieces, then come these tags in order, then the location tokens.
 TAGS = [
     "</doc>", IMAGE_OPEN, IMAGE_CLOSE, "</chunk>", "</line>", "<phrase>", "</phrase>",
     "<object>", "</object>", DELIMITER, "<grounding>",
@@ -50,13 +50,10 @@ class Entity(NamedTuple):
 
 
 def printable(text: str, most: int = 100) -> str:
-    """Text for messages: at most this many characters, unprintable ones escaped."""
+    """Text for messages: cut to this many characters, then unprintable ones escaped."""
     if len(text) > most:
         text = f"{text[: most - 40]}...{text[-37:]}"
-    shown = ""
-    for character in text:
-        shown += character if character.isprintable() else repr(character)[1:-1]
-    return shown
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 # ---- Boxes -----------------------------------------------------------------------------------------
@@ -232,7 +229,7 @@ def task_prompts(task: str, texts: list[str], boxes: list) -> list[str]:
 
 
 def open_sentencepiece(model_file: str | Path) -> sentencepiece.SentencePieceProcessor:
-    """Raise unless this is a sentencepiece model whose first pieces are <unk>, <s>, </s>."""
+    """Open a sentencepiece model; ValueError unless its first pieces are <unk>, <s>, </s>."""
     if not Path(model_file).is_file():
         raise FileNotFoundError(f"no sentencepiece model at {model_file}")
     try:

@@ -72,7 +72,7 @@ def make_parser() -> CommandParser:
 def parse_arguments(argv=None) -> argparse.Namespace:
     """The command line; conflicting options exit with status 2."""
     p = make_parser()
-    args = p.parse_args(argv)
+    args = p.parse_intermixed_args(argv)
     rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
     if not args.images and not args.requests and args.task != "text":
         p.error("expected images, folders or --requests")
