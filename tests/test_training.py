@@ -26,7 +26,7 @@ from load_weights import SENTENCEPIECE
 from tokenizer import Tokenizer, iou, parse
 from training import benchmarks, scenes, train
 from training import evaluate as evaluation
-from training.data import MIXTURE, Grit, Scenes, collate, encode_record, grit_to_text
+from training.data import MIXTURE, Grit, Scenes, as_arrays, collate, encode_record, grit_to_text
 from training.evaluate import (
     HELD_OUT,
     answers,
@@ -425,6 +425,27 @@ def test_sequences_in_one_row_do_not_see_each_other(source):
                 )
                 alone.append(losses_alone)
     torch.testing.assert_close(losses, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_words_for_amounts_weigh_more(tmp_path, small_folder):
+    """In scenes, the losses of "a", "two", ... count twenty times as much in the gradient of a step."""
+    options = ["--out", str(tmp_path), "--checkpoint", str(small_folder), "--steps", "1", "--fp32"]
+    run = train.Run(train.parse_arguments(options))
+    run.optimizers = []  # keep the gradient
+    batch = collate([run.source.row(n) for n in range(3)])
+    run.train_step(as_arrays([batch]))
+    gradient = {name: p.grad.clone() for name, p in run.model.named_parameters()}
+    run.model.zero_grad()
+    losses, _ = Losses(run.model)(**batch)
+    words = ["a", "an", "nothing", "zero", "one", "two", "three", "four", "five"]
+    ids = [i for word in words for i in run.tokenizer.encode_words(word)]
+    targets = batch["targets"][batch["targets"] != -100]
+    heavy = torch.isin(targets, torch.tensor(ids))
+    assert 5 < heavy.sum() < len(targets) / 2
+    ((19 * losses[heavy].sum() + losses.sum()) / len(targets)).backward()
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    for name, p in run.model.named_parameters():
+        torch.testing.assert_close(gradient[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_only_answers_carry_loss(source):

@@ -1,8 +1,8 @@
 """Training data: images and sequences about them, turned into rows of tokens with the answers marked.
 
 A row is `<s> <image> slots </image>`, usually followed by several sequences. Each of them attends to itself
-and to the image, and its positions continue from the image as if it were the only sequence (text alone does
-neither), so one encoded image can teach many sentences. A sequence may contain a second image.
+and to the image, and its positions continue from the image as if it were the only sequence (text alone
+ignores the image), so one encoded image can teach many sentences. A sequence may contain a second image.
 `Scenes` makes rows from the small world of scenes.py, `Grit` from a GRIT-format file.
 """
 
@@ -67,10 +67,11 @@ def read_spans(record: dict, counts: Counter | None = None) -> list[Span]:
     spans: dict[tuple[int, int], list[Box]] = {}
     for row in box_rows(record):
         start, end, box, score = read_row(row, caption)
-        boxes = spans.setdefault((start, end), []) if score >= MIN_SCORE else []
         if score < MIN_SCORE:
             counts[f"scored below {MIN_SCORE}"] += 1
-        elif box in boxes:
+            continue
+        boxes = spans.setdefault((start, end), [])
+        if box in boxes:
             counts["repeated"] += 1
         else:
             counts["kept"] += 1
@@ -218,13 +219,13 @@ class Row:
     def add(self, prompt: list[int], answer: list[int], number: int, image_mask=(), pixels=()) -> None:
         """Add a sequence about the image, or without it if its number is negative; only the answer
         contributes to the loss. image_mask and pixels are those of further images in the prompt."""
-        text = prompt + answer
+        ids = prompt + answer
         first = 0 if number < 0 else self.prefix
         self.pixels += pixels
-        self.tokens += text
-        self.image_mask += [*image_mask] + [False] * (len(text) - len(image_mask))
-        self.positions += range(first, first + len(text))
-        self.sequences += [number] * len(text)
+        self.tokens += ids
+        self.image_mask += [*image_mask] + [False] * (len(ids) - len(image_mask))
+        self.positions += range(first, first + len(ids))
+        self.sequences += [number] * len(ids)
         if prompt:
             self.targets += [-100] * (len(prompt) - 1) + answer + [-100]
         else:  # </image> predicts the first token
@@ -328,7 +329,7 @@ class Grit:
     that cannot be read is reported once and replaced by the next one, so row n is the same in every run."""
 
     def __init__(self, paths: list[Path], tokenizer: Tokenizer, config: Kosmos2Config, seed: int):
-        self.paths = paths
+        self.names = ", ".join(map(str, paths))
         self.tokenizer = tokenizer
         self.config = config
         self.seed = seed
@@ -349,10 +350,6 @@ class Grit:
         self.order: list[int] = []
         self.unreadable: set[int] = set()  # indices of records
 
-    @property
-    def names(self) -> str:
-        return ", ".join(map(str, self.paths))
-
     def add(self, where: str, record: dict, folder: Path) -> None:
         """Check one record and keep its image and ids."""
         self.counts["read"] += 1
@@ -365,7 +362,9 @@ class Grit:
             return
         kept = self.box_counts["kept"]
         ids = encode_record(self.tokenizer, record, self.box_counts)
-        room = self.config.text.max_positions - self.config.latent_query_num - 4  # with the four tags
+        room = (
+            self.config.text.max_positions - self.config.latent_query_num - 4
+        )  # with <s>, <image>, </image>, </s>
         if len(ids) > room:
             raise ValueError(f"the caption has {len(ids)} tokens; there is room for {room}")
         image = folder / name

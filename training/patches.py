@@ -58,14 +58,13 @@ class PatchHead(nn.Module):
 
     def __init__(self, width: int, kinds: int = len(KINDS)):
         super().__init__()
-        self.width = width
         self.sizes = [kinds + 1, len(COLORS) + 1, 4]
         self.linear = nn.Linear(width, sum(self.sizes))
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """The loss of features (B, N, E) and labels (B, N - 1, 6)."""
-        x = self.linear(features[:, 1:] * self.width**0.5)  # without [CLS]; features have unit length
-        kinds, colors, boxes = x.float().split(self.sizes, dim=-1)
+        x = features[:, 1:] * features.shape[-1] ** 0.5  # without [CLS]; features have unit length
+        kinds, colors, boxes = self.linear(x).float().split(self.sizes, dim=-1)
         kind = labels[..., 0].long()  # (B, N - 1)
         color = labels[..., 1].long()
         covered = kind != BACKGROUND

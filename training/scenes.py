@@ -177,9 +177,11 @@ def random_thing(rng, others: list[Thing], background, aspect, stickers=None, re
             color = twin.color
     thing = Thing(kind, None if kind in UNCOLORED else color, (0.5, 0.5), 0, 0, aspect)
     smallest, largest = SMALLEST, LARGEST
-    if stickers is not None:  # things by others may be larger, and our shapes smaller
+    if stickers is not None:  # stickers may be larger, and our drawings smaller
         thing = random_sticker(rng, thing, others, stickers, repeat)
-        smallest, largest = (0.1, LARGEST) if thing.sticker is None else (0.15, 0.7)
+        smallest = 0.075 if thing.kind in SHAPES else 0.1
+        if thing.sticker is not None:
+            smallest, largest = 0.15, 0.7
     gap = rng.choice([0.01, 0.01, -0.03])  # one in three may overlap its neighbors a little
     for _ in range(40):
         size = smallest * (largest / smallest) ** rng.random()
@@ -255,7 +257,7 @@ class Scene:
         things: list[Thing] = []
         used = stickers if stickers is not None and rng.random() < 0.7 else None
         # Few images repeat things, but those repeat most of them: groups should be easy to notice.
-        repeat = 0.7 if used is not None and rng.random() < 0.2 else 0.0
+        repeat = 0.7 if used is not None and rng.random() < 0.35 else 0.0
         for _ in range(count):
             thing = random_thing(rng, things, background, aspect, used, repeat)
             if thing is not None:
@@ -668,8 +670,8 @@ def grounding(scene: Scene, rng: random.Random) -> list[Example]:
             found.append(Example(task, ground_prompt(phrase), objects(group), tuple(group)))
     absent = random_name(rng, scene)
     if not resolve(absent, scene):
-        (x1, x2) = sorted(rng.random() for _ in "xx")
-        (y1, y2) = sorted(rng.random() for _ in "yy")
+        x1, x2 = sorted([rng.random(), rng.random()])
+        y1, y2 = sorted([rng.random(), rng.random()])
         box = (x1, y1, min(1, x2 + 0.01), min(1, y2 + 0.01))
         prompt = ground_prompt(f"{article(absent)} {absent}")
         found.append(Example("ground absent", prompt, objects_text([box])))
@@ -812,7 +814,8 @@ def is_caption(text: str, stickers: Stickers | None = None) -> bool:
             return False
         number, meaning = understood
         kind, color = meaning["kind"], meaning.get("color")
-        fits = kind not in SHAPES if color is None else kind in SHAPES | drawn.COLORED
+        is_sticker = stickers is not None and kind in stickers.kinds
+        fits = is_sticker or kind not in SHAPES if color is None else kind in SHAPES | drawn.COLORED
         if kind == ANYTHING or number in (0, 1) or not fits:
             return False
         group = [Thing(kind, color, (0, 0), 0)] * (number or 1)
@@ -820,7 +823,8 @@ def is_caption(text: str, stickers: Stickers | None = None) -> bool:
             return False
         groups.append(group)
     names_used = {group[0].name for group in groups}
-    forms = {(group[0].kind, group[0].color is None) for group in groups}  # of a kind, only one
+    # A kind is all drawings or all stickers.
+    forms = {(group[0].kind, group[0].color is None) for group in groups}
     if len(names_used) < len(groups) or len(forms) > len(dict(forms)) or sum(map(len, groups)) > MOST:
         return False
     joints = [" and "]

@@ -14,7 +14,7 @@ from tokenizer import GRID, Tokenizer, strip_tags
 from training.scenes import Scene, tasks
 from training.stickers import Stickers
 
-# The sizes of the bundled model.
+# The sizes of the bundled model; each run sets vocab_size.
 CONFIG = Kosmos2Config(
     vision=VisionConfig(image_size=168, patch_size=14, width=192, layers=6, heads=3, mlp_width=768),
     text=TextConfig(
@@ -102,12 +102,12 @@ def carry_over(model: Kosmos2, tokenizer: Tokenizer, old_model: Kosmos2, old_tok
     piece that is not in the other vocabulary starts as the mean of the pieces that spell it there."""
     old = old_model.state_dict()
     embedding = old.pop("decoder.embed_tokens.weight")
-    old_ids = {token: i for i, token in enumerate(old_tokenizer.id_to_token)}
-    for i, token in enumerate(tokenizer.id_to_token):
-        ids = [old_ids[token]] if token in old_ids else old_tokenizer.encode_words(token.replace("▁", " "))
-        model.decoder.embed_tokens.weight[i] = embedding[ids].mean(dim=0)
     try:
         model.load_state_dict(model.state_dict() | old)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"cannot continue from a model of other sizes ({reason})") from None
+    old_ids = {token: i for i, token in enumerate(old_tokenizer.id_to_token)}
+    for i, token in enumerate(tokenizer.id_to_token):
+        ids = [old_ids[token]] if token in old_ids else old_tokenizer.encode_words(token.replace("▁", " "))
+        model.decoder.embed_tokens.weight[i] = embedding[ids].mean(dim=0)

@@ -87,7 +87,7 @@ def sticker_image(path: Path, look: int) -> Image.Image:
         colors = line_art(colors, rng)
     elif rng.random() < 0.25:  # few colors
         colors = colors.filter(ImageFilter.MedianFilter(3)).quantize(rng.randint(3, 9)).convert("RGB")
-    colors = recolor(colors, rng, shifts=not lines)
+    colors = recolor(colors, rng, gradient=not lines)
     if rng.random() < (0.85 if lines else 0.25):
         edge = (12, 12, 16) if lines else rng.choice([(0, 0, 0), (20, 20, 24), (255, 255, 255), (70, 60, 60)])
         colors, alpha = add_outline(colors, alpha, edge, rng.uniform(1, 3))
@@ -113,7 +113,7 @@ def warp(image: Image.Image, rng: random.Random) -> Image.Image:
     return image.transform(image.size, Image.Transform.MESH, mesh, Image.Resampling.BICUBIC)
 
 
-def recolor(image: Image.Image, rng: random.Random, shifts: bool = True) -> Image.Image:
+def recolor(image: Image.Image, rng: random.Random, gradient: bool = True) -> Image.Image:
     """Other hues, saturation, brightness and contrast; sometimes gray or with a gradient."""
     if rng.random() < 0.5:
         shift = rng.choice([12, 12, 30, 128])
@@ -129,7 +129,7 @@ def recolor(image: Image.Image, rng: random.Random, shifts: bool = True) -> Imag
     ):
         if rng.random() < 0.5:
             image = enhancer(image).enhance(rng.uniform(low, high))
-    if shifts and rng.random() < 0.15:
+    if gradient and rng.random() < 0.15:
         ramp = Image.linear_gradient("L").rotate(rng.choice([0, 90, 180, 270])).resize(image.size)
         tone = Image.new("RGB", image.size, rng.choice([(255, 255, 255), (0, 0, 0), (90, 60, 120)]))
         image = Image.composite(Image.blend(image, tone, rng.uniform(0.15, 0.45)), image, ramp)

@@ -46,13 +46,17 @@ from training.data import Grit, Scenes, Steps, read_ahead
 from training.evaluate import HELD_OUT, evaluate
 from training.muon import Muon
 from training.patches import PatchHead
-from training.scenes import Scene
+from training.scenes import NUMBERS, Scene
 from training.setup import CONFIG, carry_over, init_weights, train_vocabulary
 from training.stickers import Stickers
 
 ROOT = Path(__file__).resolve().parent.parent
 
 PARTS = ["vision", "resampler", "decoder"]
+# In scenes, the losses of these words have a larger weight. Whether equal objects are grouped ("two cats")
+# is decided by one token of about seventy; without the weight, the model does not learn to compare objects.
+AMOUNTS = ["a", "an", "nothing", *NUMBERS]
+AMOUNT_WEIGHT = 20
 
 
 # ---- The objective ---------------------------------------------------------------------------------
@@ -155,19 +159,20 @@ class Run:
             part.requires_grad_(name in args.train)
         self.patch_head = None
         self.vision_steps = 0
-        if not args.checkpoint and not args.data:
+        if not args.checkpoint:
             kinds = len(Scene((), "white", 0, stickers=self.stickers).kinds)
             self.patch_head = PatchHead(self.model.config.vision.width, kinds)
             self.vision_steps = args.vision_steps
         self.last_step = self.vision_steps + args.steps
         if args.recompute:
             recompute_activations(self.model)
-        self.losses = Losses(self.model, self.patch_head).to(self.device).train()
+        self.losses = Losses(self.model, self.patch_head).to(self.device)
         if self.world > 1:
             unused = self.patch_head is not None
             self.losses = nn.parallel.DistributedDataParallel(self.losses, find_unused_parameters=unused)
         self.optimizers = make_optimizers(self.losses, args.optimizer, args.lr)
         config = self.model.config
+        self.weights = torch.ones(config.text.vocab_size, device=self.device)  # of the losses, by target
         if args.data:
             self.source = Grit(args.data, self.tokenizer, config, args.seed)
             self.say(self.source.summary())
@@ -175,6 +180,8 @@ class Run:
             first = args.seed * 100_000_000
             image_rows = self.vision_steps * args.batch
             self.source = Scenes(self.tokenizer, config, args.length, first, image_rows, self.stickers)
+            for word in AMOUNTS:
+                self.weights[self.tokenizer.encode_words(word)] = AMOUNT_WEIGHT
         self.step = 0
         self.minutes = 0.0
         self.log: list[dict] = []
@@ -268,10 +275,10 @@ class Run:
 
     def train_step(self, micro_batches: list[dict[str, np.ndarray]]) -> dict[str, float]:
         """One update from all micro-batches of all processes; returns the mean losses. The gradient is
-        that of the mean loss over all targets of the step, plus the mean patch loss."""
+        that of the weighted losses, summed and divided by the number of targets, plus the mean patch loss."""
         self.set_learning_rate()
         counts = [float((batch["targets"] != -100).sum()) for batch in micro_batches]
-        count = max(self.sum_over_processes(counts), 1.0)
+        count = max(sum(self.sum_over_processes(counts)), 1.0)
         sums = torch.zeros(5)  # location loss and count, word loss and count, patch loss
         for i, batch in enumerate(micro_batches):
             batch = {name: torch.from_numpy(array).to(self.device) for name, array in batch.items()}
@@ -281,15 +288,17 @@ class Run:
             with synchronize:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                     losses, patch_loss = self.losses(**batch)
+                targets = batch["targets"][batch["targets"] != -100]
                 # The processes' gradients are averaged.
-                (losses.sum() * self.world / count + patch_loss / len(micro_batches)).backward()
-            targets = batch["targets"][batch["targets"] != -100]
+                token_loss = (self.weights[targets] * losses).sum() * self.world / count
+                (token_loss + patch_loss / len(micro_batches)).backward()
             is_location = targets >= self.tokenizer.first_location
             losses = losses.detach()
             parts = [losses[is_location].sum(), is_location.sum()]
             parts += [losses[~is_location].sum(), (~is_location).sum(), patch_loss.detach()]
             sums += torch.stack(parts).cpu()
-        if not math.isfinite(self.sum_over_processes(sums.tolist())):
+        totals = self.sum_over_processes(sums.tolist())
+        if not math.isfinite(sum(totals)):
             remedy = "lower --lr and rerun, which continues from the last checkpoint.pt"
             raise ValueError(f"the loss is not finite at step {self.step}; {remedy}")
         torch.nn.utils.clip_grad_norm_([p for p in self.losses.parameters() if p.requires_grad], 1.0)
@@ -297,25 +306,21 @@ class Run:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        totals = [self.sum_over_processes([value]) for value in sums.tolist()]
-        means = {
-            name: totals[i] / totals[i + 1] for i, name in ((0, "locations"), (2, "words")) if totals[i + 1]
-        }
+        first = {"locations": 0, "words": 2}
+        means = {name: totals[i] / totals[i + 1] for name, i in first.items() if totals[i + 1]}
         if self.patch_head is not None:
             means["patches"] = totals[4] / len(micro_batches) / self.world
         return means
 
-    def sum_over_processes(self, values: list[float]) -> float:
-        total = torch.tensor(sum(values), dtype=torch.float64, device=self.device)
+    def sum_over_processes(self, values: list[float]) -> list[float]:
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.world > 1:
-            dist.all_reduce(total)
-        return total.item()
+            dist.all_reduce(totals)
+        return totals.tolist()
 
     def measure(self) -> dict[str, float]:
         """Accuracy by task on scenes held out from training."""
-        self.model.eval()
         found = evaluate(self.model, self.tokenizer, self.args.scenes, HELD_OUT, stickers=self.stickers)
-        self.model.train()
         return {task: round(share, 4) for task, (share, _) in found.items()}
 
     def train(self) -> None:
@@ -330,7 +335,7 @@ class Run:
         for micro_batches in read_ahead(steps):
             recent.append(self.train_step(micro_batches))
             now = time.perf_counter()
-            self.minutes = self.minutes + (now - clock) / 60
+            self.minutes += (now - clock) / 60
             clock = now
             last = self.step == self.last_step
             if self.step % args.log_every == 0 or self.step == self.vision_steps or last:
@@ -346,16 +351,15 @@ class Run:
                 self.save()
         self.finish()
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, end: str = "\n") -> None:
         if self.rank == 0:
-            self.output.message(text)
+            self.output.message(text, end=end)
 
     def progress(self, losses: dict[str, float]) -> None:
         left = self.minutes / self.step * (self.last_step - self.step)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         bar = progress_bar(self.step, self.last_step, f"loss: {shown}  {left:.0f} min left")
-        if self.rank == 0:
-            self.output.message(bar, end="" if self.output.in_place else "\n")
+        self.say(bar, end="" if self.output.in_place else "\n")
 
     def finish(self) -> None:
         """Write the model in the published layout and the log."""
@@ -408,8 +412,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         p.error("--lr must be a positive number")
     if args.data and not args.checkpoint:
         p.error("--data needs --checkpoint, the model to fine-tune")
-    if args.continue_from and (args.checkpoint or args.data) or args.stickers and args.data:
-        p.error("--continue-from and --stickers are for scenes, without --data or another --checkpoint")
+    if args.continue_from and args.checkpoint or args.stickers and args.data:
+        p.error("--continue-from does not go with --checkpoint, nor --stickers with --data")
     return args
 
 
