@@ -749,10 +749,13 @@ def decode(state: DecodeState) -> Iterator[list[Row]]:
 
         # 2. Append it with its probability.
         tokens = sampled.tolist()
-        for i, row in enumerate(state.running):
-            fitting = EOS if row.cut else cut_markup(options.constraint, row.all_ids, tokens[i], remaining)
-            row.cut = row.cut or fitting != tokens[i]
-            tokens[i] = fitting
+        if options.constraint is not None:
+            for i, row in enumerate(state.running):
+                fitting = EOS
+                if not row.cut:
+                    fitting = cut_markup(options.constraint, row.all_ids, tokens[i], remaining)
+                row.cut = row.cut or fitting != tokens[i]
+                tokens[i] = fitting
         chosen_logits = state.logits[range(len(tokens)), tokens]  # (B,)
         probabilities = (chosen_logits - state.logits.logsumexp(dim=-1)).exp()  # (B,)
         for row, token, probability in zip(state.running, tokens, probabilities.tolist(), strict=True):

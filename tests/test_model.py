@@ -569,6 +569,7 @@ def test_config_round_trip(tmp_path):
         (dict(text_config=dict(layers=-1)), "layers"), (dict(text_config=dict(activation_function="relu")), "gelu"),
         (dict(text_config=dict(layer_norm_eps=0.0)), "layer_norm_eps"), (dict(text_config=dict(pad_token_id=5)), "pad"),
         (dict(vision_config=dict(hidden_act="gelu")), "quick_gelu"), (dict(vision_config=dict(patch_size=0)), "patch_size"),
+        (dict(vision_config=dict(image_size=8)), "patch_size"),
         (dict(text_config=dict(scale_embedding=False)), "scale_embedding"),
         (dict(text_config=dict(max_position_embeddings=True)), "max_positions"),
         (dict(location_grid=0), "location_grid"), (dict(location_grid=10**9), "location_grid"),

@@ -176,6 +176,7 @@ def test_length_limits_cut_the_text(capsys):
         (["--task", "ground"], "needs a non-empty text"), (["--task", "refer"], "needs a box"), (["--box", "1,2,3"], "1,2,3"),
         (["--prompt", "a", "--text", "b"], "prompt"), (["--text", "a"], "takes no text"), (["."], "inference.batch"),
         (["--num-beams", "3"], "inference.batch"), (["--requests", "r.jsonl"], "inference.batch"), ([SCENE, "--output", SCENE], "one of the images"),
+        (["--output", SCENE], "one of the images"),
         (["a/x.png", "b/x.png", "--output", "out"], "one file for two"), (["--task", "text", "--text", "a", "--output", "x.png"], "--output"),
     ],
 )  # fmt: skip
@@ -371,11 +372,19 @@ def test_a_long_name(capsys):
     assert sorted(os.listdir(), key=len) == ["x" * 200 + ".boxes.png", name]
 
 
-@pytest.mark.parametrize("name", ["o.xyz", "o.psd", "o.blp"])
-def test_drawings_of_kinds_that_pillow_cannot_write(capsys, name):
+@pytest.mark.parametrize(("name", "expected"), [("o.xyz", 2), ("o.psd", 2), ("o.blp", 1)])
+def test_drawings_of_kinds_that_pillow_cannot_write(capsys, name, expected):
+    """An unknown kind is a usage error. (BLP cannot store RGB, which Pillow reports when it writes.)"""
     status, out, err = run(capsys, SCENE, "--output", name)
-    assert status == 1 and sum(line.startswith("sample: ") for line in err.splitlines()) == 1
+    assert status == expected and sum(line.startswith("sample") for line in err.splitlines()) == 1
     assert os.listdir() == []
+
+
+def test_images_on_both_sides_of_an_option(capsys):
+    status, out, _ = run(capsys, SCENE, "--json", TINY / "busy.png")
+    assert status == 0 and [json.loads(line)["image"] for line in out.splitlines()] == [
+        str(SCENE), str(TINY / "busy.png")
+    ]  # fmt: skip
 
 
 def test_a_drawing_that_fails_leaves_the_earlier_file_alone(capsys):

@@ -318,6 +318,7 @@ def test_scenes_with_stickers(stickers):
         for example in tasks(scene, random.Random(seed)):
             if example.task != "ground absent":
                 assert set(score(example, example.answer, scene)) == {1.0}, example
+    assert is_caption("An image of a fox.", stickers) and not is_caption("An image of a star.", stickers)
     assert seen["a cat"] and seen["two mice"] and seen["two wine glasses"] and seen["two foxes"]
     assert {name for name in seen if name.endswith("fox")} == {"fox", "a fox"}
     assert Scene.random(3).kinds == list(DRAWINGS) and stickers.kinds[0] in Scene.random(3, stickers).kinds
@@ -374,8 +375,9 @@ def test_weights_are_carried_over(tiny, stickers, tmp_path):
     mean = old_weights[old_tokenizer.encode_words(new.replace("▁", " "))].mean(dim=0)
     assert torch.equal(weights[tokenizer.id_to_token.index(new)], mean)
     assert torch.equal(model.resampler.dense.weight, old.resampler.dense.weight)
-    with pytest.raises(ValueError, match="other sizes"):
-        carry_over(Kosmos2(replace(SMALL, text=text)), tokenizer, old, old_tokenizer)
+    for other in (replace(SMALL, text=text), replace(old.config, text=replace(text, width=96))):
+        with pytest.raises(ValueError, match="other sizes"):
+            carry_over(Kosmos2(other), tokenizer, old, old_tokenizer)
 
 
 def test_accuracy_on_stickers(tiny, stickers):
