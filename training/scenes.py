@@ -256,8 +256,8 @@ class Scene:
         count = 0 if rng.random() < 1 / 30 else rng.randint(1, MOST)
         things: list[Thing] = []
         used = stickers if stickers is not None and rng.random() < 0.7 else None
-        # Few images repeat things, but those repeat most of them: groups should be easy to notice.
-        repeat = 0.7 if used is not None and rng.random() < 0.35 else 0.0
+        # Half of all images repeat things, and those repeat most of them: groups should be easy to notice.
+        repeat = 0.7 if used is not None and rng.random() < 0.7 else 0.0
         for _ in range(count):
             thing = random_thing(rng, things, background, aspect, used, repeat)
             if thing is not None:
