@@ -331,7 +331,7 @@ cells = torch.nn.functional.normalize(embedding[first:], dim=1).view(32, 32, D)
 neighbors = (cells[:, 1:] * cells[:, :-1]).sum(-1).mean()
 others = (cells[:, 16:] * cells[:, :16]).sum(-1).mean()
 print(f"cosine similarity of neighbors {neighbors:.2f}, of cells half an image apart {others:.2f}")
-assert neighbors > others + 0.2
+assert neighbors > others + 0.15
 
 # %% [markdown]
 # The changed model is saved like any other. Published checkpoints have a grid of 32 x 32; any other grid is stored as
