@@ -304,7 +304,7 @@ table(rows, ("pixels per side", "patches", "boxes found"))
 # %% [markdown]
 # Up to twice the trained size, most boxes are found, although the model was trained on one size only. With smaller
 # images, more boxes are lost, most at half the size. Larger images bring no gain here (on 240 objects instead of 60,
-# the share falls from 1.00 at the trained size to 0.90 to 0.95), and the cost of the ViT's attention grows with the
+# the share falls from 1.00 at the trained size to 0.89 to 0.94), and the cost of the ViT's attention grows with the
 # square of the number of patches.
 
 # %%
