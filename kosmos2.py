@@ -636,7 +636,7 @@ Constraint = Callable[[list[int], int], np.ndarray | None]
 class GenerationOptions:
     """How to continue a prompt. ValueError for a value out of its range."""
 
-    max_new_tokens: int = 430  # upper limit; the original demo has the same for its prompts
+    max_new_tokens: int = 430  # upper limit; the default is that of the original demo
     min_new_tokens: int = 0  # no </s> before this many new tokens, unless markup is cut
     temperature: float = 0.0  # 0 takes the most likely token, 1 samples from the model's distribution
     top_k: int | None = None  # sample among the k most likely tokens

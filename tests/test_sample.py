@@ -380,6 +380,11 @@ def test_drawings_of_kinds_that_pillow_cannot_write(capsys, name, expected):
     assert os.listdir() == []
 
 
+def test_only_web_images_are_to_be_downloaded(capsys):
+    assert "download" in run(capsys, "https://example.org/a.png")[2]
+    assert "download" not in run(capsys, "file:///none/a.png")[2]
+
+
 def test_images_on_both_sides_of_an_option(capsys):
     status, out, _ = run(capsys, SCENE, "--json", TINY / "busy.png")
     assert status == 0 and [json.loads(line)["image"] for line in out.splitlines()] == [

@@ -318,10 +318,15 @@ def test_scenes_with_stickers(stickers):
         for example in tasks(scene, random.Random(seed)):
             if example.task != "ground absent":
                 assert set(score(example, example.answer, scene)) == {1.0}, example
-    assert is_caption("An image of a fox.", stickers) and not is_caption("An image of a star.", stickers)
     assert seen["a cat"] and seen["two mice"] and seen["two wine glasses"] and seen["two foxes"]
     assert {name for name in seen if name.endswith("fox")} == {"fox", "a fox"}
     assert Scene.random(3).kinds == list(DRAWINGS) and stickers.kinds[0] in Scene.random(3, stickers).kinds
+
+
+def test_stickers_of_shapes_need_no_color(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("RGBA", (9, 9), "red").save(tmp_path / "a" / "star--red.png")
+    assert is_caption("An image of a star.", Stickers(tmp_path)) and not is_caption("An image of a star.")
 
 
 def test_patch_labels_of_stickers(tmp_path):

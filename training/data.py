@@ -362,9 +362,8 @@ class Grit:
             return
         kept = self.box_counts["kept"]
         ids = encode_record(self.tokenizer, record, self.box_counts)
-        room = (
-            self.config.text.max_positions - self.config.latent_query_num - 4
-        )  # with <s>, <image>, </image>, </s>
+        # The row also has the image and <s>, <image>, </image>, </s>.
+        room = self.config.text.max_positions - self.config.latent_query_num - 4
         if len(ids) > room:
             raise ValueError(f"the caption has {len(ids)} tokens; there is room for {room}")
         image = folder / name

@@ -815,7 +815,7 @@ def is_caption(text: str, stickers: Stickers | None = None) -> bool:
         number, meaning = understood
         kind, color = meaning["kind"], meaning.get("color")
         is_sticker = stickers is not None and kind in stickers.kinds
-        fits = is_sticker or kind not in SHAPES if color is None else kind in SHAPES | drawn.COLORED
+        fits = (is_sticker or kind not in SHAPES) if color is None else kind in SHAPES | drawn.COLORED
         if kind == ANYTHING or number in (0, 1) or not fits:
             return False
         group = [Thing(kind, color, (0, 0), 0)] * (number or 1)

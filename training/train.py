@@ -306,7 +306,7 @@ class Run:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        first = {"locations": 0, "words": 2}
+        first = {"locations": 0, "words": 2}  # where the sum of the losses is; their number follows
         means = {name: totals[i] / totals[i + 1] for name, i in first.items() if totals[i + 1]}
         if self.patch_head is not None:
             means["patches"] = totals[4] / len(micro_batches) / self.world
