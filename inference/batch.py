@@ -18,14 +18,13 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import sample
 from inference.progress import Progress, torchrun_rank
 from inference.requests import Job, image_jobs, read_jobs
-from inference.results import Results, checkpoint_name
+from inference.results import Results, checkpoint_name, is_page
 from sample import (
     CommandParser,
     add_options,
@@ -73,12 +72,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     """The command line; conflicting options exit with status 2."""
     p = make_parser()
     args = p.parse_intermixed_args(argv)
-    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     if not args.images and not args.requests and args.task != "text":
         p.error("expected images, folders or --requests")
     if args.requests and (args.images or args.prompt or args.task or args.text or args.box):
         p.error("--requests replaces IMAGE, --task, --text, --prompt and --box")
-    if args.requests == "-" and rank is not None and world != "1":
+    if args.requests == "-" and several:
         p.error("--requests - cannot be shared by several processes; write the requests to a file")
     if args.batch_size < 1 or args.num_beams < 1 or (args.top_boxes is not None and args.top_boxes < 1):
         p.error("--batch-size, --num-beams and --top-boxes must be positive")
@@ -86,13 +85,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         p.error("--num-beams does not sample; use --temperature 0")
     if args.results is None and (args.resume or args.page or args.drawings):
         p.error("--resume, --page and --drawings require --results")
-    if args.page is not None and args.page.suffix.lower() not in (".html", ".htm"):
+    if args.page is not None and not is_page(args.page):
         p.error(f"--page {args.page}: expected a name that ends in .html")
-    if args.drawings is not None and (args.drawings.suffix.lower() == ".html" or args.drawings.is_file()):
+    if args.drawings is not None and (is_page(args.drawings) or args.drawings.is_file()):
         p.error(f"--drawings {args.drawings}: expected a folder")
     if args.results is not None and args.results.is_dir():
         p.error(f"--results {args.results} is a folder; expected a file")
-    if (args.page or args.drawings) and rank is not None and world != "1":
+    if (args.page or args.drawings) and several:
         p.error("with several processes, run python -m inference.page on all results files afterwards")
     if args.task == "text" and args.images:
         p.error("--task text takes no IMAGE")
@@ -144,7 +143,10 @@ def run(args: argparse.Namespace) -> int:
     jobs = read_jobs(args.requests) if args.requests else image_jobs(args)
     if args.top_boxes and not all(job.request.wants_boxes for job in jobs):
         raise ValueError("--top-boxes requires --task ground or refer, with text in every request")
-    groups = [list(group) for _, group in groupby(jobs, key=lambda job: job.request.images)]
+    groups = []  # of consecutive requests about the same images
+    for _, found in groupby(jobs, key=lambda job: job.request.images):
+        same = list(found)
+        groups += [same[start : start + args.batch_size] for start in range(0, len(same), args.batch_size)]
     rank, world = torchrun_rank()
     given = given_options(args, DECODING)
     results = None
@@ -154,15 +156,17 @@ def run(args: argparse.Namespace) -> int:
     total = sum(map(len, mine))
     if world > 1:
         print(f"process {rank} of {world} answers {total} of {len(jobs)} requests", file=sys.stderr)
+    elif total < len(jobs):
+        print(f"batch: {len(jobs) - total} of {len(jobs)} requests are already answered", file=sys.stderr)
     failed = []
     if mine:
         from inference.runner import Runner
 
         model, tokenizer = load_model(args)
-        failed = answer_groups(mine, Runner(args, model, tokenizer), given, results)
+        failed = answer_groups(mine, Runner(args, model, tokenizer, given), results)
     if failed and total > 1:
-        names = dict.fromkeys(printable(name) for job in failed for name in job.request.images)
-        print(f"batch: {len(failed)} of {total} failed: {', '.join(names)}", file=sys.stderr)
+        names = dict.fromkeys(printable(name) for job in failed for name in job.request.images or [job.where])
+        print(printable(f"batch: {len(failed)} of {total} failed: {', '.join(names)}", 2000), file=sys.stderr)
     status = 1 if failed else 0
     for target in (args.page, args.drawings):
         if target is not None:
@@ -172,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def answer_groups(groups: list[list[Job]], runner, given: dict, results: Results | None) -> list[Job]:
+def answer_groups(groups: list[list[Job]], runner, results: Results | None) -> list[Job]:
     """Answer all requests, batch by batch, and write the results; returns the requests that failed."""
     args = runner.args
     progress = Progress(sum(map(len, groups)))
@@ -182,7 +186,7 @@ def answer_groups(groups: list[list[Job]], runner, given: dict, results: Results
         progress.message(f"batch: {describe_error(error, jobs)}")
         failed.extend(jobs)
 
-    for batch in read_ahead(groups, partial(runner.load, given=given), args.batch_size):
+    for batch in read_ahead(groups, runner.load, args.batch_size):
         for group in batch:
             for jobs, error in group.errors:
                 fail(jobs, error)
@@ -206,15 +210,16 @@ def answer_groups(groups: list[list[Job]], runner, given: dict, results: Results
                 progress.clear()
                 for line in lines:
                     print(json.dumps(line, ensure_ascii=False), flush=True)
-        progress.update(sum(len(group.jobs) for group in batch), runner.timings)
+        progress.update(sum(len(group.jobs) for group in batch))
     return failed
 
 
 def describe_error(error: Exception, jobs: list[Job]) -> str:
-    """One line that names the images."""
+    """One line that names the images, and the line of the requests file if there is one request."""
     names = ", ".join(dict.fromkeys(printable(name) for job in jobs for name in job.request.images))
     text = str(error).split("\n")[0] or type(error).__name__
-    return text if names in text else f"{names}: {text}"
+    parts = [jobs[0].where if len(jobs) == 1 else "", "" if names in text else names, text]
+    return ": ".join(part for part in parts if part)
 
 
 def main(argv=None) -> int:

@@ -36,6 +36,7 @@ class Candidate(NamedTuple):
     score: float  # summed log-probability of its new tokens
     parent: int  # the row it extends
     token: int
+    cut: bool  # as in `Row`
 
 
 @torch.inference_mode()
@@ -43,10 +44,10 @@ def finish_beams(state: DecodeState, num_beams: int) -> list[Row]:
     """Keep the num_beams most likely sequences of every prompt at each step; returns the best
     finished one of each.
 
-    The score of a finished sequence is the mean log-probability of its new tokens (of the original
-    token where `cut_markup` replaced it). A prompt is done when it has num_beams finished sequences
-    and its best running one scores no better than the worst of them. As with `decode`, a state can
-    be searched only once; `state.rows` keeps the result.
+    The score of a finished sequence is the mean log-probability of its new tokens. Where `cut_markup`
+    replaced a token, the probability of the original one counts. A prompt is done when it has num_beams
+    finished sequences and its best running one scores no better than the worst of them. As with
+    `decode`, a state can be searched only once; `state.rows` keeps the result.
     """
     check_integer("num_beams", num_beams)
     if state.options.temperature > 0:
@@ -87,17 +88,19 @@ def extended(state: DecodeState, candidate: Candidate, log_probabilities: Tensor
     """A copy of the row that a candidate extends, with its token."""
     row = state.running[candidate.parent]
     probability = math.exp(log_probabilities[candidate.parent, candidate.token])
-    return replace(row, ids=[*row.ids, candidate.token], probabilities=[*row.probabilities, probability])
+    ids = [*row.ids, candidate.token]
+    return replace(row, ids=ids, probabilities=[*row.probabilities, probability], cut=candidate.cut)
 
 
 def best_candidates(
     state: DecodeState, scores: Tensor, beams: list[int], num_beams: int, remaining: int
 ) -> tuple[list[Candidate], list[Candidate]]:
-    """The best continuations of one prompt: num_beams that go on, and those of the best that end.
+    """The best continuations of one prompt: up to num_beams that continue, and those among the num_beams
+    best that end.
 
     scores (B, V): summed log-probabilities; beams: the running rows of this prompt.
 
-    A sequence ends in only one way, by </s>, so of 2 * num_beams candidates at least num_beams go on,
+    A sequence ends in only one way, by </s>, so of 2 * num_beams candidates at least num_beams continue,
     unless the length limit ends them, too. Where `cut_markup` replaces several tokens of a beam with
     the same one, only the most likely of these candidates counts.
     """
@@ -111,15 +114,17 @@ def best_candidates(
         if score == -math.inf:
             break
         beam = beams[index // V]
-        ids = state.running[beam].all_ids
-        token = cut_markup(state.options.constraint, ids, index % V, remaining)
+        row = state.running[beam]
+        chosen = index % V
+        token = EOS if row.cut else cut_markup(state.options.constraint, row.all_ids, chosen, remaining)
         if (beam, token) in seen:
             continue
         seen.add((beam, token))
+        candidate = Candidate(score, beam, token, row.cut or token != chosen)
         if token != EOS and remaining > 1:
-            running.append(Candidate(score, beam, token))
+            running.append(candidate)
         elif len(seen) <= num_beams:
-            ended.append(Candidate(score, beam, token))
+            ended.append(candidate)
     return running[:num_beams], ended
 
 
@@ -141,11 +146,10 @@ def rank_boxes(
     if not is_new or state.options.max_new_tokens < 2 or count < 1:
         raise ValueError("rank_boxes: expected one prompt, no new tokens, max_new_tokens >= 2, count >= 1")
     grid = tokenizer.grid
-    locations = slice(tokenizer.first_location, tokenizer.first_location + grid**2)
+    locations = slice(tokenizer.first_location, tokenizer.end_of_locations)
     cells = torch.arange(grid**2)
-    p_first, top_left = (
-        state.logits[0].softmax(dim=-1)[locations].cpu().topk(min(beam, len(cells)))
-    )  # (beam,)
+    first = state.logits[0].softmax(dim=-1)[locations].cpu()  # (grid²,)
+    p_first, top_left = first.topk(min(beam, len(cells)))  # (beam,)
     state.keep([0] * len(top_left))
     state.step((top_left + tokenizer.first_location).tolist())
     p_second = state.logits.softmax(dim=-1)[:, locations].cpu()  # (beam, grid²)

@@ -5,7 +5,7 @@
 
 Decoding is memory-bound: each step multiplies one row by every weight, so it takes as long as
 reading the weights. kosmos2.py uses plain nn.Linear; after building the model, `load_checkpoint`
-replaces its layers: in fp32 with ones that use all cores, in fp16 and int8 with ones of smaller size.
+replaces its layers: in fp32 with ones that use all cores, in fp16 and int8 with smaller ones.
 (Walkthrough: notebooks/09_speed.)
 """
 
@@ -56,8 +56,8 @@ def multi_core_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     """F.linear: x (..., in) times weight (out, in) transposed, plus bias (out,)."""
     n_out, n_in = weight.shape
     rows = x.numel() // n_in
-    sliced = rows in FEW_ROWS[cpu_maker()] and weight.numel() >= MANY_WEIGHTS
-    if not sliced or x.device.type != "cpu" or x.dtype != torch.float32:
+    use_slices = rows in FEW_ROWS[cpu_maker()] and weight.numel() >= MANY_WEIGHTS
+    if not use_slices or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
     y = sliced_matmul(x.reshape(rows, n_in), weight)  # (rows, out)
     y = y.reshape(*x.shape[:-1], n_out)  # (..., out)
@@ -119,8 +119,10 @@ class PackedLinear(nn.Module):
             self.packed = pack(weight, bias, scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None and self.packed is not None:
+            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
         if self.scale is None:
-            return self.forward_fp16(x)
+            return F.linear(x, self.weight.float(), self.bias)
         size = absmax(x)  # (..., 1)
         if self.packed is not None:
             y = int8_matmul(x / size, self.packed, input_steps())
@@ -130,11 +132,6 @@ class PackedLinear(nn.Module):
         if self.bias is None:
             return y.mul_(size)
         return torch.addcmul(self.bias, y, size, out=y)
-
-    def forward_fp16(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
-        return F.linear(x, self.weight.float(), self.bias)
 
 
 class PackedAttention(Attention):
@@ -171,15 +168,16 @@ class PackedEmbedding(nn.Module):
 
 
 INT8_KERNEL = "linear_with_input_q_dq_qweight_dq_output_fp32"
+# PyTorch warns that quantized tensors are deprecated; its kernels take no others.
+warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
 
 
 def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None):
     """Weights in the memory layout of PyTorch's kernels; for int8 without the bias."""
     if scale is None:
         return torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
-    with warnings.catch_warnings(action="ignore"):  # these kernels are deprecated
-        zero_points = torch.zeros(len(scale), dtype=torch.long)
-        weight = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero_points, 0)
+    zero_points = torch.zeros(len(scale), dtype=torch.long)
+    weight = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero_points, 0)
     return torch.ops.quantized.linear_prepack(weight, None)
 
 

@@ -11,16 +11,15 @@ import base64
 import html
 import io
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
 from inference.convert import replacing
 from inference.requests import as_list
-from inference.results import read_lines
+from inference.results import is_page, read_lines
 from kosmos2 import open_image
-from sample import PALETTE, Answer, CommandParser, draw_answers, report_error, run_command
+from sample import PALETTE, Answer, CommandParser, draw_answers, drawing_name, report_error, run_command
 from tokenizer import DELIMITER, IMAGE_CLOSE, LINK, Entity, printable, strip_tags
 
 HTML_HEAD = """<!DOCTYPE html>
@@ -149,29 +148,27 @@ def group_lines(files: list[Path]) -> list[tuple[int, str | None, list[dict]]]:
     return list(groups.values())
 
 
-def open_images(
-    groups: list[tuple[int, str | None, list[dict]]], failed: list[str]
-) -> Iterator[tuple[int, str | None, Image.Image | None, list[dict]]]:
-    """The groups with their images. One that cannot be opened is None, named on stderr and in `failed`."""
-    for number, name, lines in groups:
-        image = None
-        try:
-            image = open_image(name) if name else None
-        except (OSError, ValueError) as error:
-            report_error("page", error)
-            failed.append(name)
-        yield number, name, image, lines
+def try_open(name: str | None) -> Image.Image | None:
+    """The image; None if there is none, or if it cannot be read, which is reported on stderr."""
+    try:
+        return open_image(name) if name else None
+    except (OSError, ValueError) as error:
+        report_error("page", error)
+        return None
 
 
 def write_page(files: list[Path], page: Path) -> int:
     """Write an HTML page; returns the exit status."""
-    failed: list[str] = []
+    status = 0
     page.parent.mkdir(parents=True, exist_ok=True)
     with replacing(page) as part, open(part, "w", encoding="utf-8", errors="backslashreplace") as output:
         output.write(HTML_HEAD)
-        for _, name, image, lines in open_images(group_lines(files), failed):
+        for _, name, lines in group_lines(files):
+            image = try_open(name)
+            if name and image is None:
+                status = 1
             output.write(html_figure(image, lines, short_title(name)))
-    return 1 if failed else 0
+    return status
 
 
 def write_drawings(files: list[Path], folder: Path) -> int:
@@ -180,10 +177,14 @@ def write_drawings(files: list[Path], folder: Path) -> int:
     A file is named after the number of the image's first line: lines are only appended, so names
     never change.
     """
-    failed: list[str] = []
+    status = 0
     folder.mkdir(parents=True, exist_ok=True)
-    for number, name, image, lines in open_images(group_lines(files), failed):
+    for number, name, lines in group_lines(files):
+        if name is None:
+            continue
+        image = try_open(name)
         if image is None:
+            status = 1
             continue
         answers = []
         for line in lines:
@@ -191,16 +192,16 @@ def write_drawings(files: list[Path], folder: Path) -> int:
                 Entity(e["phrase"], tuple(e["span"]), e["boxes"], e["scores"]) for e in line["entities"]
             ]
             answers.append(Answer(line["text"], line["raw"], entities))
-        with replacing(folder / f"{number:05d}-{Path(short_title(name)).stem}.png") as part:
+        with replacing(folder / f"{number:05d}-{drawing_name(name)}") as part:
             draw_answers(image, answers).save(part, format="PNG")
-    return 1 if failed else 0
+    return status
 
 
 def short_title(name: str | None) -> str:
     """The file name of an image, for its figure."""
-    if name is None or name.startswith("data:"):
-        return "image" if name else ""
-    return printable(Path(name).name)
+    if name is None:
+        return ""
+    return "image" if name.startswith("data:") else printable(Path(name).name)
 
 
 def write_target(files: list[Path], target: Path) -> int:
@@ -210,10 +211,9 @@ def write_target(files: list[Path], target: Path) -> int:
             raise FileNotFoundError(f"no results file at {file}")
         if file.resolve() == target.resolve():
             raise ValueError(f"{target} is a results file; expected PAGE.html or a folder")
-    is_page = target.suffix.lower() in (".html", ".htm")
-    if not is_page and target.is_file():
+    if not is_page(target) and target.is_file():
         raise ValueError(f"{target} is a file; expected PAGE.html or a folder")
-    status = write_page(files, target) if is_page else write_drawings(files, target)
+    status = write_page(files, target) if is_page(target) else write_drawings(files, target)
     print(f"wrote {printable(str(target))}", file=sys.stderr)
     return status
 

@@ -10,8 +10,8 @@ from tokenizer import printable
 def torchrun_rank() -> tuple[int, int]:
     """(number of this process, number of processes): (0, 1) without torchrun.
 
-    ValueError if only one of the two is set: others set WORLD_SIZE alone (SLURM scripts, for
-    instance), and part of the work would silently be left out.
+    ValueError if only one of the two is set: other tools, such as SLURM scripts, set WORLD_SIZE alone, and
+    part of the work would be skipped silently.
     """
     rank = os.environ.get("RANK")
     world = os.environ.get("WORLD_SIZE")
@@ -50,13 +50,11 @@ class Progress:
         self.clear()
         print(printable(text, 2000), end=end, file=sys.stderr, flush=True)
 
-    def update(self, count: int, timings: str) -> None:
-        """After a batch of `count` requests: the bar, or its timings if it is the only batch."""
+    def update(self, count: int) -> None:
+        """The bar after a batch of `count` requests; nothing if it is the only batch."""
         self.done += count
         finished = self.done == self.total
-        if finished and count == self.total:
-            if timings:
-                self.message(timings)
+        if count == self.total:
             return
         per_minute = 60 * self.done / (time.perf_counter() - self.started)
         minutes = (self.total - self.done) / per_minute

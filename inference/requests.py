@@ -19,7 +19,11 @@ class Job(NamedTuple):
 
     request: Request
     extra: dict = {}  # other keys of the request, copied to the result
+    where: str = ""  # its file and line, for error messages
 
+
+# What a line of a results file has besides the extra keys of its request.
+RESULT_KEYS = ("image", "prompt", "given_boxes", "text", "raw", "entities", "checkpoint")
 
 UNREADABLE = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow recognizes but cannot decode
 
@@ -73,7 +77,7 @@ def read_jobs(source: str) -> list[Job]:
     jobs = []
     for where, row in read_objects(source):
         try:
-            jobs.append(read_job(row, Path(source).parent))
+            jobs.append(read_job(row, Path(source).parent)._replace(where=where))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from None
     if not jobs:
@@ -130,6 +134,8 @@ def read_job(row: dict, folder: Path) -> Job:
             name = str(folder / name)
         images.append(absolute(name))
     for key, value in extra.items():
+        if key in RESULT_KEYS:
+            raise ValueError(f"{key} is a key of the result; use another name")
         try:
             json.dumps(value, allow_nan=False)
         except ValueError:
@@ -148,7 +154,7 @@ def as_list(value) -> list:
 
 
 def absolute(name: str) -> str:
-    """A file name as an absolute path, in its real folder; URLs as they are."""
+    """An absolute path: links in the folder are resolved, the file's own name is kept. URLs stay as they are."""
     if name.startswith(("data:", "file:", "http:", "https:")):
         return name
     folder, file = os.path.split(name)

@@ -11,15 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from inference.requests import Job, as_list
+from inference.requests import RESULT_KEYS, Job, as_list
 from tokenizer import strip_literal
-
-# What a line has besides the extra keys of its request.
-RESULT_KEYS = ("image", "prompt", "given_boxes", "text", "raw", "entities", "checkpoint")
 
 
 class Results:
-    """The results file of a run, locked while the run goes on.
+    """The results file of a run, locked during the run.
 
     Each torchrun process writes its own file, NAME.RANK.jsonl; `resume` reads all of them.
     """
@@ -28,24 +25,26 @@ class Results:
         self.checkpoint = checkpoint_name(checkpoint)
         self.path = path.with_suffix(f".{rank}{path.suffix}") if world > 1 else path
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Of the files that other processes wrote in earlier runs, each process takes its share.
+        # Files that earlier runs left are divided among the processes.
         mine = {file for file, number in existing_files(path) if number % world == rank} | {self.path}
         for file in mine:
             if not resume and file.exists() and file.stat().st_size > 0:
                 raise ValueError(f"{file} already exists; pass --resume to continue it, or another name")
-        self.locked = {file: lock(file) for file in mine}
+        self.locked = {file: lock(file) for file in mine}  # kept open: closing a file unlocks it
         self.file = self.locked[self.path]
         prompts = {strip_literal(job.request.prompt) for job in jobs}
         self.done: Counter = Counter()
         for file, _ in existing_files(path) if resume else []:
-            length = self.count(file, prompts)
+            length = self.read_answered(file, prompts)
             if file in mine:
                 os.truncate(file, length)  # drops a line that was cut off
 
-    def count(self, file: Path, prompts: set[str]) -> int:
+    def read_answered(self, file: Path, prompts: set[str]) -> int:
         """Count the answered requests in a file; returns the bytes up to its last complete line."""
         length = 0
         for row, line in read_lines(file):
+            if not line.endswith(b"\n"):
+                break  # a run was stopped while it wrote
             length += len(line)
             if row["prompt"] not in prompts:
                 raise ValueError(f"{file} is for a different prompt, {row['prompt']!r}; use another file")
@@ -79,28 +78,28 @@ def checkpoint_name(checkpoint: str) -> str:
 
 
 def lock(path: Path):
-    """Open a file and lock it; ValueError if another run has locked it. (No lock on Windows.)"""
+    """Open a file and lock it; ValueError if another run has locked it."""
     file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except OSError:
+    except BlockingIOError:
         raise ValueError(f"{path} is being written by another run") from None
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
     return file
 
 
 def read_lines(file: Path) -> Iterator[tuple[dict, bytes]]:
     """The complete lines of a results file: the object and its bytes. ValueError for other files."""
     for line in file.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n"):  # a run was stopped while it wrote
-            return
         try:
             row = json.loads(line)
         except ValueError:
             row = None
+        if row is None and not line.endswith(b"\n"):  # a run was stopped while it wrote
+            return
         if not is_result(row):
             raise ValueError(f"{file} is not a results file: {line[:60]!r}")
         yield row, line
@@ -111,11 +110,18 @@ def is_result(row) -> bool:
     if not isinstance(row, dict) or any(key not in row for key in RESULT_KEYS):
         return False
     strings = [*as_list(row["image"]), row["text"], row["prompt"], row["raw"]]
-    entities = row["entities"]
-    return all(isinstance(value, str) for value in strings) and all(
-        isinstance(entity, dict) and {"phrase", "span", "boxes", "scores"} <= entity.keys()
-        for entity in entities
-    )
+    lists = [row["entities"]]
+    for entity in as_list(row["entities"]):
+        if not isinstance(entity, dict):
+            return False
+        strings.append(entity.get("phrase"))
+        lists += [entity.get("span"), entity.get("boxes"), entity.get("scores")]
+    return all(isinstance(v, str) for v in strings) and all(isinstance(v, list) for v in lists)
+
+
+def is_page(target: Path) -> bool:
+    """Whether results are shown on a page there; otherwise, it is a folder for drawings."""
+    return target.suffix.lower() in (".html", ".htm")
 
 
 def existing_files(path: Path) -> list[tuple[Path, int]]:

@@ -1,7 +1,6 @@
 """Answers requests in batches, for inference/batch.py."""
 
 import argparse
-import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from inference.beam import finish_beams, rank_boxes
 from inference.requests import Job
 from inference.shortcuts import prefill_after, prefill_image, with_drafts
-from kosmos2 import DecodeState, decode, open_image, pad_left, preprocess_image
+from kosmos2 import DecodeState, GenerationOptions, finish, open_image, pad_left, preprocess_image
 from sample import Answer, decoding_options, encode_request, read_answer
 from tokenizer import Entity, tokens_to_box
 
@@ -34,23 +33,26 @@ class Group:
 
     jobs: list[Job]
     questions: list[Question] = field(default_factory=list)  # the requests that can be answered
-    errors: list = field(default_factory=list)  # (jobs, exception) for the others
-    pixels: list = field(default_factory=list)  # a tensor (3, image_size, image_size) for each image
+    errors: list[tuple[list[Job], Exception]] = field(default_factory=list)  # the others
+    pixels: list[Tensor] = field(default_factory=list)  # (3, image_size, image_size) of each image
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (width, height) of each image
 
 
 class Runner:
-    """Answers batches with one model. `timings` describes the last batch."""
+    """Answers batches with one model.
 
-    def __init__(self, args: argparse.Namespace, model, tokenizer):
+    given: decoding options that replace the defaults.
+    """
+
+    def __init__(self, args: argparse.Namespace, model, tokenizer, given: dict):
         self.args = args
         self.model = model
         self.tokenizer = tokenizer
         self.device = model.decoder.layer_norm.weight.device
+        self.given = given
         self.image_ids, _ = tokenizer.encode_prompt("")
-        self.timings = ""
 
-    def load(self, jobs: list[Job], given: dict) -> Group:
+    def load(self, jobs: list[Job]) -> Group:
         """Read and preprocess the images of requests that share them, and encode their prompts."""
         group = Group(jobs)
         try:
@@ -70,7 +72,8 @@ class Runner:
                     self.model.check_length([len(ids)], 2)
                     options = {"max_new_tokens": 2}
                 else:
-                    options = decoding_options(self.model, self.tokenizer, job.request, len(ids), given)
+                    options = decoding_options(self.model, self.tokenizer, job.request, len(ids), self.given)
+                    GenerationOptions(**options)  # raises for this request alone
                     self.model.check_length([len(ids)], options["max_new_tokens"])
                 group.questions.append(Question(job, ids, image_mask, options))
             except (ValueError, TypeError) as error:
@@ -80,29 +83,26 @@ class Runner:
     def answer(self, groups: list[Group]) -> None:
         """Answer all requests of a batch: sets `question.answer`."""
         self.encode_images(groups)
-        together = []
+        unshared = []
         for group in groups:
             shared = group.questions if all(map(self.begins_with_image, group.questions)) else []
-            if shared and (len(shared) > 1 or self.args.top_boxes):
+            # A batch of many images is faster than one of a few questions about one image.
+            if shared and (2 * len(shared) > self.args.batch_size or self.args.top_boxes):
                 prefix = prefill_image(self.model, self.tokenizer, shared[0].image_embeds)
                 for questions in self.parts(shared):
                     self.generate(questions, prefix)
             else:
-                together += group.questions
-        for questions in self.parts(together):
+                unshared += group.questions
+        for questions in self.parts(unshared):
             self.generate(questions)
 
     def encode_images(self, groups: list[Group]) -> None:
         """Encode the images of all groups as one batch: sets `question.image_embeds`."""
-        started = time.perf_counter()
         pixels = [image for group in groups for image in group.pixels]
         if not pixels:
-            self.timings = "no image"
             return
         with torch.inference_mode():
             image_embeds = self.model.encode_image(torch.stack(pixels).to(self.device))  # (I, Q, D)
-            image_embeds[0, 0, 0].item()  # waits for a GPU
-        self.timings = f"vision {(time.perf_counter() - started) * 1000:.0f} ms"
         start = 0
         for group in groups:
             end = start + len(group.pixels)
@@ -135,7 +135,6 @@ class Runner:
 
     def generate(self, questions: list[Question], prefix: DecodeState | None = None) -> None:
         """Answer some questions as one batch. prefix: the state after their image."""
-        started = time.perf_counter()
         past = 0 if prefix is None else len(self.image_ids)
         prompts = [(question.ids[past:], question.image_mask[past:]) for question in questions]
         tokens, image_mask, pad_mask = pad_left(prompts, self.device)
@@ -152,20 +151,9 @@ class Runner:
         if self.args.num_beams > 1:
             rows = finish_beams(state, self.args.num_beams)
         else:
-            rows = self.decode(with_drafts(state, self.tokenizer), started)
+            rows = finish(with_drafts(state, self.tokenizer))
         for question, row in zip(questions, rows, strict=True):
             question.answer = read_answer(self.tokenizer, question.job.request, row)
-
-    def decode(self, state, started: float) -> list:
-        """`finish`, with timings."""
-        times = []
-        for _ in decode(state):
-            times.append(time.perf_counter())
-        if len(times) > 1:
-            tokens = sum(max(len(row.ids) - 1, 0) for row in state.rows)  # after the first of each
-            self.timings += f", first token {(times[0] - started) * 1000:.0f} ms"
-            self.timings += f", then {tokens / (times[-1] - times[0]):.0f} tokens/s"
-        return state.rows
 
     def rank_boxes(self, question: Question, state) -> Answer:
         """The most likely boxes for the phrase that the prompt ends with, best first."""

@@ -1,6 +1,7 @@
 """inference.batch: many requests, results, resuming, several processes."""
 
 import base64
+import errno
 import fcntl
 import io
 import json
@@ -316,14 +317,26 @@ def test_a_long_prompt_does_not_shorten_the_answers_beside_it(capsys, monkeypatc
 
 def test_batch_size_limits_the_questions_about_one_image(capsys, monkeypatch, images):
     sizes, step = [], batch.Progress.update
-    monkeypatch.setattr(
-        batch.Progress, "update", lambda self, n, note: sizes.append(n) or step(self, n, note)
-    )
+    monkeypatch.setattr(batch.Progress, "update", lambda self, n: sizes.append(n) or step(self, n))
     decoded, decode = [], Kosmos2.next_logits
     monkeypatch.setattr(Kosmos2, "next_logits", lambda self, x: decoded.append(len(x)) or decode(self, x))
     requests = [{"image": "a.png", "task": "answer", "text": f"Are there {n} fires?"} for n in range(10)]
     status, out, _ = ask_stdin(capsys, monkeypatch, requests, "--batch-size", 4)
-    assert status == 0 and len(rows(out)) == sum(sizes) == 10 and max(decoded) == 4
+    assert status == 0 and len(rows(out)) == 10 and sizes == [4, 4, 2] and max(decoded) == 4
+    questions = [{"task": "text", "text": f"{n} fires"} for n in range(6)]
+    assert ask_stdin(capsys, monkeypatch, questions, "--batch-size", 4)[0] == 0 and sizes[3:] == [4, 2]
+
+
+def test_a_prompt_without_room_for_min_new_tokens_fails_alone(capsys, monkeypatch, images):
+    requests = [{"image": "a.png"}, {"image": "a.png", "prompt": "a car " * 980}, {"image": "b.png"}]
+    status, out, err = ask_stdin(capsys, monkeypatch, requests, "--min-new-tokens", 100)
+    assert status == 1 and len(rows(out)) == 2 and "stdin, line 2: " in err and "1 of 3 failed" in err
+
+
+@pytest.mark.parametrize("key", ["entities", "raw", "given_boxes", "checkpoint"])
+def test_keys_of_results_are_refused_in_requests(capsys, monkeypatch, images, key):
+    status, _, err = ask_stdin(capsys, monkeypatch, [{"image": "a.png", key: "mine"}])
+    assert status == 1 and f"line 1: {key} is a key of the result" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("given", ["box", "boxes"])
@@ -475,6 +488,20 @@ def test_a_failed_start_leaves_no_results(capsys):
     command = [SCENE, "--results", "r.jsonl"]
     assert ask(capsys, *command, "--checkpoint", "nothing")[0] == 1
     assert ask(capsys, *command)[0] == 0
+
+
+def test_a_file_system_without_locks(capsys, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert ask(capsys, SCENE, "--results", "r.jsonl")[0] == 0
+
+
+def test_what_is_already_answered_is_reported(capsys):
+    assert ask(capsys, SCENE, "--results", "r.jsonl")[0] == 0
+    _, _, err = ask(capsys, SCENE, TINY / "busy.png", "--results", "r.jsonl", "--resume")
+    assert "batch: 1 of 2 requests are already answered" in err
 
 
 def test_the_lock_ends_with_the_run(capsys):

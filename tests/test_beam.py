@@ -36,6 +36,25 @@ def test_one_beam_is_greedy(small, small_tokenizer):
         assert beam_search(small, *inputs, num_beams=1, **options) == small.generate(*inputs, **options)
 
 
+def test_only_the_end_may_follow_cut_markup(small):
+    """As in greedy decoding."""
+    closing = 20
+
+    def constraint(ids, left):
+        allowed = np.ones(small.config.text.vocab_size, dtype=bool)
+        if left == 3:  # only the closing tag fits
+            allowed[:] = False
+            allowed[closing] = True
+        return allowed
+
+    options = dict(max_new_tokens=6, constraint=constraint)
+    greedy = small.generate(torch.tensor([[0, 5]]), **options)
+    assert greedy[0][3:] == [closing, EOS]
+    for num_beams in (1, 3):
+        found = beam_search(small, torch.tensor([[0, 5]]), num_beams=num_beams, **options)
+        assert found[0][3:] == [closing, EOS]
+
+
 def test_a_row_never_depends_on_the_others(small, small_tokenizer):
     tokens, image_mask, pad_mask = prompt_batch(small_tokenizer, PROMPTS)
     images, alone = pixels(3), []
@@ -143,7 +162,7 @@ def test_beams_that_the_length_limit_makes_equal_count_once(small):
     state = small.prefill(torch.tensor([[0, 5]]), max_new_tokens=1, constraint=constraint)
     scores = state.logits.log_softmax(dim=-1)
     running, ended = best_candidates(state, scores, [0], num_beams=4, remaining=1)
-    assert running == [] and [(beam, token) for _, beam, token in ended] == [(0, closing)]
+    assert running == [] and [(beam, token) for _, beam, token, _ in ended] == [(0, closing)]
     assert ended[0][0] == scores.max()
     assert finish_beams(state, 4)[0].ids == [closing]
 

@@ -39,7 +39,37 @@ def test_lines_about_one_image_make_one_figure(capsys, results):
 
 def test_drawings_are_numbered_by_their_first_line(capsys, results):
     assert run(capsys, results, "drawings", command=page)[0] == 0
-    assert sorted(os.listdir("drawings")) == ["00000-x.png", "00002-x.png"]
+    assert sorted(os.listdir("drawings")) == ["00000-x.boxes.png", "00002-x.boxes.png"]
+
+
+def test_drawings_are_not_captioned(capsys, results):
+    """--drawings may name the folder of the images."""
+    assert run(capsys, "a", "--results", "one.jsonl", "--drawings", "a", command=batch)[0] == 0
+    assert sorted(os.listdir("a")) == ["00000-x.boxes.png", "x.png"]
+    assert run(capsys, "a", "--results", "two.jsonl", command=batch)[0] == 0
+    assert len(Path("two.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_long_name_in_another_script(capsys, results):
+    Path("a/x.png").rename("a/" + 82 * "犬" + ".png")
+    options = ["a", "--results", "one.jsonl", "--drawings", "drawn"]
+    assert run(capsys, *options, command=batch)[0] == 0 and len(os.listdir("drawn")) == 1
+
+
+@pytest.mark.parametrize("name", ["page.html", "page.htm"])
+def test_a_page_is_no_folder_for_drawings(capsys, results, name):
+    status, _, err = run(capsys, "a", "--results", "one.jsonl", "--drawings", name, command=batch)
+    assert status == 2 and "expected a folder" in err and not Path("one.jsonl").exists()
+
+
+def test_a_last_line_without_a_newline(capsys, results):
+    """It is shown; when the run is resumed, it is answered again."""
+    results.write_bytes(results.read_bytes().rstrip(b"\n"))
+    assert run(capsys, results, "page.html", command=page)[0] == 0
+    assert Path("page.html").read_text(encoding="utf-8").count("<p>") == 3
+    options = ["--requests", "requests.jsonl", "--results", results, "--resume"]
+    assert run(capsys, *options, command=batch)[0] == 0
+    assert len(results.read_text(encoding="utf-8").splitlines()) == 3
 
 
 def test_an_image_that_is_gone(capsys, results):
@@ -83,7 +113,7 @@ def test_batch_makes_the_same_page(capsys, results):
     html = ask_and_read(capsys, *options)
     assert run(capsys, results, "page.html", command=page)[0] == 0
     assert html == Path("page.html").read_text(encoding="utf-8")
-    assert sorted(os.listdir("drawn")) == ["00000-x.png", "00002-x.png"]
+    assert sorted(os.listdir("drawn")) == ["00000-x.boxes.png", "00002-x.boxes.png"]
 
 
 def test_nothing_is_loaded_from_elsewhere(capsys, results):
@@ -107,19 +137,19 @@ def test_several_files_are_counted_through(capsys, results):
     Path("r.0.jsonl").write_text("".join(lines[:2]))
     Path("r.1.jsonl").write_text("".join(lines[2:] + lines[:1]))
     assert run(capsys, "r.0.jsonl", "r.1.jsonl", "drawn", command=page)[0] == 0
-    assert sorted(os.listdir("drawn")) == ["00000-x.png", "00002-x.png"]
+    assert sorted(os.listdir("drawn")) == ["00000-x.boxes.png", "00002-x.boxes.png"]
 
 
 def test_a_resumed_run_keeps_the_names_of_drawings(capsys, results):
     assert run(capsys, results, "drawn", command=page)[0] == 0
-    before = Path("drawn/00002-x.png").read_bytes()
+    before = Path("drawn/00002-x.boxes.png").read_bytes()
     Image.open(TINY / "busy.png").save("c.png")
     with open("requests.jsonl", "a") as requests:
         requests.write('\n{"image": "c.png"}')
     options = ["--requests", "requests.jsonl", "--results", results, "--resume", "--drawings", "drawn"]
     assert run(capsys, *options, command=batch)[0] == 0
-    assert sorted(os.listdir("drawn")) == ["00000-x.png", "00002-x.png", "00003-c.png"]
-    assert Path("drawn/00002-x.png").read_bytes() == before
+    assert sorted(os.listdir("drawn")) == ["00000-x.boxes.png", "00002-x.boxes.png", "00003-c.boxes.png"]
+    assert Path("drawn/00002-x.boxes.png").read_bytes() == before
 
 
 def test_a_line_that_is_not_complete_is_left_out(capsys, results):
@@ -140,7 +170,7 @@ def test_an_image_in_the_line_itself(capsys, results):
     html = ask_and_read(capsys, "--requests", "data.jsonl")
     assert html.count("<img") == 1 and "data:image/png" not in html
     assert run(capsys, "new.jsonl", "drawn", command=page)[0] == 0
-    assert os.listdir("drawn") == ["00000-image.png"]
+    assert os.listdir("drawn") == ["00000-image.boxes.png"]
 
 
 def test_long_names_of_drawings(capsys, results):
@@ -166,7 +196,13 @@ def test_errors_are_one_line(capsys, results, arguments, status, words):
     assert Path("a/x.png").read_bytes() == image and not Path("page.html").exists()
 
 
-@pytest.mark.parametrize("changed", [{"image": 5}, {"text": None}, {"entities": [{"phrase": "a fire"}]}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"image": 5}, {"text": None}, {"entities": None}, {"entities": [{"phrase": "a fire"}]},
+        {"entities": [{"phrase": "a fire", "span": None, "boxes": [], "scores": []}]},
+    ],
+)  # fmt: skip
 def test_lines_with_wrong_values_are_one_line_errors(capsys, results, changed):
     line = json.loads(results.read_text().splitlines()[0]) | changed
     results.write_text(json.dumps(line) + "\n")
