@@ -30,15 +30,15 @@ show_image(image, "The image of this notebook: a snowman next to a fire in the s
 # ## Predicting the shapes
 #
 # The sizes of all tensors follow from the configuration. The ViT cuts the image into a square grid of patches; with
-# [CLS] there are N = grid² + 1 positions. The resampler passes Q vectors to the decoder, whatever the number of
-# patches.
+# [CLS], a learned vector in front of them, there are N = grid² + 1 positions. The resampler passes Q vectors to the
+# decoder, whatever the number of patches.
 
 # %%
 vision, text, Q = model.config.vision, model.config.text, model.config.latent_query_num
 size = vision.image_size
 grid = size // vision.patch_size
 N = grid**2 + 1
-print(f"{size} x {size} pixels, {grid} x {grid} patches, {N} positions, {Q} latents")
+print(f"{size} x {size} pixels, {grid} x {grid} patches, {N} positions, {Q} image embeddings")
 rows = [
     ("pixels", "(1, 3, size, size)", (1, 3, size, size)),
     ("features", "(1, N, E)", (1, N, vision.width)),
@@ -83,7 +83,7 @@ show(fig, "Three panels: the squashed image, the features and the image embeddin
 
 # %% [markdown]
 # In the middle panel, each row is a position: [CLS] first, then the patches, row by row. In the right panel, each row
-# is a latent.
+# is one of the Q image embeddings.
 #
 # Each feature vector has unit length, because the last step of the ViT divides it by its length. This is one of the
 # differences from a textbook transformer; it matters when training starts (notebook 2).
@@ -95,7 +95,8 @@ torch.testing.assert_close(features.norm(dim=-1), torch.ones(1, N))
 # ## The prompt
 #
 # The prompt has Q slots between `<image>` and `</image>`. The image embeddings replace the token embeddings of these
-# slots, so the ids in them are only placeholders.
+# slots, so the ids in them are only placeholders. `<s>` begins every sequence, and `</s>` ends it. A `▁` stands for a
+# space: `▁An` begins a new word.
 #
 # `<grounding>` at the beginning of the prompt makes the model write boxes: in training, only examples that began with
 # it had boxes.
@@ -113,12 +114,13 @@ assert len(ids) == 3 + Q + len(tokenizer.encode("<grounding>An image of", add_bo
 # %% [markdown]
 # ## One step of the decoder
 #
-# The decoder processes all positions at once and returns the logits of the next token at each of them. To continue the
-# prompt, we need only the logits of the last position. The ViT and the resampler use no mask; in the decoder, each
-# position attends to itself and to earlier ones only.
+# The decoder processes all positions at once and returns scores for the next token at each of them (the *logits*;
+# softmax turns them into probabilities). To continue the prompt, we need only the logits of the last position. The ViT
+# and the resampler use no mask; in the decoder, each position attends to itself and to earlier ones only.
 #
-# Position ids start at 2 (fairseq reserves 1 for padding, and 0 is unused): `<s>` has 2, `<image>` has 3, and the Q
-# slots have 4 to Q + 3. `</image>` has Q + 4, and the first token after it has Q + 5. (For Q = 64 that is 69.)
+# Position ids start at 2 (fairseq, the toolkit it was trained with, reserves 1 for padding, and 0 is unused): `<s>` has
+# 2, `<image>` has 3, and the Q slots have 4 to Q + 3. `</image>` has Q + 4, and the first token after it has Q + 5.
+# (For Q = 64 that is 69.)
 
 # %%
 tokens, mask = torch.tensor([ids]), torch.tensor([image_mask])

@@ -263,9 +263,9 @@ torch.testing.assert_close(features_of(larger), expected, rtol=1e-4, atol=1e-4)
 print(f"{15 * P} x {15 * P} pixels: features", tuple(features_of(larger).shape))
 
 # %% [markdown]
-# Can the model use such features? It was trained on one size only. We ask it for the boxes of
-# 60 objects in unseen scenes, one object with a unique name from each, at several sizes. The resampler and the
-# decoder need no change, because the resampler accepts any number of features.
+# Can the model use such features? It was trained on one size only. We ask it for the boxes of 60 objects in unseen
+# scenes, one object with a unique name from each, at several sizes. The resampler and the decoder need no change,
+# because the resampler accepts any number of features.
 
 
 # %%
@@ -285,7 +285,8 @@ tokens, image_mask, pad_mask = pad_left(prompts)
 print(len(asked), "objects:", ", ".join(map(phrase, asked[:5])), "...")
 
 # %% [markdown]
-# For each size: the share of boxes with IoU 0.5 or more.
+# For each size: the share of boxes with an IoU of at least 0.5. (IoU, intersection over union, is the area that two
+# boxes share, divided by the area that they cover together.)
 
 # %%
 rows, accuracy = [], {}

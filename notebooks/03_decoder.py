@@ -3,10 +3,10 @@
 #
 # The decoder is a causal transformer that continues a sequence of tokens. Most of it is the textbook transformer,
 # including the factor √D for the embeddings ("Attention Is All You Need", section 3.4). It is pre-norm, with GELU, like
-# most later models. Not in the textbook: position ids that start at 2, a table with all sines before the cosines and
-# slightly different wavelengths, sub-LN, and image embeddings that are inserted *before* scaling by √D. We write the
-# decoder by hand; [10_departures](10_departures.ipynb) measures what it costs to undo each of these differences.
-# (Reading time: 30 minutes.)
+# GPT-2. Not in the textbook: position ids that start at 2, a table with all sines before the cosines and slightly
+# different wavelengths, sub-LN, and image embeddings that are inserted *before* scaling by √D. We write the decoder by
+# hand; [10_departures](10_departures.ipynb) measures what it costs to undo each of these differences. (Reading time: 30
+# minutes.)
 
 # %%
 from figures import ROOT, plt, reference, show, table  # isort: skip
@@ -86,13 +86,11 @@ x = x * math.sqrt(D) + positions
 
 # %%
 step = math.log(10000) / (D // 2 - 1)
-by_hand = torch.tensor(
-    [
-        [f(p * math.exp(-i * step)) for f in (math.sin, math.cos) for i in range(D // 2)]
-        for p in range(2, 2 + T)
-    ]
-)
-torch.testing.assert_close(by_hand, positions[0], rtol=1e-4, atol=1e-5)
+rows = []
+for p in range(2, 2 + T):
+    angles = [p * math.exp(-i * step) for i in range(D // 2)]
+    rows.append([math.sin(a) for a in angles] + [math.cos(a) for a in angles])
+torch.testing.assert_close(torch.tensor(rows), positions[0], rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
 # The table, and how similar the encodings of other positions are to that of position 102:
@@ -103,7 +101,7 @@ axes[0].imshow(sinusoidal_positions(torch.arange(2, 130)[None], D)[0], aspect="a
 axes[0].set(title="the table: sines, then cosines", xlabel="D", ylabel="position - 2")
 long = sinusoidal_positions(torch.arange(2, 302)[None], D)[0]
 axes[1].plot(long @ long[100] / (D / 2))
-axes[1].set(title="similarity of position 102 to others", xlabel="position - 2")
+axes[1].set(title="similarity of position 102 to others", xlabel="position - 2", ylabel="dot product / (D/2)")
 show(
     fig,
     "Left: the position table as colored stripes. Right: a curve with its peak at 100, which is position 102.",
@@ -176,7 +174,7 @@ for i, p in zip(best.tolist(), probabilities.tolist(), strict=True):
 # %% [markdown]
 # ## Attention on the image
 #
-# How much of the attention of each token goes to the image, block by block?
+# How much of the attention of each token goes to the image, block by block, on average over the heads?
 
 # %%
 with record(model) as seen:

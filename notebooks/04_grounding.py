@@ -204,15 +204,13 @@ p1, p2 = corners[0].max(), corners[1].max()
 print(f"score of the box: sqrt({p1:.2f} · {p2:.2f}) = {(p1 * p2).sqrt():.2f}")
 
 # %% [markdown]
-# `tiny/README.md` lists the scores of present and absent phrases.
-#
 # ## Where training data comes from
 #
-# GRIT is the data set of the paper: web images whose captions were linked to boxes automatically. Its records have a
-# caption, and boxes for ranges of its characters: for phrases (`noun_chunks`) and for longer expressions around them
-# (`ref_exps`); the original training used the latter (a phrase without a longer expression appears there unchanged);
-# `encode_record` falls back to the former. Nested expressions are dropped. `grit_to_text` writes a record as tagged
-# text, and `encode_record` as token ids.
+# GRIT is the data set of the paper: web images whose captions were linked to boxes automatically. A record has a
+# caption and two lists of boxes, each box with the range of characters that it belongs to. `noun_chunks` has phrases;
+# `ref_exps` has longer expressions around them, or the phrase itself if there is none. The original training used
+# `ref_exps`; `encode_record` uses `noun_chunks` if there are none. Nested expressions are dropped. `grit_to_text`
+# writes a record as tagged text, and `encode_record` as token ids.
 
 # %%
 caption = "A dog in a field of flowers"

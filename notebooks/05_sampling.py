@@ -505,8 +505,8 @@ for num_beams in (1, 2, 4):
 table(rows, ("beams", "tokens", "mean log-probability"))
 
 # %% [markdown]
-# Here, all three may find the same sequence. On other images, more beams can find one with a higher mean, but this is
-# not guaranteed: the search may drop a sequence early that would have become the best one.
+# Here, all three find the same sequence. On other images, more beams can find one with a higher mean, but this is not
+# guaranteed: the search may drop a sequence early that would have become the best one.
 #
 # ## A shared prefix
 #
@@ -546,9 +546,9 @@ assert after < before / 2
 # %% [markdown]
 # ## Speculative decoding
 #
-# Parts of grounded text are easy to predict: `</phrase>` is usually followed by `<object>`, and the second corner of
-# a box by `</object>`. So each pass can run the token just chosen together with a guess (a *draft*) of the next one;
-# this is called speculative decoding. `advance` takes any number of positions. First the two tokens one by one:
+# Parts of grounded text are easy to predict: `</phrase>` is usually followed by `<object>`, and the second corner of a
+# box by `</object>`. So each pass can run the token just chosen together with a guess (a *draft*) of the next one; this
+# is called speculative decoding. `advance` takes any number of positions. First we run the two tokens one at a time:
 
 # %%
 new = generate()
@@ -563,7 +563,7 @@ state.step(guess)
 after_guess = state.logits
 
 # %% [markdown]
-# And now both in one pass:
+# Now we run both in one pass:
 
 # %%
 state = prefill()

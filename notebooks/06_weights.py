@@ -92,9 +92,9 @@ axis.axis("off")
 show(fig, "The prefixes of tensor names in three columns; lines connect the names of one tensor.")
 
 # %% [markdown]
-# Two published names need care. `final_layer_norm` occurs in every block of the decoder: it is the norm before
-# the MLP, not the last norm of the model. And `pre_layrnorm` is misspelled in the files. Do our names match the
-# published tensors one to one?
+# Two published names need care. `final_layer_norm` occurs in every block of the decoder: it is the norm before the MLP,
+# not the last norm of the model. And `pre_layrnorm` is misspelled in the files. Do our names match the published
+# tensors one to one?
 
 # %%
 published = set(reference().state_dict()) - {"text_model.lm_head.weight"}  # tied to the embedding
@@ -307,7 +307,8 @@ labels = tokens.where(tokens >= first, -100)
 print(f"{len(images)} images, {(labels >= 0).sum()} location tokens")
 
 # %% [markdown]
-# The losses, next to that of a uniform choice among 256 cells:
+# The losses, in nats, next to that of a uniform choice among 256 cells. (A loss of x nats is as uncertain as a choice
+# among eˣ equally likely cells.)
 
 # %%
 losses = {"uniform": torch.tensor(256.0).log().item()}
@@ -347,9 +348,9 @@ assert torch.equal(saved.decoder.embed_tokens.weight, changed.decoder.embed_toke
 print(f"vocabulary {tokenizer.vocab_size} -> {saved.config.text.vocab_size}, grid 16 x 16")
 
 # %% [markdown]
-# The command of notebook 11, with `--checkpoint FOLDER`, would train the model further on your own boxes, with the
-# new grid. (`--data` is required: the sentences about scenes are written for a grid of 32 x 32 cells.)
-# To train from scratch with another grid, change the constant `GRID` in `tokenizer.py`.
+# The command of notebook 11, with `--checkpoint FOLDER`, would train the model further on your own boxes, with the new
+# grid. (`--data` is required: the sentences about scenes are written for a grid of 32 x 32 cells.) To train from
+# scratch with another grid, change the constant `GRID` in `tokenizer.py`.
 #
 # ## Changing a trained model: another layer
 #

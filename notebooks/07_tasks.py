@@ -132,12 +132,12 @@ tokens, mask, _ = pad_left([tokenizer.encode_prompt(prompt)])
 state = model.prefill(tokens, pixels, image_mask=mask, max_new_tokens=2)
 ranked = rank_boxes(state, tokenizer, 4)
 entities = []
-for score_, ul, lr in ranked:
-    box = tokens_to_box(ul, lr)
+for confidence, top_left, bottom_right in ranked:
+    box = tokens_to_box(top_left, bottom_right)
     nearest = max(scene.things, key=lambda thing: iou(thing.box, box))
     near = f"{nearest.name} {nearest.place}"
-    print(f"score {score_:.3f}   IoU {iou(nearest.box, box):.2f} with the {near}")
-    entities.append(Entity("a cat", (0, 5), [box], [score_]))
+    print(f"score {confidence:.3f}   IoU {iou(nearest.box, box):.2f} with the {near}")
+    entities.append(Entity("a cat", (0, 5), [box], [confidence]))
 show_answers(image, Answer("a cat", prompt, entities))
 assert ranked == sorted(ranked, reverse=True)
 

@@ -70,22 +70,22 @@ assert ridge > 1
 # %% [markdown]
 # ## The roofline
 #
-# A linear layer with N x K weights and R rows of input does 2·R·N·K operations on 4·N·K bytes: R/2 operations per
-# byte in fp32. The *roofline* estimates its time: the time to read the weights or the time for the arithmetic,
-# whichever is longer. Below the *ridge*, memory bandwidth is the limit; above it, compute. A decoding step has one row
-# for each sequence, a prefill one for each token of the prompt. At how many rows is the ridge?
+# A linear layer with n_out x n_in weights and R rows of input does 2·R·n_out·n_in operations on 4·n_out·n_in bytes: R/2
+# operations per byte in fp32. The *roofline* estimates its time: the time to read the weights or the time for the
+# arithmetic, whichever is longer. Below the *ridge*, memory bandwidth is the limit; above it, compute. A decoding step
+# has one row for each sequence, a prefill one for each token of the prompt. At how many rows is the ridge?
 
 # %%
-N, K = 4096, 2048
+n_out, n_in = 4096, 2048
 at_ridge = 2 * ridge  # R/2 operations per byte
-rows = (1, 2, 4, 16, 64, 256)
+row_counts = (1, 2, 4, 16, 64, 256)
 
 
 def predict(R: float) -> float:
-    return max(4 * N * K / bandwidth, 2 * R * N * K / compute)
+    return max(4 * n_out * n_in / bandwidth, 2 * R * n_out * n_in / compute)
 
 
-predicted = [predict(R) for R in rows]
+predicted = [predict(R) for R in row_counts]
 print(f"one row: {1e3 * predicted[0]:.2f} ms, limited by memory")
 print(f"the ridge is at {at_ridge:.0f} rows; from there on, the time grows with the rows")
 assert at_ridge > 2
@@ -94,14 +94,16 @@ assert at_ridge > 2
 # Now we measure. (We use 16 layers, because the weights of a single one would stay in the cache of some CPUs.)
 
 # %%
-weight = torch.randn(N, K) / K**0.5
+weight = torch.randn(n_out, n_in) / n_in**0.5
 layers = [weight.clone() for _ in range(16)]  # 0.5 GB
-measured = []
-for R in rows:
-    x = torch.randn(R, K)
-    took = best(lambda x=x: [multi_core_linear(x, w) for w in layers], 6)
-    measured.append(took / len(layers))
-columns = zip(rows, predicted, measured, strict=True)
+
+
+def time_per_layer(kernel, x: torch.Tensor, rounds: int) -> float:
+    return best(lambda: [kernel(x, w) for w in layers], rounds) / len(layers)
+
+
+measured = [time_per_layer(multi_core_linear, torch.randn(R, n_in), 6) for R in row_counts]
+columns = zip(row_counts, predicted, measured, strict=True)
 shown = [(R, f"{1e3 * p:.2f}", f"{1e3 * m:.2f}", f"{m / p:.1f}") for R, p, m in columns]
 table(shown, ("rows", "predicted ms", "measured ms", "ratio"))
 
@@ -110,12 +112,12 @@ table(shown, ("rows", "predicted ms", "measured ms", "ratio"))
 
 # %%
 fig, axis = plt.subplots(figsize=(6, 3.2))
-corners = (1, min(at_ridge, rows[-1]), rows[-1])
+corners = (1, min(at_ridge, row_counts[-1]), row_counts[-1])
 axis.plot(corners, [1e3 * predict(R) for R in corners], "--", color="#777777", label="predicted (roofline)")
-axis.plot(rows, [1e3 * v for v in measured], "o-", color=COLORS[1], label="measured")
+axis.plot(row_counts, [1e3 * v for v in measured], "o-", color=COLORS[1], label="measured")
 axis.axvline(at_ridge, color="#777777", lw=0.8, ls=":", label="ridge")
 axis.set(xscale="log", yscale="log", xlabel="rows", ylabel="ms per layer")
-axis.set_xticks(rows, rows)
+axis.set_xticks(row_counts, row_counts)
 axis.minorticks_off()
 axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
 axis.yaxis.set_major_formatter("{x:g}")
@@ -169,13 +171,11 @@ table(rows, ("weights", "read per token", "predicted time", "tokens per second")
 # %%
 shown = []
 for R in (1, 2, 4, 8, 16, 32):
-    x = torch.randn(R, K)
+    x = torch.randn(R, n_in)
     expected = F.linear(x, weight)
     torch.testing.assert_close(sliced_matmul(x, weight), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(multi_core_linear(x, weight), expected, rtol=1e-4, atol=1e-5)
-    times = []
-    for kernel in (F.linear, sliced_matmul):
-        times.append(best(lambda x=x, run=kernel: [run(x, w) for w in layers], 4) / len(layers))
+    times = [time_per_layer(kernel, x, 4) for kernel in (F.linear, sliced_matmul)]
     chosen = "sliced" if R in FEW_ROWS[cpu_maker()] else "F.linear"
     shown.append((R, *[f"{1e3 * took:.2f} ms" for took in times], chosen))
 table(shown, ("rows", "F.linear", "sliced_matmul", "used here"))
@@ -209,7 +209,7 @@ assert step.max() < 0.501
 # %%
 packed = PackedLinear(q, None, scale)  # it rounds its input itself
 steps = 127 if packed.packed is None else input_steps()
-x = torch.randn(64, K)
+x = torch.randn(64, n_in)
 of_weights = float((scale / weight.std(dim=1)).pow(2).mean() / 12)
 of_inputs = float((x.abs().amax(dim=1) / steps / x.std(dim=1)).pow(2).mean() / 12)
 exact = F.linear(x, weight)
@@ -240,7 +240,7 @@ assert errors["one scale for all"] > 2 * errors["one scale for each output"]
 # all other rows, and results would depend on the batch.
 
 # %%
-x = torch.randn(4, K)
+x = torch.randn(4, n_in)
 x[0] *= 20  # a row with large values
 errors = {}
 for name, size in (

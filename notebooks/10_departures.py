@@ -139,8 +139,8 @@ show(fig, "Each departure by name: left its change of the logits, right its cost
 # Where a point on the right is blue, its cost may be due to chance; 40 scenes are too few to tell. Comparing logits
 # with the reference finds nearly all of them. `tests/mutations.py` applies many of them and checks that a test fails.
 #
-# These numbers show what happens when a part is removed from a model that was trained with it. They do not
-# show what happens if a model is trained without it.
+# These numbers show what happens when a part is removed from a model that was trained with it. They do not show what
+# happens if a model is trained without it.
 #
 # ## Exercises
 #

@@ -58,7 +58,7 @@ show_image(ladder, "A drawing of a brown ladder.")
 # dropped, as in the original training).
 #
 # Training teaches the model to write exactly these captions. So they must begin with the prompt that you will use,
-# here "An image of". After captions such as "A ladder.", the answer to that prompt would be "An image of A ladder.".
+# here "An image of".
 
 
 # %%
@@ -218,14 +218,14 @@ for trained in (["vision", "resampler", "decoder"], ["resampler", "decoder"], ["
     print(f"--train {' '.join(trained):<26} {count / 1e6:>7,.0f} M trained, {gigabytes:5.1f} GB")
 
 # %% [markdown]
-# Activations need additional memory; `--recompute` keeps only those between blocks, and `--accumulate` computes a
-# batch in parts. With a few hundred images, freeze the ViT (`--train resampler decoder`): it was pretrained on far
-# more images than you have, and the released training code of Kosmos-2 freezes it, too (its option to train
-# everything has no effect on the ViT). For a new kind of image, such as X-rays, train it as well. Measure the old
-# abilities as well as the new one on held-out images, as above.
+# Activations need additional memory; `--recompute` keeps only those between blocks, and `--accumulate` computes a batch
+# in parts. With a few hundred images, freeze the ViT (`--train resampler decoder`): it was pretrained on far more
+# images than you have, and the released training code of Kosmos-2 freezes it, too. For a new kind of image, such as
+# X-rays, train it as well. Measure the old abilities as well as the new one on held-out images, as above.
 #
 # ## Exercises
 #
 # 1. Train only the resampler (`--train resampler`). Can it learn the ladder? The word?
 # 2. All captions follow one template. What does the fine-tuned model answer to `--task ground --text "a ladder"`?
-# 3. What happens to other tasks, such as counting? Measure it with `python -m training.evaluate --checkpoint RUN` (RUN is `folder/run`).
+# 3. What happens to other tasks, such as counting? Measure it with `python -m training.evaluate --checkpoint RUN`
+#    (`print(folder / "run")` shows RUN; start the command in the root of the repository).

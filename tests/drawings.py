@@ -188,7 +188,7 @@ def measure(model, tokenizer, count: int, sides=SIDES) -> dict[str, Accuracy]:
             found[group].append(hit)
     return {
         group: Accuracy(np.mean(named[group]), np.mean(found[group]), len(named[group]))
-        for group in [*BACKGROUNDS, "outlined", "all"]
+        for group in [*BACKGROUNDS, "all", "outlined"]
         if named[group]
     }
 

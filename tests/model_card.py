@@ -1,7 +1,7 @@
 """The figures of the model card (tiny/README.md) that training/evaluate.py and drawings.py do not print.
 
     python tests/model_card.py world PNG                        random scenes with their boxes
-    python tests/model_card.py losses PNG                       losses and accuracies of the training run
+    python tests/model_card.py losses PNG                       losses and accuracies in log.jsonl
     python tests/model_card.py calibration PNG [--scenes 500]   how often boxes of each score are correct
     python tests/model_card.py precision int8 [--scenes 250]    fp32 compared with another precision
     python tests/model_card.py stickers PNG --stickers DIR      captions of scenes of stickers
@@ -156,7 +156,7 @@ def plot_losses(path: Path, log: list[dict]) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(frameon=False)
-    left.set(title="Loss per token", xlabel="step", ylabel="cross-entropy, nats", yscale="log")
+    left.set(title="Losses", xlabel="step", ylabel="nats per token; sum of patch losses", yscale="log")
     right.set(title="Accuracy on held-out scenes", xlabel="step", ylim=(0, 1.02))
     fig.savefig(path, dpi=110)
 

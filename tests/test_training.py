@@ -386,12 +386,11 @@ def test_weights_are_carried_over(tiny, stickers, tmp_path):
 
 
 def test_accuracy_on_stickers(tiny, stickers):
-    """Every sticker of the scenes has one hit or miss in its caption and one in its grounding."""
+    """Every sticker of the scenes has two hits or misses in its caption and one in its grounding."""
     found = sticker_hits(*tiny, stickers, 4)
     things = [thing for seed in range(4) for thing in Scene.of_stickers(seed, stickers).things]
-    assert len(found) == len(things) and all(
-        hits in ([0, 0], [0, 1], [1, 0], [1, 1]) for hits in found.values()
-    )
+    assert len(found) == len(things)
+    assert all(len(hits) == 3 and set(hits) <= {0, 1} for hits in found.values())
     assert all(thing.sticker is not None for thing in things)
 
 

@@ -257,10 +257,9 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
 
 def check_grid(tokenizer: Tokenizer) -> None:
     """ValueError unless the tokenizer has the grid that the examples of scenes.py are written for."""
-    if tokenizer.grid != GRID:
-        grid = tokenizer.grid
-        expected = f"scenes: expected a tokenizer with a grid of {GRID} x {GRID} cells"
-        raise ValueError(f"{expected}, got {grid} x {grid}")
+    grid = tokenizer.grid
+    if grid != GRID:
+        raise ValueError(f"scenes: expected a grid of {GRID} x {GRID} cells, got {grid} x {grid}")
 
 
 class Scenes:
@@ -395,9 +394,7 @@ class Grit:
                 pixels = preprocess_image(open_image(image), self.config.vision.image_size)
             except (OSError, ValueError) as error:
                 self.unreadable.add(index)
-                count = len(self.unreadable)
-                message = f"skipped {where}: {error} ({count} unreadable so far)"
-                Progress(1).message(message)
+                Progress(1).message(f"skipped {where}: {error} ({len(self.unreadable)} unreadable so far)")
                 continue
             row = Row(self.tokenizer, pixels)
             row.add([], [*ids, EOS], 1)

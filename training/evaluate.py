@@ -232,9 +232,8 @@ def table_rows(found: dict[str, tuple[float, int]]) -> dict[str, tuple[float, in
 
 @torch.inference_mode()
 def ranked_accuracy(model: Kosmos2, tokenizer: Tokenizer, chosen: Chosen, counts=(1, 5)) -> dict[int, float]:
-    """{k: share of phrases for which one of the k most probable boxes has IoU >= 0.5 with the
-    correct one}. Boxes are ranked by a beam search. (R@k in the paper takes the first k boxes of one greedy
-    answer instead.)"""
+    """{k: share of phrases for which one of the k most probable boxes, found by beam search, has IoU >= 0.5
+    with the correct one}. (R@k in the paper takes the first k boxes of one greedy answer instead.)"""
     hits: Counter = Counter()
     for scene, example in chosen:
         pixels = preprocess_image(scene.draw(), model.config.vision.image_size)[None]
@@ -263,7 +262,7 @@ def first_scores(tokenizer: Tokenizer, chosen: Chosen, results: list[Row]) -> di
 
 
 def sticker_hits(model, tokenizer, stickers: Stickers, count: int) -> dict[Thing, list[float]]:
-    """{sticker: [whether a caption names and boxes it, whether it is grounded]} for those of `count` scenes."""
+    """{sticker: [named and boxed in the caption, in a phrase of its own, grounded]} of `count` scenes."""
     chosen: Chosen = []
     for seed in range(count):
         scene = Scene.of_stickers(seed, stickers)
@@ -271,9 +270,13 @@ def sticker_hits(model, tokenizer, stickers: Stickers, count: int) -> dict[Thing
         chosen += [(scene, example) for example in examples if example.task in ("caption", "ground")]
     hits = defaultdict(list)
     for (scene, example), result in zip(chosen, answers(model, tokenizer, chosen), strict=True):
-        found = score(example, tokenizer.decode(result.ids), scene)
-        for thing, hit in zip(example.targets, found, strict=True):
-            hits[thing].append(hit)
+        text = tokenizer.decode(result.ids)
+        found = [score(example, text, scene)]
+        if example.task == "caption":
+            single = [entity.boxes[0] for entity in parse(text)[1] if len(entity.boxes) == 1]
+            found.append(found_all(single, example.targets))
+        for thing, *of_thing in zip(example.targets, *found, strict=True):
+            hits[thing] += of_thing
     return hits
 
 
@@ -284,9 +287,10 @@ def print_stickers(found: dict[Thing, list[float]]) -> None:
         for name in ("all", f"style {thing.sticker.parent.name}", thing.kind):
             groups[name].append(hits)
     means = {name: torch.tensor(hits).mean(dim=0).tolist() for name, hits in groups.items()}
-    print("| stickers | named and boxed in the caption | grounded | of |\n|---|---|---|---|")
+    columns = ("stickers", "named and boxed in the caption", "in a phrase of its own", "grounded", "of")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in sorted(groups, key=lambda name: (name != "all", not name.startswith("style "), means[name])):
-        print(f"| {name} | {means[name][0]:.3f} | {means[name][1]:.3f} | {len(groups[name])} |")
+        print(f"| {name} | {' | '.join(map('{:.3f}'.format, means[name]))} | {len(groups[name])} |")
 
 
 # ---- Results files with truth (benchmarks.py) ------------------------------------------------------
