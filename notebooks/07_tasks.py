@@ -71,8 +71,8 @@ assert captions["caption"].entities and captions["detail"].entities
 assert strip_tags(captions["plain"].raw) == captions["plain"].raw
 
 # %% [markdown]
-# Only the prompts with `<grounding>` lead to boxes. The two grounded captions as hyperlinks (in Jupyter, hovering
-# over a phrase highlights its box):
+# Only the prompts with `<grounding>` lead to boxes. The plain caption has a mistake: it lists a third orange cat. The
+# two grounded captions as hyperlinks (in Jupyter, hovering over a phrase highlights its box):
 
 # %%
 show_answers(image, captions["caption"], captions["detail"])

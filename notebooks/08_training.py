@@ -2,7 +2,7 @@
 # # 8. Training
 #
 # This notebook covers the data, the objective and the attention mask. Then we train a small model for 60 steps and
-# look at the log of the last training run of the bundled model. (Reading time: 30 minutes.) The data comes from
+# look at the log of one of the runs that made the bundled model. (Reading time: 30 minutes.) The data comes from
 # `training/data.py` and `training/scenes.py`, the objective and the optimizers from `training/train.py`, the initial
 # weights from `training/setup.py`, and the labels of patches from `training/patches.py`.
 
@@ -262,9 +262,9 @@ assert abs(increase["after 60 steps"]) < 0.2 and increase["bundled model"] > 0.5
 #
 # ## The bundled model
 #
-# This is the log of its last training run, one JSON object per line. The first steps train only the ViT, so their lines
-# have no `words` or `locations`; the [model card](../tiny/README.md) has the details of the run. How do the losses and
-# the accuracy develop?
+# This is the log of run I, one of the runs that made the bundled weights, one JSON object per line. The first steps
+# train only the ViT, so their lines have no `words` or `locations`; the [model card](../tiny/README.md) has the details
+# of the run. How do the losses and the accuracy develop?
 
 # %%
 log = [json.loads(line) for line in (ROOT / "tiny" / "log.jsonl").read_text().splitlines()]
@@ -301,10 +301,10 @@ show(fig, "Left: the losses over the steps. Right: the accuracy of four tasks on
 # %% [markdown]
 # Every loss ends below its first value. This run continued from trained weights, so the losses of words and locations
 # start far below that of equal probabilities (7.22, see above). They fall in the first 80 steps after those that train
-# only the ViT, rise until about step 400, stay level while the learning rate is constant, and fall while it decays,
-# over the last 60% of the steps. Each step of a run uses new scenes, so these are close to losses on unseen data. (But
-# all runs begin with the same seeds, so earlier runs have seen some of them.) The accuracy is measured on a few scenes
-# only, so its curves are noisy; these scenes may contain stickers, unlike those of the model card's first table.
+# only the ViT, rise again a little, stay level while the learning rate is constant, and fall while it decays, over the
+# last 60% of the steps. Each step uses new scenes, so these are close to losses on unseen data. The accuracy is
+# measured on a few scenes only, so its curves are noisy; these scenes may contain stickers, unlike those of the model
+# card's first table.
 #
 # ## Exercises
 #

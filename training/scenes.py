@@ -179,7 +179,7 @@ def random_thing(rng, others: list[Thing], background, aspect, stickers=None, re
     smallest, largest = SMALLEST, LARGEST
     if stickers is not None:  # stickers may be larger, and our drawings smaller
         thing = random_sticker(rng, thing, others, stickers, repeat)
-        smallest = 0.075 if thing.kind in SHAPES else 0.1
+        smallest, largest = (0.075, 0.3) if thing.kind in SHAPES else (0.1, LARGEST)
         if thing.sticker is not None:
             smallest, largest = 0.15, 0.7
     gap = rng.choice([0.01, 0.01, -0.03])  # one in three may overlap its neighbors a little
@@ -256,8 +256,8 @@ class Scene:
         count = 0 if rng.random() < 1 / 30 else rng.randint(1, MOST)
         things: list[Thing] = []
         used = stickers if stickers is not None and rng.random() < 0.7 else None
-        # Half of all images repeat things, and those repeat most of them: groups should be easy to notice.
-        repeat = 0.7 if used is not None and rng.random() < 0.7 else 0.0
+        # Few images repeat things, but those repeat most of them: groups should be easy to notice.
+        repeat = 0.7 if used is not None and rng.random() < 0.3 else 0.0
         for _ in range(count):
             thing = random_thing(rng, things, background, aspect, used, repeat)
             if thing is not None:

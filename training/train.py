@@ -56,7 +56,7 @@ PARTS = ["vision", "resampler", "decoder"]
 # In scenes, the losses of these words have a larger weight. Whether equal objects are grouped ("two cats")
 # is decided by one token of about seventy; without the weight, the model does not learn to compare objects.
 AMOUNTS = ["a", "an", "nothing", *NUMBERS]
-AMOUNT_WEIGHT = 20
+AMOUNT_WEIGHT = 10
 
 
 # ---- The objective ---------------------------------------------------------------------------------
