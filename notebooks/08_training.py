@@ -51,7 +51,7 @@ print(len(encode_record(tokenizer, record)), "tokens")
 # one image in front and several sequences about it. The sequences do not attend to each other, so they can share one
 # encoded image. Here is a part of a row with its targets; the code numbers the sequences in `sequences`. In answers,
 # tags and location tokens count like all other tokens. (In `train.py`, the words "a", "an", "nothing" and the numbers
-# count twenty times as much: a single token decides whether two cats are named together.)
+# count ten times as much: a single token decides whether two cats are named together.)
 
 # %%
 source = Scenes(tokenizer, model.config, length=256, first=5)
