@@ -82,6 +82,7 @@ MUTATIONS = [
     ("the cache forgets a token", MODEL, "self.keys[:, :, start : self.length] = k", "self.keys[:, :, start + 1 : self.length] = k[:, :, 1:]"),
     ("nucleus without the token that crosses p", MODEL, "probs[before >= top_p] = 0", "probs[probs.cumsum(dim=-1) > top_p] = 0"),
     ("nucleus of all tokens by subtraction", MODEL, "F.pad(probs.cumsum(dim=-1)[:, :-1], (1, 0))", "probs.cumsum(dim=-1) - probs"),
+    ("beams continue after cut markup", BEAM, "token = EOS if row.cut else cut_markup", "token = cut_markup"),
     ("beams not scored by length", BEAM, "(candidate.score / length, row)", "(candidate.score, row)"),
     ("n-grams one too short", MODEL, "repeated_ngrams(row.all_ids, options.no_repeat_ngram_size)", "repeated_ngrams(row.all_ids, options.no_repeat_ngram_size - 1)"),
     ("<pad> is generated", MODEL, "scores[:, PAD] = -math.inf", "scores[:, PAD] += 0"),
