@@ -36,23 +36,30 @@ def test_one_beam_is_greedy(small, small_tokenizer):
         assert beam_search(small, *inputs, num_beams=1, **options) == small.generate(*inputs, **options)
 
 
-def test_only_the_end_may_follow_cut_markup(small):
-    """As in greedy decoding."""
-    closing = 20
+CLOSING = 20  # stands for a closing tag
+
+
+def only_closing(model, at: int):
+    """A constraint: with `at` tokens left, only CLOSING fits."""
 
     def constraint(ids, left):
-        allowed = np.ones(small.config.text.vocab_size, dtype=bool)
-        if left == 3:  # only the closing tag fits
+        allowed = np.ones(model.config.text.vocab_size, dtype=bool)
+        if left == at:
             allowed[:] = False
-            allowed[closing] = True
+            allowed[CLOSING] = True
         return allowed
 
-    options = dict(max_new_tokens=6, constraint=constraint)
+    return constraint
+
+
+def test_only_the_end_may_follow_cut_markup(small):
+    """As in greedy decoding."""
+    options = dict(max_new_tokens=6, constraint=only_closing(small, at=3))
     greedy = small.generate(torch.tensor([[0, 5]]), **options)
-    assert greedy[0][3:] == [closing, EOS]
+    assert greedy[0][3:] == [CLOSING, EOS]
     for num_beams in (1, 3):
         found = beam_search(small, torch.tensor([[0, 5]]), num_beams=num_beams, **options)
-        assert found[0][3:] == [closing, EOS]
+        assert found[0][3:] == [CLOSING, EOS]
 
 
 def test_a_row_never_depends_on_the_others(small, small_tokenizer):
@@ -150,21 +157,13 @@ def test_a_beam_search_compares_means(small, monkeypatch):
 
 def test_beams_that_the_length_limit_makes_equal_count_once(small):
     """At the limit, several tokens of a beam may be replaced by the same closing tag."""
-    closing = 20
-
-    def constraint(ids, left):
-        allowed = np.ones(small.config.text.vocab_size, dtype=bool)
-        if left == 1:  # only the closing tag fits
-            allowed[:] = False
-            allowed[closing] = True
-        return allowed
-
+    constraint = only_closing(small, at=1)
     state = small.prefill(torch.tensor([[0, 5]]), max_new_tokens=1, constraint=constraint)
     scores = state.logits.log_softmax(dim=-1)
     running, ended = best_candidates(state, scores, [0], num_beams=4, remaining=1)
-    assert running == [] and [(beam, token) for _, beam, token, _ in ended] == [(0, closing)]
+    assert running == [] and [(beam, token) for _, beam, token, _ in ended] == [(0, CLOSING)]
     assert ended[0][0] == scores.max()
-    assert finish_beams(state, 4)[0].ids == [closing]
+    assert finish_beams(state, 4)[0].ids == [CLOSING]
 
 
 def test_a_state_is_searched_once(small):
