@@ -154,19 +154,20 @@ def run(args: argparse.Namespace) -> int:
         results = Results(args.results, args.checkpoint, jobs, args.resume, rank, world)
     mine = results.remaining(groups, rank, world) if results else groups[rank::world]
     total = sum(map(len, mine))
+    progress = Progress(total)
     if world > 1:
-        print(f"process {rank} of {world} answers {total} of {len(jobs)} requests", file=sys.stderr)
+        progress.message(f"process {rank} of {world} answers {total} of {len(jobs)} requests")
     elif total < len(jobs):
-        print(f"batch: {len(jobs) - total} of {len(jobs)} requests are already answered", file=sys.stderr)
+        progress.message(f"batch: {len(jobs) - total} of {len(jobs)} requests are already answered")
     failed = []
     if mine:
         from inference.runner import Runner
 
         model, tokenizer = load_model(args)
-        failed = answer_groups(mine, Runner(args, model, tokenizer, given), results)
+        failed = answer_groups(mine, Runner(args, model, tokenizer, given), results, progress)
     if failed and total > 1:
         names = dict.fromkeys(printable(name) for job in failed for name in job.request.images or [job.where])
-        print(printable(f"batch: {len(failed)} of {total} failed: {', '.join(names)}", 2000), file=sys.stderr)
+        progress.message(f"batch: {len(failed)} of {total} failed: {', '.join(names)}")
     status = 1 if failed else 0
     for target in (args.page, args.drawings):
         if target is not None:
@@ -176,10 +177,9 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def answer_groups(groups: list[list[Job]], runner, results: Results | None) -> list[Job]:
+def answer_groups(groups: list[list[Job]], runner, results: Results | None, progress: Progress) -> list[Job]:
     """Answer all requests, batch by batch, and write the results; returns the requests that failed."""
     args = runner.args
-    progress = Progress(sum(map(len, groups)))
     failed = []
 
     def fail(jobs: list[Job], error: Exception) -> None:
@@ -209,7 +209,8 @@ def answer_groups(groups: list[list[Job]], runner, results: Results | None) -> l
             else:
                 progress.clear()
                 for line in lines:
-                    print(json.dumps(line, ensure_ascii=False), flush=True)
+                    sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")  # one write, too
+                sys.stdout.flush()
         progress.update(sum(len(group.jobs) for group in batch))
     return failed
 

@@ -48,7 +48,8 @@ class Progress:
 
     def message(self, text: str, end: str = "\n") -> None:
         self.clear()
-        print(printable(text, 2000), end=end, file=sys.stderr, flush=True)
+        sys.stderr.write(printable(text, 2000) + end)  # one write: the processes of torchrun share stderr
+        sys.stderr.flush()
 
     def update(self, count: int) -> None:
         """The bar after a batch of `count` requests; nothing if it is the only batch."""

@@ -602,6 +602,26 @@ def test_answers_are_not_printed_behind_the_progress_bar(capsys, monkeypatch):
 # ---- Several processes -----------------------------------------------------------------------------
 
 
+def test_a_line_is_one_write(folder, monkeypatch):
+    """The processes of torchrun share stdout and stderr, which it does not buffer: a line in two writes could
+    be split by another process."""
+    writes = []
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            writes.append(text)
+            return len(text)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sys, "stdout", Stream())
+    monkeypatch.setattr(sys, "stderr", Stream())
+    assert batch.main([str(folder), "--batch-size", "1"]) == 0
+    for start, count in (("process 0 of 2", 1), ('{"image": ', 2), ("[", 2)):  # "[": the progress bars
+        lines = [text for text in writes if text.startswith(start)]
+        assert len(lines) == count and all(text.endswith("\n") for text in lines)
+
+
 def test_processes_agree_on_what_is_done(capsys, monkeypatch, images):
     """Of three requests, two of them equal, one is done: the processes answer the other two."""
     file = write_requests({"image": "a.png"}, {"image": "b.png"}, {"image": "a.png"})

@@ -329,7 +329,7 @@ class Run:
         steps = Steps(self.source, self.step, end, args.batch, args.accumulate, self.rank, self.world)
         if self.world > 1:
             share = f"{args.batch // self.world} of the {args.batch} images of each step"
-            print(f"process {self.rank} of {self.world} trains on {share}", file=sys.stderr)
+            self.output.message(f"process {self.rank} of {self.world} trains on {share}")
         recent = []
         clock = time.perf_counter()
         for micro_batches in read_ahead(steps):
