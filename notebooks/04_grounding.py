@@ -6,20 +6,20 @@
 # part of a prompt. This notebook explains the format. (Reading time: 25 minutes.)
 #
 # `grit_to_text` and `encode_record` from `training/data.py` write training captions as text and as ids, and
-# `demo_scenes` from `training/scenes.py` has the exact boxes of the objects in the bundled images.
+# `demo_scenes` from `demo.py` has the exact boxes of the objects in the bundled images.
 
 # %%
 from figures import COLORS, ROOT, plt, show, table  # isort: skip
 import random
 
 import torch
+from demo import demo_scenes
 
 from inference.page import to_markdown
 from kosmos2 import open_image, preprocess_image
 from load_weights import load_checkpoint
 from tokenizer import GRID, box_to_tokens, iou, parse, tokens_to_box
 from training.data import encode_record, grit_to_text
-from training.scenes import demo_scenes
 
 torch.set_grad_enabled(False)
 model, tokenizer = load_checkpoint(ROOT / "tiny")

@@ -5,7 +5,7 @@
 # prompt. We try each on one image, look at the raw and the parsed answers, and then measure accuracy and look at
 # failures. (Reading time: 25 minutes.)
 #
-# `demo_scenes` from `training/scenes.py` describes four of the images in `tiny/` exactly: their objects and boxes.
+# `demo_scenes` from `demo.py` describes four of the images in `tiny/` exactly: their objects and boxes.
 # `training/evaluate.py` selects and scores examples.
 
 # %%
@@ -14,6 +14,7 @@ import random
 from collections import defaultdict
 
 import torch
+from demo import demo_scenes
 
 from inference.beam import rank_boxes
 from kosmos2 import finish, open_image, pad_left, preprocess_image
@@ -22,7 +23,7 @@ from sample import Answer
 from tokenizer import PROMPTS, Entity, iou, parse, strip_tags, tokens_to_box
 from training.data import encode_example
 from training.evaluate import HELD_OUT, answers, choose_examples, score
-from training.scenes import demo_scenes, resolve
+from training.scenes import resolve
 
 # %% [markdown]
 # The image of this notebook:

@@ -13,8 +13,8 @@ from test_model import GOLDEN, PROMPTS, pixels
 
 from inference.beam import beam_search, best_candidates, finish_beams, rank_boxes
 from kosmos2 import EOS, PAD, DecodeState, GenerationOptions, finish, preprocess_image
+from notebooks.demo import demo_scenes
 from tokenizer import iou
-from training.scenes import demo_scenes
 
 # ------------------------------------------------------------------------------------------- sequences
 

@@ -16,6 +16,7 @@ import inference.fast
 from inference.beam import beam_search
 from kosmos2 import EOS, PAD, finish, preprocess_image
 from load_weights import HUGGING_FACE, SENTENCEPIECE, load_checkpoint, rename
+from training.train import features_of
 
 pytestmark = needs_transformers
 if HAS_TRANSFORMERS:
@@ -302,3 +303,15 @@ def test_pixels():
     ):
         theirs = processor(image, return_tensors="pt").pixel_values[0]
         assert (preprocess_image(image, 224) - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("side", [3, 4, 7])
+def test_images_of_another_size(both, side):
+    """Training on scenes resizes the position embeddings as transformers does."""
+    reference, model, _ = both
+    vision = reference.vision_model.model
+    pixels = torch.randn(2, 3, *[side * model.config.vision.patch_size] * 2)
+    with torch.no_grad():
+        expected = vision(pixels, interpolate_pos_encoding=True).last_hidden_state
+        expected = torch.nn.functional.normalize(vision.post_layernorm(expected), dim=-1)
+        assert difference(features_of(model.vision, pixels), expected) < 1e-5

@@ -23,6 +23,7 @@ from inference import batch
 from inference.fast import load_checkpoint
 from kosmos2 import EOS, Kosmos2
 from load_weights import SENTENCEPIECE
+from notebooks.demo import demo_scenes
 from tokenizer import Tokenizer, iou, parse
 from training import benchmarks, scenes, train
 from training import evaluate as evaluation
@@ -40,12 +41,11 @@ from training.evaluate import (
     sticker_hits,
 )
 from training.muon import Muon
-from training.patches import patch_labels
+from training.patches import PatchHead, patch_labels
 from training.scenes import (
     Scene,
     Thing,
     captions,
-    demo_scenes,
     draw_thing,
     is_caption,
     listed,
@@ -431,6 +431,22 @@ def test_sequences_in_one_row_do_not_see_each_other(source):
                 )
                 alone.append(losses_alone)
     torch.testing.assert_close(losses, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_some_steps_have_images_of_another_size(small_tokenizer):
+    """All rows of a step have images of one size; in about a tenth of the steps, it is not the model's."""
+    source = Scenes(small_tokenizer, SMALL, length=260, first=5, batch=3)
+    grids = [source.grid(n) for n in range(3 * 2000)]
+    assert grids[::3] == grids[1::3] == grids[2::3]
+    others = [n for n, grid in enumerate(grids) if grid != SMALL.vision.grid]
+    assert 0.08 < len(others) / len(grids) < 0.12 and len({grids[n] for n in others}) >= 3
+    start = next(n for n in others if n % 3 == 0)
+    batch = collate([source.row(n) for n in range(start, start + 3)])
+    assert batch["pixels"].shape[-1] == grids[start] * SMALL.vision.patch_size
+    assert batch["patch_labels"].shape[1] == grids[start] ** 2
+    head = PatchHead(SMALL.vision.width)
+    losses, patch_loss = Losses(rough(Kosmos2(SMALL), seed=2), head)(**batch)
+    assert losses.isfinite().all() and patch_loss.isfinite()
 
 
 def test_words_for_amounts_weigh_more(tmp_path, small_folder):

@@ -264,23 +264,34 @@ def check_grid(tokenizer: Tokenizer) -> None:
 
 class Scenes:
     """Row n: the scene of seed first + n and a random choice of sequences (`MIXTURE`), up to `length` tokens.
-    The first `image_rows` rows have none: their only targets are the labels of the patches."""
+    The first `image_rows` rows have none: their only targets are the labels of the patches. With `batch`, the
+    number of rows in a step, the images of some steps have another size."""
 
-    def __init__(self, tokenizer, config, length: int, first: int, image_rows=0, stickers=None):
+    def __init__(self, tokenizer, config, length: int, first: int, image_rows=0, stickers=None, batch=None):
         check_grid(tokenizer)
         self.tokenizer = tokenizer
-        self.image_size = config.vision.image_size
-        self.grid = config.vision.grid
+        self.vision = config.vision
         self.length = length
         self.first = first
         self.image_rows = image_rows
         self.stickers = stickers
+        self.batch = batch
+
+    def grid(self, n: int) -> int:
+        """Patches per side of the images in row n; in one step of ten, not those of the model's image size."""
+        if self.batch is None:
+            return self.vision.grid
+        rng = random.Random(f"grid {n // self.batch}")
+        scale = rng.choice([0.75, 1.25, 1.5, 2]) if rng.random() < 0.1 else 1
+        return round(scale * self.vision.grid)
 
     def row(self, n: int) -> Row:
         scene = Scene.random(self.first + n, self.stickers)
         rng = random.Random(self.first + n)
-        row = Row(self.tokenizer, preprocess_image(scene.draw(), self.image_size))
-        row.patch_labels.append(patch_labels(scene, self.grid))
+        grid = self.grid(n)
+        image_size = grid * self.vision.patch_size
+        row = Row(self.tokenizer, preprocess_image(scene.draw(), image_size))
+        row.patch_labels.append(patch_labels(scene, grid))
         if n < self.image_rows:
             return row
         room = {task: int(most) + (rng.random() < most % 1) for task, most in MIXTURE.items()}
@@ -294,8 +305,8 @@ class Scenes:
             if len(row.tokens) + len(prompt) + len(answer) <= self.length:
                 pixels = []
                 if example.second is not None:
-                    pixels = [preprocess_image(example.second.draw(), self.image_size)]
-                    row.patch_labels.append(patch_labels(example.second, self.grid))
+                    pixels = [preprocess_image(example.second.draw(), image_size)]
+                    row.patch_labels.append(patch_labels(example.second, grid))
                 row.add(prompt, answer, -number if example.alone else number, image_mask, pixels)
         return row
 

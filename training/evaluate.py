@@ -17,7 +17,6 @@
 | text alone                | an ending that completes a valid caption                                       |
 """
 
-import argparse
 import random
 import sys
 import unicodedata
@@ -326,8 +325,11 @@ def boxes_of_phrase(entities: list[dict], phrase: str) -> list[Box]:
 # ---- The command -----------------------------------------------------------------------------------
 
 
-def print_results(model, tokenizer, chosen: Chosen, results: list[Row], title: str) -> None:
+def print_results(model, tokenizer, scenes: int) -> None:
     """The table of the model card: accuracies, ranked boxes and scores."""
+    chosen = choose_examples(scenes, HELD_OUT)
+    results = answers(model, tokenizer, chosen)
+    title = f"task ({scenes} held-out scenes of up to {MOST} objects)"
     print(f"| {title} | accuracy | of |\n|---|---|---|")
     for task, (share, count) in table_rows(accuracies(tokenizer, chosen, results)).items():
         print(f"| {task} | {share:.3f} | {count} |")
@@ -341,22 +343,6 @@ def print_results(model, tokenizer, chosen: Chosen, results: list[Row], title: s
         print(f"| score of the first box, phrase {where}: median (10% to 90%) | {figures} | {len(scores)} |")
 
 
-def run(args: argparse.Namespace) -> None:
-    if args.results:
-        shares, total = score_results(args.results)
-        for k, share in shares.items():
-            print(f"R@{k} at IoU 0.5: {share:.4f} of {total}")
-        return
-    model, tokenizer = load_checkpoint(args.checkpoint)
-    if args.stickers:
-        print_stickers(sticker_hits(model, tokenizer, Stickers(args.stickers), args.scenes))
-        return
-    chosen = choose_examples(args.scenes, HELD_OUT)
-    results = answers(model, tokenizer, chosen)
-    title = f"task ({args.scenes} held-out scenes of up to {MOST} objects)"
-    print_results(model, tokenizer, chosen, results, title)
-
-
 def main(argv=None) -> int:
     parser = CommandParser("training.evaluate", __doc__)
     add = parser.add_argument
@@ -368,7 +354,16 @@ def main(argv=None) -> int:
     if args.scenes < 1:
         parser.error("--scenes must be at least 1")
     try:
-        run(args)
+        if args.results:
+            shares, total = score_results(args.results)
+            for k, share in shares.items():
+                print(f"R@{k} at IoU 0.5: {share:.4f} of {total}")
+            return 0
+        model, tokenizer = load_checkpoint(args.checkpoint)
+        if args.stickers:
+            print_stickers(sticker_hits(model, tokenizer, Stickers(args.stickers), args.scenes))
+        else:
+            print_results(model, tokenizer, args.scenes)
     except (OSError, ValueError, RuntimeError) as error:
         return report_error("evaluate", error)
     return 0

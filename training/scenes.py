@@ -376,9 +376,6 @@ def article(words: str) -> str:
 # ---- Painting --------------------------------------------------------------------------------------
 
 
-Painted = tuple[Image.Image, list[Color]]  # an empty image and the main colors in it
-
-
 def mix(a: Color, b: Color, share: float) -> Color:
     return tuple(round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
 
@@ -387,7 +384,8 @@ def random_color(rng: random.Random, low: int, high: int) -> Color:
     return rng.randint(low, high), rng.randint(low, high), rng.randint(low, high)
 
 
-def paint_background(name: str, width: int, height: int, rng: random.Random) -> Painted:
+def paint_background(name: str, width: int, height: int, rng) -> tuple[Image.Image, list[Color]]:
+    """An image without things, and its main colors."""
     size = (width, height)
     if name == "gradient":
         low, high = rng.choice([(0, 255), (150, 255), (0, 110)])
@@ -404,7 +402,7 @@ def paint_background(name: str, width: int, height: int, rng: random.Random) -> 
     return Image.new("RGB", size, color), [color]
 
 
-def paint_landscape(name: str, width: int, height: int, rng: random.Random) -> Painted:
+def paint_landscape(name: str, width: int, height: int, rng) -> tuple[Image.Image, list[Color]]:
     """Sky and ground; stars at night, flakes of snow."""
     sky, ground = {
         "day": ((150, 206, 240), rng.choice([(132, 190, 96), (226, 206, 150), (110, 160, 90)])),
@@ -841,28 +839,6 @@ def tasks(scene: Scene, rng: random.Random, two_images: bool = True) -> list[Exa
     for make in (grounding, referring, questions, counting):
         found += make(scene, rng)
     return found + in_context(scene, rng) if two_images else found
-
-
-def demo_scenes() -> dict[str, Scene]:
-    """The scenes of the images in tiny/, by file name."""
-
-    def scene(background: str, seed: int, aspect: float, *things: tuple) -> Scene:
-        placed = [Thing(*thing, aspect) for thing in things]
-        return Scene(tuple(sorted(placed, key=lambda thing: thing.center[0])), background, seed, aspect)
-
-    snowman = ("snowman", None, (0.408, 0.526), 0.475, 16)
-    fire = ("fire", None, (0.752, 0.67), 0.363, 21)
-    cats = [("cat", "orange", (0.17, 0.68), 0.36, 31), ("cat", "orange", (0.82, 0.66), 0.34, 14)]
-    car = ("car", "blue", (0.5, 0.7), 0.36, 37)
-    sky = [("sun", None, (0.85, 0.17), 0.24, 15), ("cloud", None, (0.3, 0.17), 0.3, 40)]
-    first = [("cup", "yellow", (0.3, 0.62), 0.35, 1), ("kite", "red", (0.7, 0.35), 0.45, 2)]
-    second = [("umbrella", "purple", (0.33, 0.4), 0.45, 1), ("cat", "orange", (0.72, 0.66), 0.4, 2)]
-    return {
-        "scene.png": scene("snow", 8, 4 / 3, snowman, fire),
-        "busy.png": scene("day", 21, 4 / 3, *cats, car, *sky),
-        "first.png": scene("light", 14, 1.0, *first),
-        "second.png": scene("light", 14, 1.0, *second),
-    }
 
 
 def main(argv=None) -> int:

@@ -76,17 +76,17 @@ def sticker_image(path: Path, look: int) -> Image.Image:
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
     image = ImageOps.expand(image, 8)  # room for an outline
-    if rng.random() < 0.6:
+    if rng.random() < 0.7:
         image = warp(image, rng)
     if rng.random() < 0.6:
         image = image.rotate(rng.uniform(-14, 14), Image.Resampling.BICUBIC, expand=True)
     alpha = image.getchannel("A")
     colors = image.convert("RGB")
-    lines = rng.random() < 0.25
+    lines = rng.random() < 0.35
     if lines:
         colors = line_art(colors, rng)
-    elif rng.random() < 0.25:  # few colors
-        colors = colors.filter(ImageFilter.MedianFilter(3)).quantize(rng.randint(3, 9)).convert("RGB")
+    elif rng.random() < 0.35:
+        colors = few_colors(colors, 3, rng)
     colors = recolor(colors, rng, gradient=not lines)
     if rng.random() < (0.85 if lines else 0.25):
         edge = (12, 12, 16) if lines else rng.choice([(0, 0, 0), (20, 20, 24), (255, 255, 255), (70, 60, 60)])
@@ -136,15 +136,23 @@ def recolor(image: Image.Image, rng: random.Random, gradient: bool = True) -> Im
     return image
 
 
+def few_colors(image: Image.Image, size: int, rng: random.Random) -> Image.Image:
+    """Flat areas instead of details; in half of the images, each area in another color."""
+    image = image.filter(ImageFilter.MedianFilter(size)).quantize(rng.randint(3, 9))
+    if rng.random() < 0.5:
+        image.putpalette([min(max(v + rng.randint(-60, 60), 0), 255) for v in image.getpalette()])
+    return image.convert("RGB")
+
+
 def line_art(image: Image.Image, rng: random.Random) -> Image.Image:
     """Flat, sometimes pale colors with black lines between them."""
-    flat = image.filter(ImageFilter.MedianFilter(5)).quantize(rng.randint(3, 8)).convert("RGB")
+    flat = few_colors(image, 5, rng)
     size = rng.choice([3, 3, 5])
     brightest = flat.filter(ImageFilter.MaxFilter(size))
     contrast = ImageChops.subtract(brightest, flat.filter(ImageFilter.MinFilter(size)))
     least = rng.randint(30, 90)
     lines = contrast.convert("L").point(lambda v: 255 * (v >= least)).filter(ImageFilter.GaussianBlur(0.6))
-    pale = Image.blend(flat, Image.new("RGB", flat.size, "white"), rng.choice([0, 0, 0.2, 0.5, 0.9]))
+    pale = Image.blend(flat, Image.new("RGB", flat.size, "white"), rng.choice([0, 0, 0, 0.3, 0.8]))
     pale.paste((12, 12, 16), mask=lines)
     return pale
 

@@ -33,12 +33,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from inference.convert import check_finite, check_target, replacing, save_checkpoint
 from inference.fast import load_checkpoint
 from inference.progress import Progress, progress_bar, torchrun_rank
-from kosmos2 import Kosmos2
+from kosmos2 import Kosmos2, VisionTransformer
 from load_weights import SENTENCEPIECE
 from sample import CommandParser, report_error, run_command
 from tokenizer import Tokenizer
@@ -62,6 +62,18 @@ AMOUNT_WEIGHT = 10
 # ---- The objective ---------------------------------------------------------------------------------
 
 
+def features_of(vision: VisionTransformer, pixels: Tensor) -> Tensor:
+    """The ViT's features (I, N, E) of images of any size. The position embeddings of the patches are resized
+    like an image, as in notebooks/01_vision; at the model's image size, they stay the same."""
+    cls, patches = vision.position_embedding.tensor_split([1])
+    grid = math.isqrt(len(patches))
+    side = pixels.shape[-1] // vision.patch_embedding.stride[0]
+    table = patches.T.reshape(1, -1, grid, grid)
+    resized = F.interpolate(table, size=(side, side), mode="bicubic").flatten(2)[0].T
+    positions = torch.cat([cls, resized])
+    return torch.func.functional_call(vision, {"position_embedding": positions}, pixels)
+
+
 class Losses(nn.Module):
     """The losses of a batch from data.py: those of the next tokens, one per target, and with a PatchHead
     that of the patches' labels. The attention mask lets each sequence attend to itself and, unless its
@@ -75,7 +87,7 @@ class Losses(nn.Module):
     def forward(self, pixels, image_mask, tokens, positions, sequences, targets, patch_labels=None):
         model = self.model
         T = tokens.shape[1]
-        features = model.vision(pixels)  # (I, N, E)
+        features = features_of(model.vision, pixels)  # (I, N, E)
         patch_loss = features.new_zeros(())
         if self.patch_head is not None:
             patch_loss = self.patch_head(features, patch_labels)
@@ -178,8 +190,8 @@ class Run:
             self.say(self.source.summary())
         else:
             first = args.seed * 100_000_000
-            image_rows = self.vision_steps * args.batch
-            self.source = Scenes(self.tokenizer, config, args.length, first, image_rows, self.stickers)
+            rows = self.vision_steps * args.batch  # without sequences
+            self.source = Scenes(self.tokenizer, config, args.length, first, rows, self.stickers, args.batch)
             for word in AMOUNTS:
                 self.weights[self.tokenizer.encode_words(word)] = AMOUNT_WEIGHT
         self.step = 0
@@ -318,11 +330,6 @@ class Run:
             dist.all_reduce(totals)
         return totals.tolist()
 
-    def measure(self) -> dict[str, float]:
-        """Accuracy by task on scenes held out from training."""
-        found = evaluate(self.model, self.tokenizer, self.args.scenes, HELD_OUT, stickers=self.stickers)
-        return {task: round(share, 4) for task, (share, _) in found.items()}
-
     def train(self) -> None:
         args = self.args
         end = max(self.last_step, self.step)
@@ -345,7 +352,9 @@ class Run:
                 recent = []
             due = self.step % (4 * args.save_every) == 0 or last
             if due and not args.data and self.step > self.vision_steps and self.rank == 0:
-                self.log.append({"step": self.step, "accuracy": self.measure()})
+                found = evaluate(self.model, self.tokenizer, args.scenes, HELD_OUT, stickers=self.stickers)
+                accuracy = {task: round(share, 4) for task, (share, _) in found.items()}
+                self.log.append({"step": self.step, "accuracy": accuracy})
                 self.say(json.dumps(self.log[-1]))
             if self.step % args.save_every == 0 or last:
                 self.save()
