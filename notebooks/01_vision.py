@@ -305,9 +305,9 @@ for patches in (G // 2, 3 * G // 4, G, 5 * G // 4, 3 * G // 2, 2 * G):
 table(rows, ("pixels per side", "patches", "boxes found"))
 
 # %% [markdown]
-# From 3/4 of the usual size to twice that size, nearly all boxes are found; at half the size, which it was not trained
-# on, many are lost. SIZES_TEXT
-# The cost of the ViT's attention grows with the square of the number of patches.
+# At larger sizes, nearly all boxes are found, and at 3/4 of the usual size most of them. At half the size, which was
+# not in the training data, many are lost. On 240 objects instead of 60, the share is 1.00 at the usual size, 0.93 to
+# 0.96 at larger ones, and 0.89 at 3/4. The cost of the ViT's attention grows with the square of the number of patches.
 
 # %%
 assert accuracy[G] >= 0.95
